@@ -1,0 +1,104 @@
+//! What can be typed after `uhmm`.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Heterogeneous memory management in user space: ordinary pointers, valid on a device too.
+#[derive(Debug, Parser)]
+#[command(name = "uhmm", version, after_help = "Exit status: 0 if all went well, 1 if not, 2 if the command line is wrong.")]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Print JSON: one object, or one a line for bench.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Say what this machine and this user can do, what is missing, and how to get it.
+    Doctor,
+    /// Multiply two matrices on a device by their ordinary pointers, check the product, and time it against explicit copies.
+    MulMat(MulMat),
+    /// Show what uhmm is for, in a few seconds.
+    Demo(Demo),
+    /// Measure uhmm against the fewest system calls that could do each job.
+    Bench(Bench),
+}
+
+/// Arguments of `uhmm mul-mat`.
+#[derive(Debug, Args)]
+pub(crate) struct MulMat {
+    /// The left matrix, a .npy file of f32 in C order; it must not change meanwhile. Without files: 1797 handwritten digits times
+    /// their transpose.
+    #[arg(value_name = "A.npy", requires = "b", conflicts_with = "size")]
+    pub(crate) a: Option<PathBuf>,
+    /// The right matrix.
+    #[arg(value_name = "B.npy")]
+    pub(crate) b: Option<PathBuf>,
+    /// Write the product to this file.
+    #[arg(short, long, value_name = "R.npy")]
+    pub(crate) output: Option<PathBuf>,
+    /// Multiply two random matrices of N rows and N columns.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32768))]
+    pub(crate) size: Option<u32>,
+    /// The device.
+    #[arg(long, value_name = "NAME", default_value = "soft")]
+    pub(crate) device: String,
+}
+
+/// Arguments of `uhmm demo`.
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// The device.
+    #[arg(long, value_name = "NAME", default_value = "soft")]
+    pub(crate) device: String,
+}
+
+/// Arguments of `uhmm bench`.
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    /// What to measure.
+    #[arg(value_enum, default_value = "all")]
+    pub(crate) group: Group,
+    /// MiB that each row moves.
+    #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=65536))]
+    pub(crate) size: u32,
+    /// Pairs of runs for each row.
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) pairs: u32,
+    /// The device.
+    #[arg(long, value_name = "NAME", default_value = "soft")]
+    pub(crate) device: String,
+}
+
+/// The groups of measurements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Group {
+    /// Moving pages to the device and home, by prefetch and by faults.
+    Memory,
+    /// The matrix kernel against the library that the product is checked with.
+    Kernel,
+    /// Everything.
+    All,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_file_needs_a_second_one_and_excludes_a_size() {
+        assert!(Cli::try_parse_from(["uhmm", "mul-mat", "a.npy"]).is_err());
+        assert!(Cli::try_parse_from(["uhmm", "mul-mat", "a.npy", "b.npy", "--size", "3"]).is_err());
+        assert!(Cli::try_parse_from(["uhmm", "mul-mat", "a.npy", "b.npy", "-o", "r.npy", "--json"]).is_ok());
+    }
+}

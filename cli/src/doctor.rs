@@ -1,0 +1,173 @@
+//! `uhmm doctor`: what this machine and this user can do, what is missing, and how to get it. Needs no right of any kind.
+
+use crate::report;
+use anyhow::Result;
+use owo_colors::OwoColorize;
+use serde::Serialize;
+use uhmm::Uhmm;
+use uhmm_os::system;
+use uhmm_os::uffd::{Features, Rights, probe};
+
+/// Runs the command.
+pub(crate) fn run(json: bool) -> Result<()> {
+    let found = Found::look();
+    if json { report::print_json(&found) } else { report::print(&found.text()) }
+}
+
+#[derive(Serialize)]
+struct Found {
+    kernel: String,
+    /// "full", "user-mode-only" or "none".
+    mode: &'static str,
+    features: Vec<&'static str>,
+    huge_pages: String,
+    rights: FoundRights,
+    devices: Vec<FoundDevice>,
+    missing: Vec<Missing>,
+}
+
+#[derive(Serialize)]
+struct FoundRights {
+    cap_sys_ptrace: bool,
+    /// The sysctl vm.unprivileged_userfaultfd; null where the kernel has none.
+    unprivileged_userfaultfd: Option<bool>,
+    /// Whether /dev/userfaultfd can be opened.
+    dev_userfaultfd: bool,
+}
+
+#[derive(Serialize)]
+struct FoundDevice {
+    name: String,
+    memory: usize,
+    threads: usize,
+}
+
+#[derive(Serialize)]
+struct Missing {
+    what: String,
+    /// What does not work, or works worse, without it.
+    effect: String,
+    how_to_get: String,
+}
+
+impl Missing {
+    fn new(what: &str, effect: &str, how_to_get: impl Into<String>) -> Missing {
+        Missing { what: what.into(), effect: effect.into(), how_to_get: how_to_get.into() }
+    }
+}
+
+impl Found {
+    fn look() -> Found {
+        let mut missing = vec![];
+        let (mode, features) = mode(&mut missing);
+        if mode != "none" {
+            missing.extend(missing_features(features, mode));
+        }
+        let huge_pages = system::thp_mode().unwrap_or_else(|| "unavailable".into());
+        missing.extend(missing_huge_pages(&huge_pages));
+        Found {
+            kernel: system::kernel_release(),
+            mode,
+            features: features.names().collect(),
+            huge_pages,
+            rights: FoundRights {
+                cap_sys_ptrace: system::has_cap_sys_ptrace(),
+                unprivileged_userfaultfd: system::unprivileged_userfaultfd(),
+                dev_userfaultfd: system::dev_userfaultfd().is_ok(),
+            },
+            devices: devices(&mut missing),
+            missing,
+        }
+    }
+
+    fn text(&self) -> String {
+        let yes = |yes: bool| if yes { "yes" } else { "no" };
+        let mut text = format!("{} {}\n", "kernel".bold(), self.kernel);
+        text += &format!("{} {}\n", "mode".bold(), self.mode);
+        text += &format!("{} {}\n", "userfaultfd features".bold(), if self.features.is_empty() { "none".into() } else { self.features.join(" ") });
+        let sysctl = self.rights.unprivileged_userfaultfd.map_or("no such setting", yes);
+        text += &format!(
+            "{} CAP_SYS_PTRACE {}, vm.unprivileged_userfaultfd {sysctl}, /dev/userfaultfd {}\n",
+            "rights".bold(), yes(self.rights.cap_sys_ptrace), yes(self.rights.dev_userfaultfd)
+        );
+        text += &format!("{} {}\n{}", "huge pages".bold(), self.huge_pages, "devices".bold());
+        if self.devices.is_empty() {
+            text += " none";
+        }
+        for device in &self.devices {
+            text += &format!("\n  {}  {} of memory, {} threads", device.name, report::bytes(device.memory as u64), device.threads);
+        }
+        text.push('\n');
+        if self.missing.is_empty() {
+            return text + &format!("{}\n", "nothing is missing".green());
+        }
+        text += &format!("{}\n", "missing".yellow().bold());
+        for missing in &self.missing {
+            text += &format!("  {}: {}\n    {}\n", missing.what.bold(), missing.effect, missing.how_to_get);
+        }
+        text
+    }
+}
+
+/// Which of the three modes this process has, and the features of its userfaultfd.
+fn mode(missing: &mut Vec<Missing>) -> (&'static str, Features) {
+    let refused = match probe(Rights::Full) {
+        Ok(features) => return ("full", features),
+        Err(error) => error,
+    };
+    match probe(Rights::UserModeOnly) {
+        Ok(features) => {
+            let effect = "system calls on memory that is on a device fail with EFAULT, so results come home before a launch returns";
+            missing.push(Missing::new("kernel faults", effect, refused.to_string()));
+            ("user-mode-only", features)
+        }
+        Err(error) => {
+            missing.push(Missing::new("userfaultfd", "pages cannot be migrated", error.to_string()));
+            ("none", Features::empty())
+        }
+    }
+}
+
+fn missing_features(found: Features, mode: &str) -> Vec<Missing> {
+    let needed = [
+        (Features::MOVE, "UFFDIO_MOVE", "pages are copied home by the kernel, at a fraction of the speed", "use Linux 6.8 or newer"),
+        (Features::WP_ASYNC, "UFFD_FEATURE_WP_ASYNC", "scattered writes and file mappings are not tracked", "use Linux 6.7 or newer"),
+        (Features::POISON, "UFFDIO_POISON", "a lost page cannot be marked as lost", "use Linux 6.6 or newer"),
+        (
+            Features::EVENT_FORK,
+            "UFFD_EVENT_FORK",
+            "children made by raw clone, past glibc's fork, may lose pages that are on a device",
+            "run with CAP_SYS_PTRACE, for example as root",
+        ),
+    ];
+    let relevant = needed.into_iter().filter(|(feature, ..)| mode == "full" || *feature != Features::EVENT_FORK);
+    relevant.filter(|(feature, ..)| !found.contains(*feature)).map(|(_, what, effect, how)| Missing::new(what, effect, how)).collect()
+}
+
+fn missing_huge_pages(mode: &str) -> Option<Missing> {
+    let effect = "memory moves in pages of 4 KiB only";
+    match mode {
+        "always" | "madvise" => None,
+        "never" => Some(Missing::new("huge pages", effect, "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")),
+        _ => Some(Missing::new("huge pages", effect, "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y")),
+    }
+}
+
+/// Opens every kind of device that this build has.
+fn devices(missing: &mut Vec<Missing>) -> Vec<FoundDevice> {
+    let hmm = match Uhmm::new() {
+        Ok(hmm) => hmm,
+        Err(error) => {
+            missing.push(Missing::new("devices", "uhmm does not start, so none can be used", error.to_string()));
+            return vec![];
+        }
+    };
+    let mut devices = vec![];
+    for kind in uhmm::KINDS {
+        match hmm.device(kind) {
+            Ok(device) => devices.push(FoundDevice { name: device.name().into(), memory: device.memory(), threads: device.threads() }),
+            Err(error) => missing.push(Missing::new(kind, "this device cannot be used", error.to_string())),
+        }
+    }
+    devices
+}

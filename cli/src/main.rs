@@ -1,0 +1,39 @@
+//! The `uhmm` command.
+//!
+//! Results go to standard output, as text for people or as JSON; what went wrong goes to standard error as one line that starts with
+//! "error:". Colours are for terminals only.
+
+mod args;
+mod bench;
+mod demo;
+mod digits;
+mod doctor;
+mod matmul;
+mod mul_mat;
+mod npy;
+mod report;
+
+use args::{Cli, Command};
+use clap::Parser;
+use owo_colors::OwoColorize;
+use std::io::ErrorKind;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Doctor => doctor::run(cli.json),
+        Command::MulMat(args) => mul_mat::run(&args, cli.json),
+        Command::Demo(args) => demo::run(&args, cli.json),
+        Command::Bench(args) => bench::run(&args, cli.json),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has enough: `uhmm bench | head -1`.
+        Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::BrokenPipe) => ExitCode::SUCCESS,
+        Err(error) => {
+            anstream::eprintln!("{} {error:#}", "error:".red().bold());
+            ExitCode::from(1)
+        }
+    }
+}

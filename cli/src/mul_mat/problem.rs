@@ -1,0 +1,119 @@
+//! A product to compute, with the answer of a known library (`ndarray`, whose product is the `matrixmultiply` crate's).
+
+use super::programs::Shape;
+use crate::args;
+use crate::matmul::rows_per_group;
+use crate::npy::Matrix;
+use crate::digits;
+use anyhow::{Result, bail};
+use ndarray::Array2;
+
+/// A, B and what their product must be.
+pub(crate) struct Problem {
+    /// The left side.
+    pub(crate) a: Matrix,
+    /// The right side.
+    pub(crate) b: Matrix,
+    /// Sizes.
+    pub(crate) shape: Shape,
+    want: Array2<f32>,
+    /// The largest size of an element of the product.
+    largest: f64,
+    /// How far an element may be from the library's.
+    tolerance: f64,
+}
+
+impl Problem {
+    /// The problem that the command line asks for.
+    pub(crate) fn from_args(args: &args::MulMat, threads: usize) -> Result<Problem> {
+        match (&args.a, &args.b, args.size) {
+            (Some(a), Some(b), _) => Problem::new(Matrix::open(a)?, Matrix::open(b)?, threads, false),
+            (_, _, Some(size)) => {
+                let size = size as usize;
+                Problem::new(Matrix::random(size, size, 1), Matrix::random(size, size, 2), threads, false)
+            }
+            _ => Problem::digits(threads),
+        }
+    }
+
+    /// The digits times their transpose: whole numbers below 2^24, so the product must be exact.
+    pub(crate) fn digits(threads: usize) -> Result<Problem> {
+        let images = digits::images()?;
+        let transposed = images.transposed();
+        Problem::new(images, transposed, threads, true)
+    }
+
+    fn new(a: Matrix, b: Matrix, threads: usize, exact: bool) -> Result<Problem> {
+        if a.columns() != b.rows() {
+            bail!(
+                "the matrices do not fit: A is {} x {} and B is {} x {}, but A must have as many columns as B has rows",
+                a.rows(), a.columns(), b.rows(), b.columns()
+            );
+        }
+        let shape = Shape { m: a.rows(), k: a.columns(), n: b.columns(), rows: rows_per_group(a.rows(), threads) };
+        let (largest_a, largest_b) = (largest(a.as_slice()), largest(b.as_slice()));
+        if !(largest_a * largest_b * shape.k as f64).is_finite() {
+            bail!("the matrices hold infinite values or values that are no number: a product of them cannot be checked");
+        }
+        let want = a.view()?.dot(&b.view()?);
+        // Rounding errors of a sum of k products grow like k at worst, like the root of k in general; a wrong element or a stale
+        // page is far beyond that.
+        let depth = shape.k as f64;
+        let tolerance = if exact { 0.0 } else { f64::from(f32::EPSILON) * depth * depth.sqrt().max(8.0) * largest_a * largest_b };
+        let largest = want.as_slice().map_or(0.0, largest);
+        Ok(Problem { a, b, shape, want, largest, tolerance })
+    }
+
+    /// How far `r` is from the library's product: the largest difference, relative to the largest element of the product.
+    ///
+    /// # Errors
+    /// If an element is further off than rounding explains; for whole numbers, if any differs at all.
+    pub(crate) fn check(&self, who: &str, r: &[f32]) -> Result<f64> {
+        let mut worst = 0.0f64;
+        for (at, (&got, &want)) in r.iter().zip(&self.want).enumerate() {
+            let difference = (f64::from(got) - f64::from(want)).abs();
+            if difference <= self.tolerance {
+                worst = worst.max(difference);
+            } else {
+                let (row, column) = (at / self.shape.n, at % self.shape.n);
+                bail!("wrong product: {who} has {got} in row {row}, column {column}, the library has {want}");
+            }
+        }
+        Ok(if self.largest > 0.0 { worst / self.largest } else { worst })
+    }
+}
+
+/// The largest absolute value; infinite if one is no number.
+fn largest(data: &[f32]) -> f64 {
+    data.iter().fold(0.0, |largest, value| if value.is_nan() { f64::INFINITY } else { f64::max(largest, f64::from(value.abs())) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_wrong_element_is_noticed() {
+        let problem = Problem::digits(2).unwrap();
+        let mut r = problem.want.as_slice().unwrap().to_vec();
+        assert_eq!(problem.check("it", &r).unwrap(), 0.0);
+        r[1797 + 2] += 1.0;
+        let message = problem.check("it", &r).unwrap_err().to_string();
+        assert!(message.contains("it has") && message.contains("row 1, column 2"), "{message}");
+        r[1797 + 2] = f32::NAN;
+        assert!(problem.check("it", &r).is_err());
+    }
+
+    #[test]
+    fn rounding_is_forgiven_and_a_missing_product_is_not() {
+        let (a, b) = (Matrix::random(20, 500, 1), Matrix::random(500, 20, 2));
+        let missing = a.as_slice()[499] * b.as_slice()[499 * 20];
+        let problem = Problem::new(a, b, 2, false).unwrap();
+        let mut r = problem.want.as_slice().unwrap().to_vec();
+        r[0] += 1e-6;
+        assert!(problem.check("it", &r).unwrap() > 0.0);
+        assert!(missing.abs() > 1e-2, "{missing}");
+        r[0] -= missing;
+        assert!(problem.check("it", &r).is_err());
+    }
+}

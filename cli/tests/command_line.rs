@@ -1,0 +1,2 @@
+//! The `uhmm` command from outside: what it prints, and how it ends.
+fn main() {}

@@ -1,0 +1,161 @@
+//! The reference device: it needs no hardware, and is as honest as hardware would be.
+//!
+//! | module | what a device has |
+//! |---|---|
+//! | [`memory`] | private memory of a fixed capacity |
+//! | [`window`] | its own page table: the page at process address `v` is seen by its workers at `v ^ mask` |
+//! | [`dma`] | a copy engine with a queue and fences |
+//! | [`worker`] | worker threads that run kernels, a fault buffer, scratch pages for wild pointers |
+//!
+//! A page of device memory lies in the *arena*, where the copy engine reaches it, or in the window, where workers do, never in both: entering it
+//! into the page table moves it (UFFDIO_MOVE) from one to the other, and taking it out moves it back, with every core's translation flushed when the
+//! call returns. That is the acknowledgement. A worker's touch of a page that is not in the window raises SIGBUS in that worker, which
+//! has uhmm serve the fault and repeats the access. Threads of the program are refused there.
+
+pub mod dma;
+pub mod memory;
+pub mod window;
+pub mod worker;
+
+use dma::Engine;
+use memory::Memory;
+use uhmm_core::driver::{DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::own::OwnBox;
+use uhmm_core::page::Span;
+use uhmm_core::{DeviceConfig, Error};
+use uhmm_os::uffd::{Features, Rights, Userfaultfd};
+use uhmm_os::{BLOCK, Errno, system, thread};
+use window::Window;
+use worker::Workers;
+
+/// The software device.
+#[derive(Debug)]
+pub struct Soft {
+    info: DeviceInfo,
+    // Fields are dropped in this order: who uses memory goes before it.
+    workers: Workers,
+    engine: Engine,
+    window: Window,
+    memory: Memory,
+    uffd: Userfaultfd,
+}
+
+/// Opens a software device. To be called on uhmm's keeper ([`uhmm_core::core`]).
+///
+/// `memory` 0 means a quarter of the machine's memory, `threads` 0 one a core.
+///
+/// # Errors
+/// [`Error::Device`] if it cannot be had as asked; [`Error::NoUserfaultfd`].
+pub fn open(config: &DeviceConfig) -> Result<OwnBox<dyn Driver>, Error> {
+    let memory = if config.memory == 0 { system::total_memory() as usize / 4 } else { config.memory };
+    let memory = memory / BLOCK * BLOCK;
+    let refuse = |why: String| Error::Device { name: config.name.into(), why };
+    if memory == 0 {
+        return Err(refuse("its memory must be at least 2 MiB".into()));
+    }
+    let threads = if config.threads == 0 { thread::num_cores() } else { config.threads };
+    if threads > worker::MOST {
+        return Err(refuse(format!("{threads} threads are more than {}", worker::MOST)));
+    }
+    let wanted = Features::SIGBUS | Features::MOVE | Features::PAGEFAULT_FLAG_WP | Features::EXACT_ADDRESS;
+    let uffd = Userfaultfd::open(Rights::Full, wanted)?;
+    let reserve = |e: Errno| refuse(format!("cannot reserve address space for {memory} bytes of device memory: {e}"));
+    let device_memory = Memory::new(memory).map_err(reserve)?;
+    let window = Window::new().map_err(reserve)?;
+    let Some(mask) = window.mask() else {
+        return Err(refuse("no part of the address space is free for its window: at most 4 software devices fit a process".into()));
+    };
+    let soft = Soft {
+        info: DeviceInfo { name: config.name, memory, threads, mask, replayable_faults: true },
+        workers: Workers::new(threads).map_err(reserve)?,
+        engine: Engine::new().map_err(reserve)?,
+        window,
+        memory: device_memory,
+        uffd,
+    };
+    let soft = OwnBox::new(c"uhmm soft device", soft).map_err(reserve)?;
+    soft.workers.start().map_err(|e| refuse(format!("cannot start its threads: {e}")))?;
+    soft.engine.start().map_err(|e| refuse(format!("cannot start its threads: {e}")))?;
+    Ok(soft.unsize(|p| p as *mut dyn Driver))
+}
+
+#[allow(unsafe_code)]
+// SAFETY: `unmap` returns when UFFDIO_MOVE has, which flushes the old translation on every core that runs the process.
+unsafe impl Driver for Soft {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn populate(&self, unit: usize) -> Result<(), Errno> {
+        self.memory.populate(&self.uffd, unit)
+    }
+
+    fn release(&self, unit: usize) {
+        self.memory.release(&self.uffd, unit);
+    }
+
+    fn peek(&self, frame: Frame) -> Option<usize> {
+        Some(self.memory.address(frame))
+    }
+
+    fn address(&self, frame: Frame) -> usize {
+        self.memory.address(frame)
+    }
+
+    fn copy(&self, batch: &[Dma]) -> Fence {
+        self.engine.submit(&self.memory, batch)
+    }
+
+    fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<(), DmaError> {
+        self.engine.wait(&self.memory, fence, batch)
+    }
+
+    fn open_window(&self, span: Span) -> Result<(), Errno> {
+        self.window.open(&self.uffd, span)
+    }
+
+    fn close_window(&self, span: Span) {
+        self.window.close(span);
+    }
+
+    fn map(&self, batch: &[MapRun]) -> Result<(), Errno> {
+        self.window.map(&self.uffd, &self.memory, batch, |page| self.workers.forget_scratch(page))
+    }
+
+    fn allow_writes(&self, batch: &[MapRun]) {
+        self.window.allow_writes(&self.uffd, batch);
+    }
+
+    fn unmap(&self, batch: &[MapRun]) {
+        self.window.unmap(&self.uffd, &self.memory, batch);
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
+        self.workers.run(launch)
+    }
+
+    fn note_fault(&self, va: usize, write: bool) {
+        self.workers.faults.push(va, write);
+    }
+
+    fn host_touch(&self, _tid: u32, address: usize) {
+        self.workers.fail(KernelFault::HostAddress { address });
+    }
+
+    fn owns_thread(&self, tid: u32) -> bool {
+        self.workers.owns(tid)
+    }
+
+    fn in_window(&self, address: usize) -> bool {
+        window::in_window(address, self.info.mask)
+    }
+
+    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
+        self.workers.fail(fault);
+        let in_window = self.in_window(address);
+        if in_window && self.window.open(&self.uffd, Span::block(address ^ self.info.mask)).is_err() {
+            return false;
+        }
+        self.workers.put_scratch(&self.uffd, address, in_window)
+    }
+}

@@ -1,0 +1,197 @@
+//! The device's page table: where workers see the process's memory.
+//!
+//! The page at process address `v` is seen at `v ^ mask`. Linux places a program's mappings where bits 46 to 44 are 000 (programs
+//! without position independence), 101 (programs, heap) or 111 (mappings, stacks); four masks never land one of these on another. The window
+//! is made by whole blocks, when they are first needed, never over a mapping of the program's; it is not inherited by a forked child and not in a core dump.
+//! It belongs to a userfaultfd that raises SIGBUS in who touches a page that is not there.
+#![allow(unsafe_code)] // moves pages between the device's own mappings
+
+use crate::memory::Memory;
+use rustix_futex_sync::Mutex;
+use uhmm_core::driver::MapRun;
+use uhmm_core::own::OwnSlice;
+use uhmm_core::page::Span;
+use uhmm_os::mem::{self, Advice, Prot, Reserve};
+use uhmm_os::uffd::{MoveMode, RegisterMode, Userfaultfd};
+use uhmm_os::{BLOCK, Errno, PAGE, thread};
+
+const MASKS: [usize; 4] = [0b100 << 44, 0b110 << 44, 0b011 << 44, 0b001 << 44];
+/// Masks that a device of this process has. Bit 7 keeps it out of `.bss`.
+static TAKEN: core::sync::atomic::AtomicU8 = core::sync::atomic::AtomicU8::new(0x80);
+
+/// Whether `address` is where a device with this mask sees something of the process.
+pub fn in_window(address: usize, mask: usize) -> bool {
+    let va = address ^ mask;
+    va < 1 << 47 && matches!(va >> 44, 0b000 | 0b101 | 0b111)
+}
+
+/// The window of one device.
+#[derive(Debug)]
+pub struct Window {
+    index: Option<usize>,
+    /// One bit for each block of the address space that has a window.
+    open: Mutex<OwnSlice<u64>>,
+}
+
+impl Window {
+    /// A window with a mask of its own, if there is one left.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub fn new() -> Result<Self, Errno> {
+        use core::sync::atomic::Ordering::Relaxed;
+        let open = Mutex::new(OwnSlice::new(c"uhmm window table", (1 << 47) / BLOCK / 64)?);
+        let index = (0..MASKS.len()).find(|&i| TAKEN.fetch_or(1 << i, Relaxed) >> i & 1 == 0);
+        Ok(Window { index, open })
+    }
+
+    /// The mask.
+    pub fn mask(&self) -> Option<usize> {
+        self.index.map(|index| MASKS[index])
+    }
+
+    fn at(&self, va: usize) -> usize {
+        va ^ self.mask().unwrap_or(0)
+    }
+
+    /// Makes the window for all blocks that `span` touches.
+    ///
+    /// # Errors
+    /// `EEXIST` if something of the program's lies there; `ENOMEM`.
+    pub fn open(&self, uffd: &Userfaultfd, span: Span) -> Result<(), Errno> {
+        let mut open = self.open.lock();
+        let is_open = |open: &OwnSlice<u64>, number: usize| open[number / 64] >> (number % 64) & 1 != 0;
+        let end = span.end.div_ceil(BLOCK).min(open.len() * 64);
+        let mut number = span.start / BLOCK;
+        while number < end {
+            if is_open(&open, number) {
+                number += 1;
+                continue;
+            }
+            let mut last = number + 1;
+            // A window never crosses a mask bit, for beyond it the addresses go on elsewhere.
+            while last < end && !is_open(&open, last) && !(last * BLOCK).is_multiple_of(1 << 44) {
+                last += 1;
+            }
+            self.make(uffd, number * BLOCK, last * BLOCK)?;
+            for number in number..last {
+                open[number / 64] |= 1 << (number % 64);
+            }
+            number = last;
+        }
+        Ok(())
+    }
+
+    fn make(&self, uffd: &Userfaultfd, start: usize, end: usize) -> Result<(), Errno> {
+        let (at, len) = (self.at(start), end - start);
+        let mapping = mem::map(&Reserve { hint: at, len, align: BLOCK, name: c"uhmm window", prot: Prot::ReadWrite, exact: true })?;
+        // SAFETY: the mapping is ours and empty. A kernel without huge pages does without the advice.
+        let _ = unsafe { mem::madvise(at, len, Advice::Hugepage) };
+        uffd.register(at, len, RegisterMode::MISSING | RegisterMode::WP)?;
+        mapping.into_raw();
+        Ok(())
+    }
+
+    /// Unmaps the window of all blocks that lie wholly in `span`. Nothing of them is mapped for the device any more.
+    pub fn close(&self, span: Span) {
+        let mut open = self.open.lock();
+        let words = open.len();
+        let mut number = span.start.div_ceil(BLOCK);
+        while number < (span.end / BLOCK).min(words * 64) {
+            let word = open[number / 64] >> (number % 64);
+            if word == 0 {
+                number += 64 - number % 64;
+                continue;
+            }
+            number += word.trailing_zeros() as usize;
+            if number < span.end / BLOCK {
+                open[number / 64] &= !(1 << (number % 64));
+                // SAFETY: the block's window is ours.
+                let _ = unsafe { mem::munmap(self.at(number * BLOCK), BLOCK) };
+            }
+            number += 1;
+        }
+    }
+
+    /// Moves pages from the arena into the window. `unscratch` is told of pages where a scratch page makes room.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); those of UFFDIO_MOVE.
+    pub fn map(&self, uffd: &Userfaultfd, memory: &Memory, batch: &[MapRun], unscratch: impl Fn(usize)) -> Result<(), Errno> {
+        for (index, run) in batch.iter().enumerate() {
+            let len = run.pages * PAGE;
+            let at = self.at(run.va);
+            let result = self
+                .open(uffd, Span { start: run.va, end: run.va + len })
+                .and_then(|()| move_all(uffd, at, memory.address(run.frame), len, &unscratch))
+                // SAFETY: the window is ours.
+                .and_then(|()| if run.write { Ok(()) } else { unsafe { uffd.write_protect(at, len, true) } });
+            if let Err(e) = result {
+                self.unmap(uffd, memory, &batch[..index]);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets workers write mapped pages.
+    pub fn allow_writes(&self, uffd: &Userfaultfd, batch: &[MapRun]) {
+        for run in batch {
+            // SAFETY: the window is ours.
+            let _ = unsafe { uffd.write_protect(self.at(run.va), run.pages * PAGE, false) };
+        }
+    }
+
+    /// Moves pages back from the window into the arena.
+    pub fn unmap(&self, uffd: &Userfaultfd, memory: &Memory, batch: &[MapRun]) {
+        for run in batch {
+            let moved = move_all(uffd, memory.address(run.frame), self.at(run.va), run.pages * PAGE, &|_| {});
+            debug_assert_eq!(moved, Ok(()), "taking {run:x?} out of the window");
+        }
+    }
+}
+
+/// Moves pages between the device's own mappings. A scratch page in the way goes.
+fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &dyn Fn(usize)) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < len {
+        // SAFETY: both ranges are the device's own, and the directory's lock on the block keeps others from them.
+        let Err(partial) = (unsafe { uffd.move_pages(to + done, from + done, len - done, MoveMode::empty()) }) else { break };
+        done += partial.done;
+        match partial.errno {
+            Errno::AGAIN => thread::yield_now(),
+            Errno::EXIST => {
+                unscratch(to + done);
+                // SAFETY: what lies in the window where the directory has no page is a scratch page.
+                unsafe { mem::madvise(to + done, PAGE, Advice::DontNeed)? };
+            }
+            errno => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        self.close(Span { start: 0, end: 1 << 47 });
+        if let Some(index) = self.index {
+            TAKEN.fetch_and(!(1 << index), core::sync::atomic::Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_mask_lands_a_usual_place_on_another() {
+        for mask in MASKS {
+            for region in [0b000usize, 0b101, 0b111] {
+                let va = region << 44 | 0x123_4567_8000;
+                assert!(in_window(va ^ mask, mask));
+                assert!(!in_window(va, mask), "{mask:#x}: {va:#x} is the process's own");
+            }
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! One userfaultfd and the few requests that the floors make of it.
+//!
+//! Sources: `ioctl_userfaultfd(2)`, `userfaultfd(2)`, and `Documentation/admin-guide/mm/userfaultfd.rst`.
+//! Rule: whatever runs in the SIGBUS handler ([`Uffd::copy`], [`Uffd::move_pages`], [`Uffd::unregister`]) makes system calls only.
+
+use crate::memory::Region;
+use crate::{Error, Result};
+use core::ffi::c_int;
+use core::mem::MaybeUninit;
+use linux_raw_sys::general as raw;
+use linux_raw_sys::ioctl;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// `UFFDIO_MOVE`, which linux-raw-sys has no number for.
+const UFFDIO_MOVE: libc::Ioctl = libc::_IOWR::<raw::uffdio_move>(raw::UFFDIO, raw::_UFFDIO_MOVE);
+
+/// `_IO(0xAA, 0x00)` of /dev/userfaultfd: a new userfaultfd.
+const USERFAULTFD_IOC_NEW: libc::Ioctl = libc::_IO(raw::UFFDIO, 0);
+
+/// A userfaultfd that may move pages.
+#[derive(Debug)]
+pub(crate) struct Uffd {
+    fd: OwnedFd,
+}
+
+fn owned(fd: libc::c_long) -> Option<OwnedFd> {
+    // SAFETY: a successful userfaultfd call returns a descriptor that nobody else owns.
+    (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as c_int) })
+}
+
+/// A descriptor by the first way that this user has: the system call, /dev/userfaultfd, or one for faults of user mode only.
+fn open_any() -> Result<OwnedFd> {
+    // SAFETY: userfaultfd(2) takes flags and touches no memory.
+    let call = |flags: c_int| unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    if let Some(fd) = owned(call(libc::O_CLOEXEC)) {
+        return Ok(fd);
+    }
+    let first = Error::last("userfaultfd");
+    if let Ok(device) = std::fs::File::open("/dev/userfaultfd") {
+        // SAFETY: this request takes flags and touches no memory.
+        let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, libc::O_CLOEXEC) };
+        if let Some(fd) = owned(fd.into()) {
+            return Ok(fd);
+        }
+    }
+    owned(call(libc::O_CLOEXEC | raw::UFFD_USER_MODE_ONLY as c_int)).ok_or(first)
+}
+
+impl Uffd {
+    /// A userfaultfd with `UFFD_FEATURE_MOVE`, and with faults given as SIGBUS to whoever made them if `sigbus`.
+    pub(crate) fn open(sigbus: bool) -> Result<Self> {
+        let uffd = Uffd { fd: open_any()? };
+        let features = raw::UFFD_FEATURE_MOVE | if sigbus { raw::UFFD_FEATURE_SIGBUS } else { 0 };
+        let mut api = raw::uffdio_api {
+            api: raw::UFFD_API.into(),
+            features: features.into(),
+            ioctls: 0,
+        };
+        // SAFETY: UFFDIO_API reads and writes one `uffdio_api`.
+        match unsafe { uffd.ioctl(ioctl::UFFDIO_API as libc::Ioctl, &raw mut api) } {
+            0 => Ok(uffd),
+            errno => Err(Error::of("UFFDIO_API", errno)),
+        }
+    }
+
+    /// Makes a request; 0 or the errno.
+    ///
+    /// # Safety
+    /// `argument` is what the request takes, and every address in it is memory of this crate that the request may change.
+    unsafe fn ioctl<T>(&self, request: libc::Ioctl, argument: *mut T) -> c_int {
+        // SAFETY: by the contract.
+        match unsafe { libc::ioctl(self.fd.as_raw_fd(), request, argument) } {
+            0 => 0,
+            // SAFETY: errno of this thread.
+            _ => unsafe { *libc::__errno_location() },
+        }
+    }
+
+    /// Watches a region for missing pages.
+    pub(crate) fn watch(&self, region: &Region) -> Result<()> {
+        let mut request = raw::uffdio_register {
+            range: raw::uffdio_range {
+                start: region.at(0) as u64,
+                len: region.size() as u64,
+            },
+            mode: raw::UFFDIO_REGISTER_MODE_MISSING.into(),
+            ioctls: 0,
+        };
+        // SAFETY: UFFDIO_REGISTER changes no contents, only who serves the faults of a region that is ours.
+        match unsafe { self.ioctl(ioctl::UFFDIO_REGISTER as libc::Ioctl, &raw mut request) } {
+            0 => Ok(()),
+            errno => Err(Error::of("UFFDIO_REGISTER", errno)),
+        }
+    }
+
+    /// Stops watching: whoever waits for a page of the range, or touches one later, reads zeros.
+    pub(crate) fn unregister(&self, start: *mut u8, len: usize) {
+        let mut range = raw::uffdio_range {
+            start: start as u64,
+            len: len as u64,
+        };
+        // SAFETY: as for registering. An error leaves the range watched, which the caller cannot better.
+        unsafe { self.ioctl(ioctl::UFFDIO_UNREGISTER as libc::Ioctl, &raw mut range) };
+    }
+
+    /// Moves pages without copying them, retrying as often as the kernel asks.
+    ///
+    /// # Safety
+    /// Both ranges lie in live regions of this crate, `to` in one that this descriptor watches, and nobody relies on `from` keeping
+    /// its contents.
+    pub(crate) unsafe fn move_pages(
+        &self,
+        mut to: *mut u8,
+        mut from: *mut u8,
+        mut len: usize,
+    ) -> core::result::Result<(), c_int> {
+        while len > 0 {
+            let mut request = raw::uffdio_move {
+                dst: to as u64,
+                src: from as u64,
+                len: len as u64,
+                mode: 0,
+                move_: 0,
+            };
+            // SAFETY: by the contract.
+            match unsafe { self.ioctl(UFFDIO_MOVE, &raw mut request) } {
+                0 => return Ok(()),
+                libc::EAGAIN => {
+                    let done = usize::try_from(request.move_).unwrap_or(0).min(len);
+                    (to, from, len) = (to.wrapping_add(done), from.wrapping_add(done), len - done);
+                }
+                errno => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a whole region onto another of the same size.
+    pub(crate) fn move_region(&self, to: &Region, from: &Region) -> Result<()> {
+        assert_eq!(to.size(), from.size(), "regions of one floor have one size");
+        // SAFETY: both are live regions; if this descriptor does not watch `to`, the kernel answers with an error.
+        unsafe { self.move_pages(to.at(0), from.at(0), to.size()) }
+            .map_err(|errno| Error::of("UFFDIO_MOVE", errno))
+    }
+
+    /// Copies pages into place.
+    ///
+    /// # Safety
+    /// Both ranges lie in live regions of this crate, `to` in one that this descriptor watches.
+    pub(crate) unsafe fn copy(
+        &self,
+        to: *mut u8,
+        from: *const u8,
+        len: usize,
+    ) -> core::result::Result<(), c_int> {
+        let mut request = raw::uffdio_copy {
+            dst: to as u64,
+            src: from as u64,
+            len: len as u64,
+            mode: 0,
+            copy: 0,
+        };
+        // SAFETY: by the contract.
+        match unsafe { self.ioctl(ioctl::UFFDIO_COPY as libc::Ioctl, &raw mut request) } {
+            0 => Ok(()),
+            errno => Err(errno),
+        }
+    }
+
+    /// Waits for a page fault and returns its address; `None` if the descriptor failed.
+    pub(crate) fn next_fault(&self) -> Option<usize> {
+        let mut message = MaybeUninit::<raw::uffd_msg>::uninit();
+        let size = size_of::<raw::uffd_msg>();
+        loop {
+            // SAFETY: `message` has room for `size` bytes.
+            let got = unsafe { libc::read(self.fd.as_raw_fd(), message.as_mut_ptr().cast(), size) };
+            if got != size as isize {
+                let interrupted = got < 0
+                    && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted;
+                if interrupted {
+                    continue;
+                }
+                return None;
+            }
+            // SAFETY: the kernel has written one whole message.
+            let message = unsafe { message.assume_init() };
+            if u32::from(message.event) == raw::UFFD_EVENT_PAGEFAULT {
+                // SAFETY: the event says which member of the union holds.
+                return Some(unsafe { message.arg.pagefault.address } as usize);
+            }
+        }
+    }
+}

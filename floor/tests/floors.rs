@@ -1,0 +1,105 @@
+//! Every floor runs on a small size, more than once, and gives a time that is not nothing. Where this user has no userfaultfd, the
+//! floors that need it are reported as ignored.
+
+use libtest_mimic::{Arguments, Trial};
+use std::time::Duration;
+use uhmm_floor::{CleanReturn, Copy, CopyKind, Error, Fault, Method, Pages, RoundTrip, Server};
+
+const SIZE: usize = 8 << 20;
+
+fn main() {
+    let missing = match RoundTrip::prepare(SIZE, Pages::Small) {
+        Err(error) if error.is_missing_right() => {
+            eprintln!("skipping the floors that need userfaultfd: {error}");
+            true
+        }
+        _ => false,
+    };
+    let mut trials = vec![
+        Trial::test("memcpy", || copy(CopyKind::Memcpy)),
+        Trial::test("stream", || copy(CopyKind::Stream)),
+        Trial::test("a_size_that_is_no_multiple_of_2_mib_is_refused", odd_size),
+    ];
+    for pages in [Pages::Huge, Pages::Small] {
+        trials.push(
+            Trial::test(format!("round_trip_{pages:?}"), move || round_trip(pages))
+                .with_ignored_flag(missing),
+        );
+        trials.push(
+            Trial::test(format!("clean_return_{pages:?}"), move || {
+                clean_return(pages)
+            })
+            .with_ignored_flag(missing),
+        );
+    }
+    for server in [
+        Server::Handler,
+        Server::HandlerSameCore,
+        Server::Itself,
+        Server::TwoThemselves,
+    ] {
+        for method in [Method::Copy, Method::Move] {
+            for chunk in [4096, 65536, 2 << 20] {
+                let name = format!("fault_{server:?}_{method:?}_{}k", chunk >> 10);
+                trials.push(
+                    Trial::test(name, move || fault(server, method, chunk))
+                        .with_ignored_flag(missing),
+                );
+            }
+        }
+    }
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+type Outcome = Result<(), libtest_mimic::Failed>;
+
+fn took_time(taken: Duration) -> Outcome {
+    if taken > Duration::ZERO {
+        Ok(())
+    } else {
+        Err("the clock did not move".into())
+    }
+}
+
+fn copy(kind: CopyKind) -> Outcome {
+    let mut floor = Copy::prepare(SIZE, kind)?;
+    took_time(floor.run()?)?;
+    took_time(floor.run()?)
+}
+
+fn odd_size() -> Outcome {
+    for size in [0, 4096, (2 << 20) + 4096] {
+        match Copy::prepare(size, CopyKind::Memcpy) {
+            Err(Error::Size(refused)) if refused == size => {}
+            other => return Err(format!("{size} bytes: {other:?}").into()),
+        }
+    }
+    Ok(())
+}
+
+fn round_trip(pages: Pages) -> Outcome {
+    let mut floor = RoundTrip::prepare(SIZE, pages)?;
+    for _ in 0..3 {
+        let time = floor.run()?;
+        took_time(time.to_device)?;
+        took_time(time.home)?;
+    }
+    Ok(())
+}
+
+fn clean_return(pages: Pages) -> Outcome {
+    let mut floor = CleanReturn::prepare(SIZE, pages)?;
+    took_time(floor.run()?)?;
+    took_time(floor.run()?)
+}
+
+fn fault(server: Server, method: Method, chunk: usize) -> Outcome {
+    let mut floor = Fault::prepare(SIZE, server, method, chunk)?;
+    if floor.faults() != SIZE / chunk {
+        return Err(format!("{} faults", floor.faults()).into());
+    }
+    for _ in 0..3 {
+        took_time(floor.run()?)?;
+    }
+    Ok(())
+}

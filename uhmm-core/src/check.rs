@@ -1,0 +1,115 @@
+//! What is looked at before a launch: every error that can be found before the kernel starts is found here, and nothing has changed yet.
+
+use crate::core::{Core, Device};
+use crate::error::Error;
+use crate::kernel::{Access, Grid, RawArg};
+use crate::page::{Span, Va};
+use crate::space;
+use uhmm_os::BLOCK;
+
+/// A part of an argument that lies in one mapping.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    /// Its bytes.
+    pub start: Va,
+    /// One past the last.
+    pub end: Va,
+    /// Whether its pages can move.
+    pub movable: bool,
+}
+
+/// Checks a launch's grid and arguments.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> Result<usize, Error> {
+    let groups = grid.groups().filter(|&n| n > 0).ok_or(Error::Grid(grid.size))?;
+    for (index, arg) in args.iter().enumerate() {
+        if let RawArg::Slice { start, count, size, device, access, .. } = *arg {
+            let end = count.checked_mul(size).and_then(|bytes| start.checked_add(bytes)).filter(|&end| end <= 1 << 47);
+            match device {
+                Some(id) if id != dev.id() => return Err(Error::OtherDevice { index }),
+                Some(_) => {}
+                None => range(core, dev, index, start, end.ok_or(Error::Overflow { index, start, count, size })?, access)?,
+            }
+        }
+    }
+    overlap(args)?;
+    fits(dev, args)?;
+    Ok(groups)
+}
+
+fn range(core: &Core, dev: &Device, index: usize, start: Va, end: Va, access: Access) -> Result<(), Error> {
+    if start == end {
+        return Ok(());
+    }
+    if start == 0 {
+        return Err(Error::Null { index, bytes: end });
+    }
+    let info = dev.driver.info();
+    if !dev.driver.in_window(start ^ info.mask) || !dev.driver.in_window((end - 1) ^ info.mask) {
+        return Err(Error::OutOfReach { index, address: start, device: info.name });
+    }
+    let mut at = start;
+    while at < end {
+        let vma = core.space.mapping(at).map_err(|e| Error::System("look up mappings", e))?;
+        let Some(vma) = vma else { return Err(Error::Unmapped { index, address: at, start, end }) };
+        if !vma.read || (access.writes() && !vma.write) {
+            return Err(Error::Protected { index, address: at, write: access.writes() });
+        }
+        at = vma.end;
+    }
+    Ok(())
+}
+
+fn overlap(args: &[RawArg]) -> Result<(), Error> {
+    let ranges = |arg: &RawArg| match *arg {
+        RawArg::Slice { start, count, size, access, .. } if count * size > 0 => Some((start, start + count * size, access)),
+        _ => None,
+    };
+    for (second, b) in args.iter().enumerate() {
+        for (first, a) in args[..second].iter().enumerate() {
+            if let (Some(a), Some(b)) = (ranges(a), ranges(b))
+                && (a.2.writes() || b.2.writes())
+                && a.0.max(b.0) < a.1.min(b.1)
+            {
+                return Err(Error::Overlap { first, second, address: a.0.max(b.0) });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether what the launch declares can be resident all at once: blocks that it covers need a unit each, single pages share units.
+fn fits(dev: &Device, args: &[RawArg]) -> Result<(), Error> {
+    let (mut whole, mut pages) = (0, 0);
+    for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1) {
+        for part in Span::touching(start, end).blocks() {
+            if part.len() == BLOCK { whole += 1 } else { pages += part.len() / uhmm_os::PAGE }
+        }
+    }
+    let info = dev.driver.info();
+    let needed = (whole + (pages * uhmm_os::PAGE).div_ceil(BLOCK)) * BLOCK;
+    if needed > info.memory {
+        return Err(Error::TooLarge { device: info.name, needed, capacity: info.memory });
+    }
+    let taken = dev.allocated();
+    if needed + taken > info.memory {
+        return Err(Error::NoRoom { device: info.name, needed, capacity: info.memory });
+    }
+    Ok(())
+}
+
+/// The parts of a byte range by mapping, in order; what is not mapped is left out.
+pub(crate) fn pieces(core: &Core, start: Va, end: Va, mut f: impl FnMut(Piece) -> Result<(), Error>) -> Result<(), Error> {
+    let mut at = start;
+    while at < end {
+        let Ok(Some(vma)) = core.space.maps.find(at) else { return Ok(()) };
+        let piece = Piece { start: at.max(vma.start), end: end.min(vma.end), movable: space::movable(&vma) };
+        if piece.start < piece.end {
+            f(piece)?;
+        }
+        at = vma.end;
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! The driver contract: what a device must do for uhmm, and what it may ask of it.
+//!
+//! # Rules
+//! * Drivers are called per batch, never per page, from uhmm's own threads. Every call but [`Driver::launch`] may be made on the
+//!   fault path: no allocation, no lock in memory that could migrate, no log, no touch of the program's memory but through
+//!   guarded copies.
+//! * The directory is the only truth; a driver's page table is a cache of it. [`Driver::unmap`] returns when the device has
+//!   acknowledged: no access through the old entry can happen afterwards.
+//! * An error is only for what the caller cannot foresee. A page whose copy failed is not mapped.
+
+use crate::kernel::{Bound, Entry, Message};
+use crate::page::Span;
+use uhmm_os::Errno;
+
+pub use crate::directory::Frame;
+
+/// What a device is, fixed when it is opened.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// Its name: what [`crate::Core`] finds it by.
+    pub name: &'static str,
+    /// The bytes of its memory, a multiple of 2 MiB.
+    pub memory: usize,
+    /// Groups that run at the same time.
+    pub threads: usize,
+    /// The device sees the process's address `v` at `v ^ mask`.
+    pub mask: usize,
+    /// The device may touch any address and waits until it is there.
+    pub replayable_faults: bool,
+}
+
+/// One piece of a batch of copies. Frames that follow each other are next to each other in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dma {
+    /// What to do.
+    pub kind: DmaKind,
+    /// The host's address; unused for `Zero`.
+    pub host: usize,
+    /// The first frame.
+    pub frame: Frame,
+    /// Bytes into that frame.
+    pub offset: usize,
+    /// How many bytes.
+    pub len: usize,
+}
+
+/// What one piece of a batch does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DmaKind {
+    /// From memory of uhmm's to the device.
+    ToDevice,
+    /// From the device to memory of uhmm's.
+    ToHost,
+    /// From memory of the program to the device: it may fault, and may be gone.
+    GuardedToDevice,
+    /// From the device to memory of the program.
+    GuardedToHost,
+    /// Zeroes on the device.
+    Zero,
+}
+
+/// A batch that was handed to the copy engine; [`Driver::wait`] ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fence(pub u64);
+
+/// A batch of copies failed: the first address that could not be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DmaError {
+    /// The host address.
+    pub address: usize,
+}
+
+/// A run of pages and where they are on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapRun {
+    /// The first page's address in the process.
+    pub va: usize,
+    /// Its frame; the others follow.
+    pub frame: Frame,
+    /// Pages.
+    pub pages: usize,
+    /// Whether the device may write.
+    pub write: bool,
+}
+
+/// Why a launch failed on the device. The first of a launch is kept.
+#[derive(Clone, Copy, Debug)]
+pub enum KernelFault {
+    /// The kernel panicked.
+    Panic(Message),
+    /// The kernel touched an address that the process has not mapped, or not for that access. It ran on over a scratch page.
+    Wild {
+        /// The process address.
+        address: usize,
+        /// Whether it was a write.
+        write: bool,
+    },
+    /// The kernel used a process address while the page was on the device: it forgot [`crate::kernel::Ctx::ptr`].
+    HostAddress {
+        /// The process address.
+        address: usize,
+    },
+    /// The kernel touched memory of a kind that this device cannot reach.
+    Unreachable {
+        /// The process address.
+        address: usize,
+    },
+}
+
+/// A launch as the driver runs it.
+#[derive(Debug)]
+pub struct Launch {
+    /// The kernel.
+    pub entry: Entry,
+    /// Its arguments, as device addresses.
+    pub bound: Bound,
+    /// The number of groups.
+    pub groups: usize,
+}
+
+/// A kind of device. See the module's rules.
+///
+/// # Safety
+/// uhmm's memory safety rests on a driver doing what each method says, in particular on `unmap` being acknowledged.
+#[allow(unsafe_code)] // only the marker: an implementation promises what safe code relies on
+pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
+    /// What the device is.
+    fn info(&self) -> &DeviceInfo;
+
+    /// Makes a unit of device memory (512 frames from `unit * 512`) usable; its contents are zero or old. Units from `memory / 2 MiB` on are
+    /// those that are used in single pages.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    fn populate(&self, unit: usize) -> Result<(), Errno>;
+
+    /// Gives the memory of an unused unit back.
+    fn release(&self, unit: usize);
+
+    /// Where the CPU can read `frame` while it is not mapped for the device, if it can.
+    fn peek(&self, frame: Frame) -> Option<usize>;
+
+    /// The device's own address of a frame that is not mapped at any process address, for memory that the program allocated on the device.
+    fn address(&self, frame: Frame) -> usize;
+
+    /// Starts a batch of copies. The batch and what it names stay as they are until [`wait`](Self::wait) has returned.
+    fn copy(&self, batch: &[Dma]) -> Fence;
+
+    /// Waits for a batch.
+    ///
+    /// # Errors
+    /// If a guarded piece could not be reached; the other pieces are done.
+    fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<(), DmaError>;
+
+    /// Makes the device able to see the blocks of `span` at all, before pages of it are mapped.
+    ///
+    /// # Errors
+    /// If the device has no addresses for it.
+    fn open_window(&self, span: Span) -> Result<(), Errno>;
+
+    /// The process has nothing at `span` (whole blocks) any more: addresses for it may go.
+    fn close_window(&self, span: Span);
+
+    /// Enters runs into the device's page table. The frames hold valid data.
+    ///
+    /// # Errors
+    /// If the device cannot map; nothing of the batch is mapped then.
+    fn map(&self, batch: &[MapRun]) -> Result<(), Errno>;
+
+    /// Makes mapped runs writable.
+    fn allow_writes(&self, batch: &[MapRun]);
+
+    /// Takes runs out of the device's page table, acknowledged.
+    fn unmap(&self, batch: &[MapRun]);
+
+    /// Runs a kernel to its end, all groups.
+    ///
+    /// # Errors
+    /// The first fault of the kernel.
+    fn launch(&self, launch: &Launch) -> Result<(), KernelFault>;
+
+    /// A worker touched the page at `va` and it was not in the device's page table: the entry of the device's fault buffer.
+    fn note_fault(&self, va: usize, write: bool);
+
+    /// Tells the running launch that it touched process memory that was on the device.
+    fn host_touch(&self, tid: u32, address: usize);
+
+    /// Whether the thread is one of the device's workers.
+    fn owns_thread(&self, tid: u32) -> bool;
+
+    /// Whether `address` lies where the device sees the process's memory.
+    fn in_window(&self, address: usize) -> bool;
+
+    /// A worker touched an address that cannot be served: let it run on over a scratch page, and fail its launch.
+    /// Returns false if even that is impossible.
+    fn scratch(&self, address: usize, fault: KernelFault) -> bool;
+}

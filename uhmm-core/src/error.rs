@@ -1,0 +1,167 @@
+//! What can go wrong, in words for the one who called.
+
+use crate::driver::KernelFault;
+use crate::kernel::MAX_ARGS;
+use uhmm_os::Errno;
+use uhmm_os::uffd::OpenError;
+
+/// An error of uhmm. Errors found before a kernel starts leave all memory as it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// userfaultfd cannot be used; the message says what gives the right.
+    #[error("cannot use userfaultfd: {0}")]
+    NoUserfaultfd(#[from] OpenError),
+    /// No device of that name.
+    #[error("no such device: {name:?} (there is: {known})")]
+    NoDevice {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// A device cannot be opened as asked.
+    #[error("cannot open device {name}: {why}")]
+    Device {
+        /// Its name.
+        name: String,
+        /// What is wrong, and what to do.
+        why: String,
+    },
+    /// A null pointer was passed where a range was declared.
+    #[error("argument {index} is a null pointer with a length of {bytes} bytes")]
+    Null {
+        /// The argument's position.
+        index: usize,
+        /// The declared bytes.
+        bytes: usize,
+    },
+    /// A range that the process has not mapped, in whole or in part.
+    #[error("argument {index} names {address:#x}, which is not mapped (declared: {start:#x} to {end:#x})")]
+    Unmapped {
+        /// The argument's position.
+        index: usize,
+        /// The first address without a mapping.
+        address: usize,
+        /// Start of the declared range.
+        start: usize,
+        /// End of the declared range.
+        end: usize,
+    },
+    /// A range that the process may not use as declared.
+    #[error("argument {index} is to be {}, but the memory at {address:#x} is {}", if *.write { "written" } else { "read" }, if *.write { "read-only" } else { "not readable" })]
+    Protected {
+        /// The argument's position.
+        index: usize,
+        /// The first such address.
+        address: usize,
+        /// Whether the launch writes it.
+        write: bool,
+    },
+    /// A range whose end is beyond the address space.
+    #[error("argument {index} declares {count} elements of {size} bytes at {start:#x}, which reaches beyond the address space")]
+    Overflow {
+        /// The argument's position.
+        index: usize,
+        /// Start of the range.
+        start: usize,
+        /// Elements.
+        count: usize,
+        /// Bytes of an element.
+        size: usize,
+    },
+    /// Two arguments share bytes and one of them is written.
+    #[error("arguments {first} and {second} overlap at {address:#x} and one of them is written")]
+    Overlap {
+        /// The earlier argument.
+        first: usize,
+        /// The later one.
+        second: usize,
+        /// The first shared byte.
+        address: usize,
+    },
+    /// An address where the device cannot see the process's memory.
+    #[error("argument {index} at {address:#x} lies where device {device} has no address for it")]
+    OutOfReach {
+        /// The argument's position.
+        index: usize,
+        /// The address.
+        address: usize,
+        /// The device.
+        device: &'static str,
+    },
+    /// Memory of one device was passed to another.
+    #[error("argument {index} is memory of another device")]
+    OtherDevice {
+        /// The argument's position.
+        index: usize,
+    },
+    /// The grid has no group, or more than can be counted.
+    #[error("a grid of {0:?} groups cannot run: each side needs at least 1, the product must fit a usize")]
+    Grid([usize; 3]),
+    /// One launch declares more than the device's memory holds.
+    #[error("the launch declares {needed} bytes (in blocks of 2 MiB), the memory of device {device} has {capacity}: divide the work, or open the device with more memory")]
+    TooLarge {
+        /// The device.
+        device: &'static str,
+        /// What the launch needs resident at once.
+        needed: usize,
+        /// What the device has.
+        capacity: usize,
+    },
+    /// The device's memory is exhausted by memory that was allocated on it.
+    #[error("device {device} has no room for {needed} bytes more (memory: {capacity} bytes, allocated by the program or in use by a launch)")]
+    NoRoom {
+        /// The device.
+        device: &'static str,
+        /// What was needed.
+        needed: usize,
+        /// What the device has.
+        capacity: usize,
+    },
+    /// Device memory and a slice of unequal length were to be copied.
+    #[error("the buffer holds {buffer} elements, the slice {slice}")]
+    Length {
+        /// Elements of the device's buffer.
+        buffer: usize,
+        /// Elements of the slice.
+        slice: usize,
+    },
+    /// Memory went away while it was being copied.
+    #[error("memory at {address:#x} could not be reached while it was copied: it was unmapped or protected meanwhile")]
+    Gone {
+        /// The address.
+        address: usize,
+    },
+    /// The kernel failed on the device.
+    #[error("kernel failed: {}", kernel_fault(.0))]
+    Kernel(KernelFault),
+    /// The device failed.
+    #[error("device {device} failed: {source}")]
+    Driver {
+        /// The device.
+        device: &'static str,
+        /// The system's error.
+        source: Errno,
+    },
+    /// The system refused something uhmm needs.
+    #[error("cannot {0}: {1}")]
+    System(&'static str, #[source] Errno),
+}
+
+fn kernel_fault(fault: &KernelFault) -> String {
+    match fault {
+        KernelFault::Panic(message) => format!("it panicked: {}", message.as_str()),
+        KernelFault::Wild { address, write } => {
+            format!("it {} {address:#x}, where the process has no memory for that", if *write { "wrote" } else { "read" })
+        }
+        KernelFault::HostAddress { address } => {
+            format!("it touched process address {address:#x} while the page was on the device: follow stored pointers with ctx.ptr(p)")
+        }
+        KernelFault::Unreachable { address } => {
+            format!("it touched {address:#x}, which is not anonymous private memory: declare it with inp, out or inout")
+        }
+    }
+}
+
+const _: () = assert!(MAX_ARGS == 16, "the message of `Args::new` names the number");

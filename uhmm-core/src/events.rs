@@ -1,0 +1,133 @@
+//! Keeping in step: what the directory does when the program changes its mappings.
+//!
+//! All of it runs on the monitor, with the event lock held alone, so that no migration is in its collect or commit step. What is in the copy step
+//! has its pages in `busy`: an invalidation takes them out, and the mover sees that when it commits. The device's entries go first, acknowledged; then
+//! the directory changes.
+
+use crate::bits::Bits;
+use crate::core::Core;
+use crate::counters::count;
+use crate::directory::{Block, State};
+use crate::home;
+use crate::notifier;
+use crate::page::{Cause, PageState, Span, Va};
+use crate::ranges;
+use uhmm_os::uffd::Event;
+use uhmm_os::{BLOCK, Errno, PAGE, thread};
+
+/// Follows one event. `read` reads more of them into the monitor's queue, which lets calls go on that the kernel refuses meanwhile.
+pub(crate) fn follow(core: &Core, event: &Event, read: &mut dyn FnMut()) {
+    match *event {
+        Event::Unmap { start, end } => unmapped(core, Span { start, end }),
+        Event::Remove { start, end } => {
+            core.dir.for_each(Span { start, end }, |block, part| invalidate(core, block, part, false));
+        }
+        Event::Remap { from, to, len } => remapped(core, from, to, len, read),
+        Event::Fork { .. } | Event::Fault { .. } => {}
+    }
+}
+
+fn unmapped(core: &Core, span: Span) {
+    core.dir.for_each(span, |block, part| invalidate(core, block, part, true));
+    // Addresses of the device for blocks that have no mapping left.
+    for part in [span.start, span.end.saturating_sub(1)] {
+        let block = Span::block(part);
+        let rest = core.space.maps.find(block.start);
+        if matches!(rest, Ok(next) if next.is_none_or(|vma| vma.start >= block.end)) {
+            core.for_each_device(|dev| dev.driver.close_window(block));
+        }
+    }
+    let whole = Span { start: span.start.next_multiple_of(BLOCK), end: span.end / BLOCK * BLOCK };
+    if !whole.is_empty() {
+        core.for_each_device(|dev| dev.driver.close_window(whole));
+    }
+}
+
+/// Everything that devices have of `part` goes.
+fn invalidate(core: &Core, block: &Block, part: Span, unregistered: bool) {
+    notifier::invalidate(block);
+    let mut state = block.lock();
+    let bits = part.bits();
+    forget(core, &mut state, Span::block(part.start).start, bits);
+    if unregistered {
+        state.reg -= bits;
+    }
+}
+
+fn forget(core: &Core, state: &mut State, va: Va, bits: Bits) {
+    if state.device == 0 {
+        return;
+    }
+    let dev = core.device(state.device as usize - 1);
+    count(&dev.counters.invalidations, 1);
+    ranges::unmap(core, dev, state, va, bits);
+    let moving = bits & state.busy() & state.gone();
+    state.shift(moving, PageState::Moving, Cause::Unmap, PageState::System);
+    let copying = bits & state.busy();
+    state.shift(copying, PageState::Copying, Cause::Unmap, PageState::System);
+    let (private, shared, bounced) = (bits & state.private(), bits & state.duplicated(), bits & state.bounced());
+    state.shift(private, PageState::Private, Cause::Unmap, PageState::System);
+    state.shift(shared, PageState::Duplicated, Cause::Unmap, PageState::System);
+    state.shift(bounced, PageState::Bounced, Cause::Unmap, PageState::System);
+    state.parked -= bits;
+    ranges::give_frames(core, dev, state, va, private | shared | bounced);
+}
+
+/// Copies pages that a migration has taken out, and whose copy step may still be reading them, to where the program expects them now.
+fn rescue(core: &Core, state: &State, moving: Bits, target: Va, read: &mut dyn FnMut()) {
+    if state.tray == 0 || moving.is_empty() {
+        return;
+    }
+    let held = core.space.present(Span::block(state.tray)).map(|present| present.pages).unwrap_or_default();
+    for page in (moving & held).pages() {
+        while home::copy_page(core, target + page * PAGE, state.tray + page * PAGE) == Err(Errno::AGAIN) && core.space.uffd.event_pending() {
+            read();
+            thread::yield_now();
+        }
+    }
+}
+
+/// The program's pages are at `to` now. What a device has of them comes home there, whatever the new alignment.
+fn remapped(core: &Core, from: Va, to: Va, len: usize, read: &mut dyn FnMut()) {
+    let old = Span { start: from, end: from + len };
+    core.dir.for_each(old, |block, part| {
+        notifier::invalidate(block);
+        let va = Span::block(part.start).start;
+        let target = to.wrapping_add(va.wrapping_sub(from));
+        let bits = part.bits();
+        let mut state = block.lock();
+        if state.device != 0 {
+            let dev = core.device(state.device as usize - 1);
+            while !(bits & state.private()).is_empty() {
+                let away = bits & state.private();
+                match home::bring_home_to(core, dev, &mut state, va, away, target) {
+                    Ok(_) => break,
+                    Err(Errno::AGAIN) if core.space.uffd.event_pending() => read(),
+                    Err(_) => break, // the new place is gone too: its event stands in the queue
+                }
+                thread::yield_now();
+            }
+            rescue(core, &state, bits & state.busy() & state.gone(), target, read);
+            let shared = bits & (state.duplicated() | (state.busy() - state.gone()));
+            forget(core, &mut state, va, bits);
+            let _ = ranges::unprotect(core, target, shared);
+        }
+        state.reg -= bits;
+    });
+    // The new place is watched as the old one was.
+    let mut at = to & !(BLOCK - 1);
+    while at < to + len {
+        if let Ok(block) = core.dir.get_or_make(at) {
+            notifier::invalidate(block);
+            let part = Span { start: to, end: to + len }.and(Span::block(at));
+            let mut state = block.lock();
+            let moved_from = from.wrapping_add(part.start.wrapping_sub(to));
+            let was = core.dir.get(moved_from).is_some();
+            if was {
+                state.reg |= part.bits();
+            }
+        }
+        at += BLOCK;
+    }
+    debug_assert!(len.is_multiple_of(PAGE));
+}

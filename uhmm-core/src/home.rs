@@ -1,0 +1,224 @@
+//! The way home: what the CPU touches, what makes room, and what ends a duplicate.
+//!
+//! Order, on one locked block: the device's entry goes (acknowledged), the contents are copied into pool pages, the pages move to the program, which maps them
+//! and wakes the toucher in one act; only then does the directory call them System. Small returns are copied by the kernel instead
+//! (UFFDIO_COPY), for moving a page must flush its old address from other cores. A step that meets an unread event leaves the page on
+//! the device, whole, and says so.
+#![allow(unsafe_code)] // calls of userfaultfd that put pages into the program
+
+use crate::bits::Bits;
+use crate::core::{Core, Device};
+use crate::counters::count;
+use crate::directory::{BlockGuard, State};
+use crate::driver::{Dma, DmaKind};
+use crate::error::Error;
+use crate::page::{Cause, PageState, Span, Va};
+use crate::pool::Size;
+use crate::ranges;
+use crate::sync::*;
+use uhmm_os::uffd::{CopyMode, MoveMode};
+use uhmm_os::{Errno, PAGE, thread};
+
+/// Returns of fewer pages are copied by the kernel.
+const COPY_BELOW: usize = 16;
+/// Pieces of one batch: 256 runs of 2 pages are the most that a block can have.
+const PIECES: usize = 256;
+
+/// Brings private pages of the block home: those that arrived.
+///
+/// # Errors
+/// `EAGAIN` if an event is unread: drop the locks, let it be read, and look again. What arrived before that did arrive.
+pub(crate) fn bring_home(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits) -> Result<Bits, Errno> {
+    bring_home_to(core, dev, state, va, pages, va)
+}
+
+/// As [`bring_home`], for a block whose program pages are now at `to` (mremap).
+pub(crate) fn bring_home_to(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits, to: Va) -> Result<Bits, Errno> {
+    let pages = pages & state.private();
+    ranges::unmap(core, dev, state, va, pages);
+    let (arrived, result) = if pages.count() < COPY_BELOW {
+        copy_home(core, dev, state, pages, to)
+    } else {
+        move_home(core, dev, state, pages, to)
+    };
+    state.shift(arrived, PageState::Private, Cause::Return, PageState::System);
+    state.parked -= arrived;
+    ranges::give_frames(core, dev, state, va, arrived);
+    count(&dev.counters.pages_to_cpu, arrived.count());
+    result.map(|()| arrived)
+}
+
+fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (Bits, Result<(), Errno>) {
+    let mut arrived = Bits::EMPTY;
+    let mut result = Ok(());
+    ranges::frame_runs(core, state, pages, |run, frame| {
+        if result.is_err() {
+            return;
+        }
+        let (target, len) = (to + run.start * PAGE, run.len() * PAGE);
+        let copied = match dev.driver.peek(frame) {
+            // SAFETY: the frames are not mapped for the device and valid; the target pages are empty and watched, as the directory says.
+            Some(source) => unsafe { core.space.uffd.copy(target, source, len, CopyMode::empty()) },
+            None => {
+                let tray = core.pool.take_full(Size::Small, Bits::range(run.clone()));
+                let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len }];
+                let fence = dev.driver.copy(&dma);
+                let _ = dev.driver.wait(fence, &dma);
+                // SAFETY: as above; the tray is ours and full.
+                let copied = unsafe { core.space.uffd.copy(target, tray.slot(run.start), len, CopyMode::empty()) };
+                core.pool.put(tray);
+                copied
+            }
+        };
+        let done = copied.map_or_else(|partial| partial.done / PAGE, |()| run.len());
+        count(&dev.counters.bytes_to_cpu, done * PAGE);
+        arrived |= Bits::range(run.start..run.start + done);
+        if let Err(partial) = copied {
+            result = after(partial.errno, &mut arrived, run.start + done);
+        }
+    });
+    (arrived, result)
+}
+
+/// Copies one page of a tray into an empty, watched page of the program.
+pub(crate) fn copy_page(core: &Core, target: Va, source: usize) -> Result<(), Errno> {
+    // SAFETY: the source is a full slot of a tray; the target was taken out of the program, which waits for it.
+    unsafe { core.space.uffd.copy(target, source, PAGE, CopyMode::empty()) }.map_err(|partial| partial.errno)
+}
+
+/// What an error at `page` means: it arrived in another way, it has nowhere to go (its event will come), or an event is unread.
+fn after(errno: Errno, arrived: &mut Bits, page: usize) -> Result<(), Errno> {
+    if errno == Errno::EXIST {
+        // Somebody filled the page meanwhile: what is there is newer.
+        arrived.set(page);
+    }
+    Err(Errno::AGAIN)
+}
+
+fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (Bits, Result<(), Errno>) {
+    let huge = state.huge && state.whole && pages == Bits::ALL && to.is_multiple_of(uhmm_os::BLOCK);
+    let mut tray = core.pool.take_full(if huge { Size::Huge } else { Size::Small }, pages);
+    let mut dma = [Dma { kind: DmaKind::ToHost, host: 0, frame: 0, offset: 0, len: 0 }; PIECES];
+    let mut pieces = 0;
+    let send = |list: &[Dma]| {
+        let fence = dev.driver.copy(list);
+        let _ = dev.driver.wait(fence, list); // nothing is guarded here: it cannot fail
+    };
+    ranges::frame_runs(core, state, pages, |run, frame| {
+        if pieces == PIECES {
+            send(&dma);
+            pieces = 0;
+        }
+        dma[pieces] = Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len: run.len() * PAGE };
+        pieces += 1;
+    });
+    send(&dma[..pieces]);
+    count(&dev.counters.bytes_to_cpu, pages.count() * PAGE);
+    let mut arrived = Bits::EMPTY;
+    let mut result = Ok(());
+    'runs: for run in pages.runs() {
+        let (mut at, mut most) = (run.start, run.len());
+        while at < run.end {
+            let n = most.min(run.end - at);
+            // SAFETY: the tray's pages are ours, full of the block's contents; the target pages are empty and watched, as the directory says.
+            let Err(partial) = (unsafe { core.space.uffd.move_pages(to + at * PAGE, tray.slot(at), n * PAGE, MoveMode::empty()) }) else {
+                tray.full -= Bits::range(at..at + n);
+                arrived |= Bits::range(at..at + n);
+                at += n;
+                continue;
+            };
+            let done = partial.done / PAGE;
+            tray.full -= Bits::range(at..at + done);
+            arrived |= Bits::range(at..at + done);
+            at += done;
+            match partial.errno {
+                Errno::AGAIN if done > 0 || !core.space.uffd.event_pending() => {}
+                Errno::INVAL if n > 1 => most = n.div_ceil(2), // the range spans mappings
+                Errno::INVAL => {
+                    // A mapping that no page can move to (protected or locked meanwhile): a copy can.
+                    // SAFETY: as above.
+                    let copied = unsafe { core.space.uffd.copy(to + at * PAGE, tray.slot(at), PAGE, CopyMode::empty()) };
+                    if let Err(partial) = copied {
+                        result = after(partial.errno, &mut arrived, at);
+                        break 'runs;
+                    }
+                    arrived.set(at);
+                    at += 1;
+                }
+                errno => {
+                    result = after(errno, &mut arrived, at);
+                    break 'runs;
+                }
+            }
+        }
+    }
+    core.pool.put(tray);
+    (arrived, result)
+}
+
+/// Ends duplicates: the device's copies go, and the CPU may write again.
+///
+/// # Errors
+/// `EAGAIN` as in [`bring_home`]; the device's copies are gone all the same.
+pub(crate) fn drop_duplicates(core: &Core, dev: &Device, state: &mut State, va: Va, pages: Bits) -> Result<(), Errno> {
+    let pages = pages & state.duplicated();
+    if pages.is_empty() {
+        return Ok(());
+    }
+    ranges::unmap(core, dev, state, va, pages);
+    state.shift(pages, PageState::Duplicated, Cause::CpuWrite, PageState::System);
+    ranges::give_frames(core, dev, state, va, pages);
+    ranges::unprotect(core, va, pages)
+}
+
+/// Brings everything of the block that holds `va` home, whatever it takes; snapshots of a running launch stay.
+pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> {
+    let va = Span::block(va).start;
+    loop {
+        let hold = core.space.hold();
+        let Some(block) = core.dir.get(va) else { return Ok(()) };
+        let mut state = block.lock();
+        if state.device != dev.id() {
+            dev.mem.forget(&core.dir, va);
+            return Ok(());
+        }
+        if state.mover != 0 {
+            drop((state, hold));
+            thread::yield_now();
+            continue;
+        }
+        let shared = state.duplicated();
+        let mut result = drop_duplicates(core, dev, &mut state, va, shared);
+        if result.is_ok() {
+            let away = state.private();
+            result = bring_home(core, dev, &mut state, va, away).map(|_| ());
+        }
+        drop((state, hold));
+        match result {
+            Ok(()) => return Ok(()),
+            Err(_) => {
+                core.space.settle();
+                thread::yield_now();
+            }
+        }
+    }
+}
+
+/// Makes room: sends the least recently used block home that no running launch has declared; with `force`, failing that, one that it has but
+/// can bear to lose, since the device will fault on it.
+///
+/// # Errors
+/// [`Error::NoRoom`] if there is none.
+pub(crate) fn evict_one(core: &Core, dev: &Device, force: bool) -> Result<(), Error> {
+    let pin = dev.pin();
+    let mut va = dev.mem.oldest(&core.dir, |block| pin == 0 || block.pin.load(Ordering::Relaxed) != pin);
+    if va.is_none() && force {
+        va = dev.mem.oldest(&core.dir, |block| !block.keep.load(Ordering::Relaxed));
+    }
+    let Some(va) = va else {
+        let info = dev.driver.info();
+        return Err(Error::NoRoom { device: info.name, needed: uhmm_os::BLOCK, capacity: info.memory });
+    };
+    count(&dev.counters.evictions, 1);
+    send_home(core, dev, va)
+}

@@ -1,0 +1,625 @@
+//! What runs on a device, and what it is given: [`Kernel`], [`Ctx`], [`Grid`], [`Args`].
+//!
+//! A kernel is an ordinary Rust function that is called once for each *group* of a grid, by several threads at once. It names its
+//! arguments by position. Rules:
+//! * arguments are plain data ([`Pod`]): any bytes that another program could have left there are a valid value;
+//! * a written argument is handed out once per group, and only in parts that no other group can be given;
+//! * addresses in [`Ctx`] are the device's; a pointer that was stored in memory is followed through [`Ctx::ptr`].
+#![allow(unsafe_code)] // the slices a kernel sees are made here, from addresses that the launch has checked
+
+use crate::sync::{AtomicUsize, Ordering};
+use bytemuck::Pod;
+use core::any::TypeId;
+use core::cell::Cell;
+use core::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// The most arguments that one launch takes.
+pub const MAX_ARGS: usize = 16;
+/// The bytes of scratch memory ([`Ctx::local`]) that each group has.
+pub const LOCAL_BYTES: usize = 4 << 20;
+
+/// A function that a device runs, once for each group of the grid.
+///
+/// It is implemented for every `Fn(&Ctx<'_>) + Sync`. A kernel that panics fails its launch with the panic's message; the program
+/// and later launches go on.
+pub trait Kernel: Sync {
+    /// Runs one group.
+    fn run(&self, ctx: &Ctx<'_>);
+}
+
+impl<F: Fn(&Ctx<'_>) + Sync> Kernel for F {
+    fn run(&self, ctx: &Ctx<'_>) {
+        self(ctx)
+    }
+}
+
+/// The groups of a launch: how many there are along x, y and z.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Groups along x, y and z.
+    pub size: [usize; 3],
+}
+
+impl Grid {
+    /// All groups, or `None` if the product overflows.
+    pub fn groups(self) -> Option<usize> {
+        self.size[0].checked_mul(self.size[1])?.checked_mul(self.size[2])
+    }
+}
+
+impl From<usize> for Grid {
+    fn from(groups: usize) -> Self {
+        Grid { size: [groups, 1, 1] }
+    }
+}
+
+impl From<[usize; 2]> for Grid {
+    fn from([x, y]: [usize; 2]) -> Self {
+        Grid { size: [x, y, 1] }
+    }
+}
+
+impl From<[usize; 3]> for Grid {
+    fn from(size: [usize; 3]) -> Self {
+        Grid { size }
+    }
+}
+
+/// How a launch uses an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Only read: the CPU keeps its copy.
+    In,
+    /// Only written: what the kernel leaves unwritten reads as before or as zero.
+    Out,
+    /// Read and written.
+    InOut,
+}
+
+impl Access {
+    /// Whether the kernel may write.
+    pub fn writes(self) -> bool {
+        self != Access::In
+    }
+}
+
+/// One argument as the launch carries it: plain numbers, so that it can be copied into memory that never migrates.
+#[derive(Clone, Copy, Debug)]
+pub enum RawArg {
+    /// A range of the process's memory, or of device memory that the program allocated itself.
+    Slice {
+        /// First byte: a process address, or a device address if `device` is set.
+        start: usize,
+        /// Elements.
+        count: usize,
+        /// Bytes of one element.
+        size: usize,
+        /// The element type.
+        ty: TypeId,
+        /// Its name, for messages.
+        name: &'static str,
+        /// What the kernel does with it.
+        access: Access,
+        /// The number of the device whose memory this is, if it is not the process's.
+        device: Option<u32>,
+    },
+    /// A value of at most 16 bytes.
+    Value {
+        /// The bytes, from the start.
+        bytes: [u8; 16],
+        /// How many count.
+        size: usize,
+        /// The type.
+        ty: TypeId,
+        /// Its name, for messages.
+        name: &'static str,
+    },
+    /// A bare pointer of the process: nothing is declared, the device fetches what it touches.
+    Pointer {
+        /// The process address.
+        address: usize,
+    },
+}
+
+impl RawArg {
+    /// First byte and one past the last of a process range, if it is one.
+    pub fn process_range(&self) -> Option<(usize, usize, Access)> {
+        match *self {
+            RawArg::Slice { start, count, size, access, device: None, .. } => Some((start, start + count * size, access)),
+            _ => None,
+        }
+    }
+}
+
+/// One argument of a launch; it borrows what it names for as long as the launch runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Arg<'a> {
+    raw: RawArg,
+    borrow: PhantomData<&'a mut u8>,
+}
+
+impl Arg<'_> {
+    /// An argument from its parts.
+    ///
+    /// # Safety
+    /// The range, if it is one, must hold `count` initialised values of the type that `ty` names, borrowed for the lifetime of the
+    /// argument (exclusively if it is written).
+    pub unsafe fn from_raw(raw: RawArg) -> Self {
+        Arg { raw, borrow: PhantomData }
+    }
+}
+
+fn slice<T: Pod>(start: *const T, count: usize, access: Access) -> RawArg {
+    RawArg::Slice {
+        start: start as usize,
+        count,
+        size: size_of::<T>(),
+        ty: TypeId::of::<T>(),
+        name: core::any::type_name::<T>(),
+        access,
+        device: None,
+    }
+}
+
+/// An argument that the kernel only reads.
+pub fn inp<T: Pod>(data: &[T]) -> Arg<'_> {
+    Arg { raw: slice(data.as_ptr(), data.len(), Access::In), borrow: PhantomData }
+}
+
+/// An argument that the kernel only writes: its old contents are not sent to the device.
+pub fn out<T: Pod>(data: &mut [T]) -> Arg<'_> {
+    Arg { raw: slice(data.as_ptr(), data.len(), Access::Out), borrow: PhantomData }
+}
+
+/// An argument that the kernel reads and writes.
+pub fn inout<T: Pod>(data: &mut [T]) -> Arg<'_> {
+    Arg { raw: slice(data.as_ptr(), data.len(), Access::InOut), borrow: PhantomData }
+}
+
+/// A bare pointer, of which nothing is declared: a device with replayable faults fetches what the kernel touches.
+///
+/// # Safety
+/// Whatever the kernel reaches through this pointer must be valid for the accesses it makes until the launch has ended, as if the
+/// kernel were a function that this thread calls.
+pub unsafe fn ptr<'a, T>(address: *const T) -> Arg<'a> {
+    Arg { raw: RawArg::Pointer { address: address as usize }, borrow: PhantomData }
+}
+
+/// A value of any plain type up to 16 bytes. Numbers need no wrapper in [`args!`](crate::args).
+///
+/// # Panics
+/// If the type is larger than 16 bytes: pass a slice of one element instead.
+pub fn val<'a, T: Pod>(value: T) -> Arg<'a> {
+    let size = size_of::<T>();
+    assert!(size <= 16, "a value argument has at most 16 bytes, {} has {size}: pass inp(&[value])", core::any::type_name::<T>());
+    let mut bytes = [0; 16];
+    bytes[..size].copy_from_slice(bytemuck::bytes_of(&value));
+    Arg { raw: RawArg::Value { bytes, size, ty: TypeId::of::<T>(), name: core::any::type_name::<T>() }, borrow: PhantomData }
+}
+
+/// What [`args!`](crate::args) accepts: an [`Arg`], or a number.
+pub trait IntoArg<'a> {
+    /// The argument.
+    fn into_arg(self) -> Arg<'a>;
+}
+
+impl<'a> IntoArg<'a> for Arg<'a> {
+    fn into_arg(self) -> Arg<'a> {
+        self
+    }
+}
+
+macro_rules! numbers {
+    ($($t:ty)*) => { $(impl<'a> IntoArg<'a> for $t {
+        fn into_arg(self) -> Arg<'a> { val(self) }
+    })* };
+}
+numbers!(u8 u16 u32 u64 u128 usize i8 i16 i32 i64 i128 isize f32 f64);
+
+/// The arguments of a launch, in order. Made by [`args!`](crate::args).
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    raw: [RawArg; MAX_ARGS],
+    count: usize,
+    borrow: PhantomData<&'a mut u8>,
+}
+
+impl<'a> Args<'a> {
+    /// Arguments from a list.
+    ///
+    /// # Panics
+    /// If there are more than [`MAX_ARGS`].
+    pub fn new<const N: usize>(list: [Arg<'a>; N]) -> Self {
+        const { assert!(N <= MAX_ARGS, "a launch takes at most 16 arguments") };
+        let mut raw = [RawArg::Pointer { address: 0 }; MAX_ARGS];
+        for (slot, arg) in raw.iter_mut().zip(list) {
+            *slot = arg.raw;
+        }
+        Args { raw, count: N, borrow: PhantomData }
+    }
+
+    /// The arguments as plain numbers.
+    pub fn raw(&self) -> &[RawArg] {
+        &self.raw[..self.count]
+    }
+}
+
+/// The arguments of a launch: `args![out(&mut r), inp(&a), inp(&b), m]`.
+///
+/// Slices are named by [`inp`], [`out`] or [`inout`]; numbers stand for themselves; other plain values go through [`val`].
+#[macro_export]
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => { $crate::kernel::Args::new([$($crate::kernel::IntoArg::into_arg($arg)),*]) };
+}
+
+/// The arguments of one launch as its device sees them, shared by all of its groups.
+#[derive(Debug)]
+pub struct Bound {
+    args: [RawArg; MAX_ARGS],
+    count: usize,
+    grid: Grid,
+    mask: usize,
+    /// For each written argument the part length that the first group asked for; 0 until then.
+    parts: [AtomicUsize; MAX_ARGS],
+}
+
+impl Bound {
+    /// Binds arguments for a device that sees the process's address `v` at `v ^ mask`.
+    pub fn new(args: &[RawArg], grid: Grid, mask: usize) -> Self {
+        let mut all = [RawArg::Pointer { address: 0 }; MAX_ARGS];
+        for (slot, arg) in all.iter_mut().zip(args) {
+            *slot = *arg;
+            match slot {
+                RawArg::Slice { start, device: None, .. } => *start ^= mask,
+                RawArg::Pointer { address } => *address ^= mask,
+                _ => {}
+            }
+        }
+        Bound { args: all, count: args.len(), grid, mask, parts: [const { AtomicUsize::new(0) }; MAX_ARGS] }
+    }
+
+    /// The grid of the launch.
+    pub fn grid(&self) -> Grid {
+        self.grid
+    }
+}
+
+/// What one group of a launch knows: its place in the grid and its arguments.
+#[derive(Debug)]
+pub struct Ctx<'a> {
+    bound: &'a Bound,
+    group: usize,
+    taken: Cell<u32>,
+    local: (*mut u8, usize),
+    local_used: Cell<usize>,
+}
+
+impl<'a> Ctx<'a> {
+    /// The context of group number `group`.
+    ///
+    /// # Safety
+    /// The ranges in `bound` must be valid at the addresses it holds while the context lives, written ranges reached by nobody but
+    /// the groups of this launch, each group number used once; `local` must be `len` initialised bytes, aligned to 64, that nobody else uses.
+    pub unsafe fn new(bound: &'a Bound, group: usize, local: *mut u8, len: usize) -> Self {
+        Ctx { bound, group, taken: Cell::new(0), local: (local, len), local_used: Cell::new(0) }
+    }
+
+    /// The number of this group, from 0 to [`groups`](Self::groups) - 1.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// The number of groups.
+    pub fn groups(&self) -> usize {
+        self.bound.grid.groups().unwrap_or(0)
+    }
+
+    /// The place of this group along x, y and z.
+    pub fn group3(&self) -> [usize; 3] {
+        let [x, y, _] = self.bound.grid.size;
+        [self.group % x, self.group / x % y, self.group / (x * y)]
+    }
+
+    /// The grid.
+    pub fn grid(&self) -> Grid {
+        self.bound.grid
+    }
+
+    fn slice(&self, index: usize, want: TypeId, want_name: &str) -> (usize, usize, Access) {
+        match self.bound.args[..self.bound.count].get(index) {
+            Some(&RawArg::Slice { start, count, ty, name, access, .. }) => {
+                assert!(ty == want, "argument {index} holds {name}, the kernel asked for {want_name}");
+                (start, count, access)
+            }
+            Some(other) => panic!("argument {index} is no slice but {other:?}"),
+            None => panic!("there is no argument {index}: the launch has {}", self.bound.count),
+        }
+    }
+
+    /// Argument `index`, which was given as [`inp`].
+    ///
+    /// # Panics
+    /// If there is no such argument, or it is of another type or kind. The launch then fails with that message.
+    pub fn inp<T: Pod>(&self, index: usize) -> &'a [T] {
+        let (start, count, access) = self.slice(index, TypeId::of::<T>(), core::any::type_name::<T>());
+        assert!(access == Access::In, "argument {index} is written by this launch: use out({index})");
+        if count == 0 {
+            return &[];
+        }
+        // SAFETY: by the contract of `new` the range is valid and, being declared as read, not written while the launch runs.
+        unsafe { core::slice::from_raw_parts(start as *const T, count) }
+    }
+
+    /// Argument `index`, which was given as [`out`] or [`inout`]. Each group may take it once.
+    ///
+    /// # Panics
+    /// If there is no such argument, it is of another type or kind, or this group has taken it before.
+    pub fn out<T: Pod>(&self, index: usize) -> Out<'a, T> {
+        let (start, count, access) = self.slice(index, TypeId::of::<T>(), core::any::type_name::<T>());
+        assert!(access.writes(), "argument {index} is only read by this launch: use inp({index})");
+        let bit = 1 << index;
+        assert!(self.taken.get() & bit == 0, "group {} has taken argument {index} before", self.group);
+        self.taken.set(self.taken.get() | bit);
+        Out { start: start as *mut T, count, group: self.group, part: &self.bound.parts[index], data: PhantomData }
+    }
+
+    /// Argument `index`, which was given as a value.
+    ///
+    /// # Panics
+    /// If there is no such argument, or it is of another type or kind.
+    pub fn value<T: Pod>(&self, index: usize) -> T {
+        match &self.bound.args[..self.bound.count].get(index) {
+            Some(RawArg::Value { bytes, size, ty, name }) => {
+                let want = core::any::type_name::<T>();
+                assert!(*ty == TypeId::of::<T>(), "argument {index} is a {name}, the kernel asked for {want}");
+                bytemuck::pod_read_unaligned(&bytes[..*size])
+            }
+            Some(other) => panic!("argument {index} is no value but {other:?}"),
+            None => panic!("there is no argument {index}: the launch has {}", self.bound.count),
+        }
+    }
+
+    /// Argument `index`, which was given as [`ptr`], as an address of the device.
+    ///
+    /// # Panics
+    /// If there is no such argument, or it is of another kind.
+    pub fn pointer<T>(&self, index: usize) -> *mut T {
+        match self.bound.args[..self.bound.count].get(index) {
+            Some(&RawArg::Pointer { address }) => address as *mut T,
+            Some(other) => panic!("argument {index} is no bare pointer but {other:?}"),
+            None => panic!("there is no argument {index}: the launch has {}", self.bound.count),
+        }
+    }
+
+    /// Where the device sees what the process has at `p`: how a kernel follows a pointer that it read from memory.
+    pub fn ptr<T>(&self, p: *const T) -> *const T {
+        (p as usize ^ self.bound.mask) as *const T
+    }
+
+    /// Like [`ptr`](Self::ptr), for writing.
+    pub fn ptr_mut<T>(&self, p: *mut T) -> *mut T {
+        (p as usize ^ self.bound.mask) as *mut T
+    }
+
+    /// Scratch memory of this group: `count` elements with unspecified contents, aligned to 64 bytes, from [`LOCAL_BYTES`] in all.
+    ///
+    /// # Panics
+    /// If the group has less than that left.
+    #[allow(clippy::mut_from_ref)] // each call hands out other bytes
+    pub fn local<T: Pod>(&self, count: usize) -> &mut [T] {
+        let from = self.local_used.get();
+        let end = count.checked_mul(size_of::<T>()).and_then(|bytes| from.checked_add(bytes)).filter(|&end| end <= self.local.1);
+        let Some(end) = end else {
+            panic!("{count} elements of {} bytes do not fit the {} bytes of scratch memory that are left", size_of::<T>(), self.local.1 - from)
+        };
+        assert!(align_of::<T>() <= 64, "scratch memory is aligned to 64 bytes");
+        self.local_used.set(end.next_multiple_of(64).min(self.local.1));
+        // SAFETY: `from..end` lies in the group's own scratch memory and was handed to nobody else, because `local_used` only grows;
+        // it is aligned (64 divides `from`), initialised by the contract of `new`, and T is plain data.
+        unsafe { core::slice::from_raw_parts_mut(self.local.0.add(from).cast(), count) }
+    }
+}
+
+/// A written argument in the hands of one group.
+#[derive(Debug)]
+pub struct Out<'a, T> {
+    start: *mut T,
+    count: usize,
+    group: usize,
+    part: &'a AtomicUsize,
+    data: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T: Pod> Out<'a, T> {
+    /// Elements of the whole argument.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether it has no element.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The address of the first element on the device.
+    pub fn as_ptr(&self) -> *const T {
+        self.start
+    }
+
+    /// This group's own part: elements `group * len` up to `(group + 1) * len`, cut at the end of the argument (so possibly empty).
+    ///
+    /// # Panics
+    /// If another group of the launch asked for another `len`, for the parts would overlap.
+    pub fn chunk(self, len: usize) -> &'a mut [T] {
+        assert!(len > 0, "a part has at least one element");
+        if let Err(other) = self.part.compare_exchange(0, len, Ordering::Relaxed, Ordering::Relaxed) {
+            assert!(other == len, "all groups must take parts of one length: {other} and {len}");
+        }
+        let from = self.group.saturating_mul(len).min(self.count);
+        let to = from.saturating_add(len).min(self.count);
+        if from == to {
+            return &mut [];
+        }
+        // SAFETY: in bounds. No other group gets an element of it: group numbers differ and the length is one for all. This group
+        // gets it once: `Ctx::out` hands the argument out once and `chunk` consumes it.
+        unsafe { core::slice::from_raw_parts_mut(self.start.add(from), to - from) }
+    }
+
+    /// The whole argument as a raw pointer, for kernels that divide it in another way.
+    pub fn into_raw(self) -> (*mut T, usize) {
+        (self.start, self.count)
+    }
+}
+
+/// The most bytes of a panic message that are kept.
+pub const MESSAGE_BYTES: usize = 200;
+
+/// A short text without an allocation.
+#[derive(Clone, Copy)]
+pub struct Message {
+    bytes: [u8; MESSAGE_BYTES],
+    len: usize,
+}
+
+impl Message {
+    /// The text, cut at [`MESSAGE_BYTES`].
+    pub fn new(text: &str) -> Self {
+        let mut len = text.len().min(MESSAGE_BYTES);
+        while !text.is_char_boundary(len) {
+            len -= 1;
+        }
+        let mut bytes = [0; MESSAGE_BYTES];
+        bytes[..len].copy_from_slice(&text.as_bytes()[..len]);
+        Message { bytes, len }
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        core::str::from_utf8(&self.bytes[..self.len]).unwrap_or("")
+    }
+}
+
+impl core::fmt::Debug for Message {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.as_str().fmt(f)
+    }
+}
+
+/// A kernel without its type: what a launch carries.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    call: unsafe fn(*const (), &Ctx<'_>) -> Result<(), Message>,
+    data: *const (),
+}
+
+// SAFETY: `data` is a `&K` with `K: Sync`, kept alive by the contract of `Entry::call`.
+unsafe impl Send for Entry {}
+// SAFETY: as above.
+unsafe impl Sync for Entry {}
+
+impl Entry {
+    /// The entry of `kernel`.
+    pub fn new<K: Kernel>(kernel: &K) -> Self {
+        /// # Safety
+        /// `data` is a `&K` that is alive.
+        unsafe fn call<K: Kernel>(data: *const (), ctx: &Ctx<'_>) -> Result<(), Message> {
+            // SAFETY: by the contract.
+            let kernel = unsafe { &*data.cast::<K>() };
+            catch_unwind(AssertUnwindSafe(|| kernel.run(ctx))).map_err(|payload| {
+                let text = payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(|s| s.as_str()));
+                let message = Message::new(text.unwrap_or("a panic without a message"));
+                drop(payload);
+                message
+            })
+        }
+        Entry { call: call::<K>, data: core::ptr::from_ref(kernel).cast() }
+    }
+
+    /// Runs one group; a panic comes back as its message.
+    ///
+    /// # Safety
+    /// The kernel that the entry was made of must still be alive.
+    pub unsafe fn call(&self, ctx: &Ctx<'_>) -> Result<(), Message> {
+        // SAFETY: by the contract.
+        unsafe { (self.call)(self.data, ctx) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_ctx<R>(args: Args<'_>, groups: usize, group: usize, f: impl FnOnce(&Ctx<'_>) -> R) -> R {
+        let bound = Bound::new(args.raw(), groups.into(), 0);
+        let mut local = vec![0u128; 8];
+        // SAFETY: the arguments outlive the call and mask 0 leaves their addresses alone; the scratch memory is ours.
+        let ctx = unsafe { Ctx::new(&bound, group, local.as_mut_ptr().cast(), 128) };
+        f(&ctx)
+    }
+
+    #[test]
+    fn parts_are_disjoint_and_cut_at_the_end() {
+        let mut r = [0u32; 10];
+        let base = r.as_ptr() as usize;
+        let mut seen = vec![];
+        for group in 0..4 {
+            let (at, len) = with_ctx(args![out(&mut r)], 4, group, |ctx| {
+                let part = ctx.out::<u32>(0).chunk(3);
+                ((part.as_ptr() as usize - base) / 4, part.len())
+            });
+            seen.push((at, len));
+        }
+        assert_eq!(seen, [(0, 3), (3, 3), (6, 3), (9, 1)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "taken argument 0 before")]
+    fn a_group_cannot_hold_its_part_twice() {
+        let mut r = [0u32; 10];
+        with_ctx(args![out(&mut r)], 1, 0, |ctx| {
+            let _first = ctx.out::<u32>(0).chunk(3);
+            let _second = ctx.out::<u32>(0).chunk(3);
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "parts of one length: 3 and 4")]
+    fn groups_cannot_take_parts_of_unequal_length() {
+        let mut r = [0u32; 10];
+        let args = args![out(&mut r)];
+        let bound = Bound::new(args.raw(), 2.into(), 0);
+        for group in 0..2 {
+            // SAFETY: as in `with_ctx`; no scratch memory.
+            let ctx = unsafe { Ctx::new(&bound, group, core::ptr::null_mut(), 0) };
+            ctx.out::<u32>(0).chunk(3 + group);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "holds f32, the kernel asked for u32")]
+    fn types_are_checked() {
+        with_ctx(args![inp(&[1f32])], 1, 0, |ctx| ctx.inp::<u32>(0).len());
+    }
+
+    #[test]
+    fn values_and_scratch_memory() {
+        with_ctx(args![7u32, val([1u8, 2, 3]), 2.5f64], 1, 0, |ctx| {
+            assert_eq!((ctx.value::<u32>(0), ctx.value::<[u8; 3]>(1), ctx.value::<f64>(2)), (7, [1, 2, 3], 2.5));
+            let a = ctx.local::<u8>(3);
+            let b = ctx.local::<u8>(64);
+            a.fill(1);
+            b.fill(2);
+            assert_eq!(a, [1, 1, 1]);
+        });
+    }
+
+    #[test]
+    fn a_panic_is_a_message() {
+        let kernel = |_: &Ctx<'_>| panic!("number {}", 7);
+        let entry = Entry::new(&kernel);
+        // SAFETY: `kernel` is alive.
+        let message = with_ctx(args![], 1, 0, |ctx| unsafe { entry.call(ctx) }).unwrap_err();
+        assert_eq!(message.as_str(), "number 7");
+    }
+}

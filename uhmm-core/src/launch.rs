@@ -1,0 +1,342 @@
+//! The life of a launch: check, prepare, run, finish. It runs on the device's queue thread.
+//!
+//! *Prepare* makes what is declared resident: `inp` is duplicated, `inout` moves, `out` moves without an upload while its old pages are parked.
+//! Pages that hold other data too (the edges of a range) or cannot move get a snapshot instead, while the CPU keeps its page. *Finish* gives parked pages to
+//! the pool, or puts them back if the kernel failed; and of each snapshot writes exactly the bytes back that a written argument covers
+//! ([`crate::snapshot`]). Nothing else is copied back: the CPU's touch does that.
+//!
+//! A launch with the same arguments as the last one, after which nothing has changed on the device, skips the preparation.
+
+use crate::bits::Bits;
+use crate::check;
+use crate::core::{Core, Device};
+use crate::counters::count;
+use crate::driver::{KernelFault, Launch};
+use crate::error::Error;
+use crate::kernel::{Access, Bound, Entry, Grid, MAX_ARGS, RawArg};
+use crate::migrate::{Intent, Parked};
+use crate::own::{OwnSlice, Zeroed};
+use crate::page::{Cause, PageState, Span, Va};
+use crate::ranges;
+use crate::snapshot;
+use crate::space::ThreadBlocks;
+use crate::sync::*;
+use std::time::Instant;
+use uhmm_os::uffd::MoveMode;
+use uhmm_os::{BLOCK, Errno, PAGE, thread};
+
+/// Arguments of at least this many bytes keep their edge pages on the device too: what else lies on such a page is seldom touched (an allocator's header),
+/// and an unchanged relaunch then moves nothing. For smaller ones copying is cheaper than a fault.
+pub(crate) const LARGE: usize = 64 << 10;
+
+/// A launch as it is handed to the queue thread: by value.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request {
+    pub entry: Entry,
+    pub grid: Grid,
+    pub args: [RawArg; MAX_ARGS],
+    pub count: usize,
+}
+
+/// What the queue thread remembers, in memory that never migrates.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    parked: OwnSlice<Option<Parked>>,
+    parked_count: usize,
+    /// Blocks with snapshots of the running launch.
+    pub(crate) bounced: OwnSlice<usize>,
+    pub(crate) bounced_count: usize,
+    /// The last launch's ranges, and how often the device's pages had changed when it ended.
+    last: [(Va, Va, Option<Access>); MAX_ARGS],
+    last_changes: u64,
+}
+
+#[allow(unsafe_code)]
+// SAFETY: zeroed bytes are never read as a `Parked`: `parked_count` says how many entries were written.
+unsafe impl Zeroed for Option<Parked> {}
+
+impl Ledger {
+    /// For a device of `memory` bytes.
+    pub(crate) fn new(memory: usize) -> Result<Self, Errno> {
+        let most = 2 * (memory / BLOCK) * (BLOCK / PAGE) / 8 + 1024;
+        Ok(Ledger {
+            parked: OwnSlice::new(c"uhmm ledger", 2 * (memory / BLOCK) + 1024)?,
+            parked_count: 0,
+            bounced: OwnSlice::new(c"uhmm ledger", most)?,
+            bounced_count: 0,
+            last: [(0, 0, None); MAX_ARGS],
+            last_changes: u64::MAX,
+        })
+    }
+}
+
+/// Runs a launch from check to finish.
+pub(crate) fn run(core: &Core, dev: &Device, request: &Request) -> Result<(), Error> {
+    let args = &request.args[..request.count];
+    core.space.settle();
+    let groups = check::launch(core, dev, request.grid, args)?;
+    let mut ledger = dev.ledger.lock();
+    let ledger = &mut *ledger;
+    let prepared = {
+        let _one = core.prepare.lock();
+        if unchanged(core, dev, ledger, args) { Ok(()) } else { prepare(core, dev, ledger, args) }
+    };
+    let mut result = match prepared {
+        Ok(()) => execute(dev, request, groups).map_err(Error::Kernel),
+        Err(e) => Err(e),
+    };
+    let ended = finish(core, dev, ledger, args, result.is_ok());
+    if result.is_ok() {
+        result = ended;
+    }
+    count(&dev.counters.launches, 1);
+    if result.is_err() {
+        count(&dev.counters.launches_failed, 1);
+    }
+    result
+}
+
+fn signature(args: &[RawArg]) -> [(Va, Va, Option<Access>); MAX_ARGS] {
+    let mut ranges = [(0, 0, None); MAX_ARGS];
+    for (slot, arg) in ranges.iter_mut().zip(args) {
+        if let Some((start, end, access)) = arg.process_range() {
+            *slot = (start, end, Some(access));
+        }
+    }
+    ranges
+}
+
+/// Whether everything is where the last launch left it. Its pin is kept then.
+fn unchanged(core: &Core, dev: &Device, ledger: &Ledger, args: &[RawArg]) -> bool {
+    let _hold = core.space.hold(); // an event that was read is followed
+    dev.changes.load(Ordering::Acquire) == ledger.last_changes && ledger.last == signature(args)
+}
+
+fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
+    dev.set_pin(core.next_launch());
+    ledger.last_changes = u64::MAX;
+    for arg in args {
+        let Some((start, end, access)) = arg.process_range() else { continue };
+        let intent = match access {
+            Access::In => Intent::Duplicate,
+            Access::Out => Intent::Discard,
+            Access::InOut => Intent::Move,
+        };
+        let inside = Span::inside(start, end);
+        if start < end {
+            dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
+        }
+        check::pieces(core, start, end, |piece| {
+            if !piece.movable {
+                return Ok(());
+            }
+            let part = inside.and(Span::touching(piece.start, piece.end));
+            if !part.is_empty() {
+                register_ahead(core, part);
+                core.make_resident(dev, part, intent, &|_| Bits::EMPTY, &mut |parked| park(core, ledger, parked))?;
+            }
+            Ok(())
+        })?;
+        if access == Access::In && end - start >= LARGE {
+            duplicate_edges(core, dev, start, end)?;
+        }
+    }
+    for arg in args {
+        let Some((start, end, access)) = arg.process_range().filter(|range| range.0 < range.1) else { continue };
+        snapshot_rest(core, dev, ledger, Span::touching(start, end), access)?;
+    }
+    Ok(())
+}
+
+fn park(core: &Core, ledger: &mut Ledger, parked: Parked) {
+    if ledger.parked_count == ledger.parked.len() {
+        // More blocks than the device has room for cannot be parked at once; keep the program running in any case.
+        core.pool.put(parked.tray);
+        return;
+    }
+    let slot = ledger.parked.at(ledger.parked_count);
+    #[allow(unsafe_code)]
+    // SAFETY: in bounds, ours alone; nothing valid is overwritten, for entries beyond the count are vacant.
+    unsafe {
+        slot.write(Some(parked))
+    };
+    ledger.parked_count += 1;
+}
+
+/// Watches a large range by one call, where it is not watched at all yet, instead of block by block.
+fn register_ahead(core: &Core, span: Span) {
+    if span.len() <= BLOCK {
+        return;
+    }
+    let mut any = false;
+    core.dir.for_each(span, |block, part| any |= block.lock().reg.meets(part.bits()));
+    if any {
+        return;
+    }
+    let _hold = core.space.hold();
+    if core.space.register(span).is_err() {
+        return; // block by block will tell which part cannot be watched
+    }
+    for part in span.blocks() {
+        if let Ok(block) = core.dir.get_or_make(part.start) {
+            block.lock().reg |= part.bits();
+        }
+    }
+}
+
+/// The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
+fn duplicate_edges(core: &Core, dev: &Device, start: Va, end: Va) -> Result<(), Error> {
+    for edge in [Span::touching(start, start + 1), Span::touching(end - 1, end)] {
+        if Span::inside(start, end).and(edge) == edge {
+            continue;
+        }
+        let resident = core.dir.get(edge.start).is_some_and(|block| block.lock().resident().covers(edge.bits()));
+        let movable = core.space.mapping(edge.start).ok().flatten().is_some_and(|vma| crate::space::movable(&vma));
+        if movable {
+            let excluded = if resident { Bits::EMPTY } else { ThreadBlocks::now().pages(edge) };
+            core.make_resident(dev, edge, Intent::Duplicate, &|_| excluded, &mut |parked| core.pool.put(parked.tray))?;
+        }
+    }
+    Ok(())
+}
+
+/// Pages of a block that the device can use as `access` needs.
+fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
+    let Some(block) = core.dir.get(part.start) else { return Bits::EMPTY };
+    let state = block.lock();
+    if state.device != dev.id() {
+        return Bits::EMPTY;
+    }
+    let pages = if access.writes() { state.private() | state.bounced() } else { state.resident() };
+    pages & state.win & part.bits()
+}
+
+/// Takes snapshots of what is not resident by now: edges, and pages that cannot move.
+fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, span: Span, access: Access) -> Result<(), Error> {
+    for part in span.blocks() {
+        if usable(core, dev, part, access) != part.bits() {
+            core.make_resident(
+                dev,
+                part,
+                Intent::Snapshot,
+                &|part| usable(core, dev, part, access),
+                &mut |parked| core.pool.put(parked.tray),
+            )?;
+            let have = usable(core, dev, part, access);
+            if let Some(page) = (part.bits() - have).next(0) {
+                return Err(Error::Gone { address: Span::block(part.start).start + page * PAGE });
+            }
+        }
+        let bounced = core.dir.get(part.start).map_or(Bits::EMPTY, |block| block.lock().bounced());
+        let va = Span::block(part.start).start;
+        let known = ledger.bounced_count > 0 && ledger.bounced[..ledger.bounced_count].contains(&va);
+        if bounced.meets(part.bits()) && !known {
+            if ledger.bounced_count == ledger.bounced.len() {
+                let info = dev.driver.info();
+                return Err(Error::NoRoom { device: info.name, needed: span.len(), capacity: info.memory });
+            }
+            ledger.bounced[ledger.bounced_count] = va;
+            ledger.bounced_count += 1;
+        }
+    }
+    Ok(())
+}
+
+fn execute(dev: &Device, request: &Request, groups: usize) -> Result<(), KernelFault> {
+    let bound = Bound::new(&request.args[..request.count], request.grid, dev.driver.info().mask);
+    let launch = Launch { entry: request.entry, bound, groups };
+    let start = Instant::now();
+    let result = dev.driver.launch(&launch);
+    count(&dev.counters.kernel_nanos, start.elapsed().as_nanos() as usize);
+    result
+}
+
+fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<(), Error> {
+    for index in 0..core::mem::take(&mut ledger.parked_count) {
+        let slot = ledger.parked.at(index);
+        #[allow(unsafe_code)]
+        // SAFETY: written by `park`, taken once.
+        let Some(parked) = (unsafe { slot.replace(None) }) else { continue };
+        if !success {
+            put_back(core, dev, &parked);
+        }
+        unpark(core, &parked);
+        let Parked { mut tray, .. } = parked;
+        if !success {
+            // What moved back left its slot.
+            tray.full = core.space.present(Span::block(tray.start)).map_or(tray.full, |present| present.pages);
+        }
+        core.pool.put(tray);
+    }
+    let ended = snapshot::finish(core, dev, ledger, args, success);
+    ledger.last = signature(args);
+    // A snapshot serves one launch only, so that the next one has to prepare.
+    ledger.last_changes = if success && ended == Ok(0) { dev.changes.load(Ordering::Acquire) } else { u64::MAX };
+    ended.map(|_| ()).map_err(|address| Error::Gone { address })
+}
+
+/// The kernel failed: the old pages replace what it left, so that every byte reads as before the launch.
+fn put_back(core: &Core, dev: &Device, parked: &Parked) {
+    let mut rest = parked.pages;
+    while !rest.is_empty() {
+        {
+            let _hold = core.space.hold();
+            let Some(block) = core.dir.get(parked.va) else { return };
+            let mut state = block.lock();
+            rest = rest & state.private() & state.parked;
+            if state.mover == 0 {
+                ranges::unmap(core, dev, &mut state, parked.va, rest);
+                let mut back = Bits::EMPTY;
+                let mut stuck = Bits::EMPTY;
+                for page in rest.pages() {
+                    let (target, source) = (parked.va + page * PAGE, parked.tray.slot(page));
+                    #[allow(unsafe_code)]
+                    // SAFETY: the tray holds the program's own old pages; the target is empty and watched.
+                    match unsafe { core.space.uffd.move_pages(target, source, PAGE, MoveMode::empty()) } {
+                        Ok(()) => back.set(page),
+                        Err(partial) if partial.errno == Errno::AGAIN => break,
+                        Err(_) => stuck.set(page), // unmapped: its event will come
+                    }
+                }
+                state.shift(back, PageState::Private, Cause::Return, PageState::System);
+                state.parked -= back | stuck;
+                ranges::give_frames(core, dev, &mut state, parked.va, back);
+                rest -= back | stuck;
+            }
+        }
+        core.space.settle();
+        thread::yield_now();
+    }
+}
+
+/// The launch has ended: touches of these pages need not wait any more.
+fn unpark(core: &Core, parked: &Parked) {
+    let Some(block) = core.dir.get(parked.va) else { return };
+    let mut state = block.lock();
+    state.parked = Bits::EMPTY;
+    if state.bounced().is_empty() {
+        block.keep.store(false, Ordering::Relaxed);
+    }
+    if state.mover == 0 && core::mem::take(&mut state.waiters) {
+        let _ = core.space.uffd.wake(parked.va, BLOCK);
+    }
+}
+
+/// Moves the pages inside a byte range to the device, as far as they can move.
+pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<(), Error> {
+    core.space.settle();
+    let inside = Span::inside(start, end);
+    let info = dev.driver.info();
+    if inside.len() > info.memory {
+        return Err(Error::TooLarge { device: info.name, needed: inside.len(), capacity: info.memory });
+    }
+    let _one = core.prepare.lock();
+    check::pieces(core, start, end, |piece| {
+        let part = inside.and(Span::touching(piece.start, piece.end));
+        if piece.movable && !part.is_empty() {
+            register_ahead(core, part);
+            core.make_resident(dev, part, Intent::Move, &|_| Bits::EMPTY, &mut |parked| core.pool.put(parked.tray))?;
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,44 @@
+//! The mechanism of uhmm, and the contract that drivers keep.
+//!
+//! | module | |
+//! |---|---|
+//! | [`kernel`] | what runs on a device: kernels, arguments, grids |
+//! | [`driver`] | what a device must do |
+//! | [`policy`] | what decides how much moves |
+//! | [`page`], [`directory`] | where every page is: states, transitions, the radix tree |
+//! | [`space`], [`notifier`] | the process's address space, its events, and how to look at it safely |
+//! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
+//! | [`migrate`], `home` | moving pages to a device and back |
+//! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
+//! | `check`, `launch`, `snapshot` | the life of a launch |
+//! | [`core`] | the process's one core, its threads, its devices |
+//! | [`own`], `sync`, `desk` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
+
+pub mod bits;
+mod check;
+pub mod core;
+pub mod counters;
+mod desk;
+mod device_fault;
+pub mod devmem;
+pub mod directory;
+pub mod driver;
+mod error;
+mod events;
+mod home;
+pub mod kernel;
+mod launch;
+pub mod migrate;
+mod monitor;
+pub mod notifier;
+pub mod own;
+pub mod page;
+pub mod policy;
+pub mod pool;
+mod ranges;
+mod snapshot;
+pub mod space;
+mod sync;
+
+pub use crate::core::{CoreRef, DeviceConfig, DeviceRef, MAX_DEVICES, OpenDriver};
+pub use error::Error;

@@ -1,0 +1,482 @@
+//! Migration to a device: collect, copy, commit. Each step is a type, and only the one before it makes it.
+//!
+//! *Collect* (event lock and block lock held): take frames, watch the range, find what is there, and take the pages from the CPU: moved
+//! out into a tray, write-protected, or just noted. The pages are now `busy`, and this migration is the block's `mover`. *Copy* (no
+//! lock held): one batch for up to [`BATCH`] blocks. *Commit* (locks held again): what is still busy is mapped for the device and changes its
+//! state; what an invalidation took out of `busy` meanwhile is freed.
+//!
+//! # Rules
+//! * A migration that holds uncommitted blocks waits for nothing but its own copies: it commits before it evicts, settles or waits for another mover.
+//! * Program memory is read only in the copy step, guarded, without a lock.
+//! * A page that cannot move is no error: it stays, and the caller sees that it is not resident.
+
+use crate::bits::{Bits, PAGES};
+use crate::core::{Core, Device};
+use crate::counters::count;
+use crate::directory::{BlockGuard, Frame, State};
+use crate::driver::{Dma, DmaKind};
+use crate::error::Error;
+use crate::home;
+use crate::notifier;
+use crate::own::OwnSlice;
+use crate::page::{Cause, PageState, Span, Va};
+use crate::pool::{Size, Tray};
+use crate::ranges::{self, MoveEnd};
+use crate::sync::*;
+use uhmm_os::mem::{self, Advice};
+use uhmm_os::{Errno, PAGE, thread};
+
+/// Blocks in one batch.
+pub const BATCH: usize = 8;
+
+/// What a device wants of pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Intent {
+    /// To read them: the CPU keeps its copy, write-protected.
+    Duplicate,
+    /// To have them alone.
+    Move,
+    /// To have them alone and overwrite them: contents are not copied, the old pages are parked.
+    Discard,
+    /// To see a snapshot for one launch, while the CPU goes on with its page.
+    Snapshot,
+}
+
+/// One block on its way.
+#[derive(Debug)]
+struct Item {
+    va: Va,
+    intent: Intent,
+    /// Pages that were taken out of the program, in `tray`.
+    moved: Bits,
+    /// Pages that start as zeroes on the device.
+    zeroed: Bits,
+    /// Pages that are copied from where they are.
+    copied: Bits,
+    tray: Option<Tray>,
+}
+
+/// The room for one batch, in memory that never migrates.
+#[derive(Debug)]
+pub struct Batch {
+    items: [Option<Item>; BATCH],
+    count: usize,
+    dma: OwnSlice<Dma>,
+    dma_count: usize,
+}
+
+#[allow(unsafe_code)]
+// SAFETY: the first kind, and zeroes.
+unsafe impl crate::own::Zeroed for Dma {}
+
+impl Batch {
+    /// An empty batch.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub fn new() -> Result<Self, Errno> {
+        Ok(Batch { items: [const { None }; BATCH], count: 0, dma: OwnSlice::new(c"uhmm batch", BATCH * PAGES)?, dma_count: 0 })
+    }
+
+    fn push_dma(&mut self, kind: DmaKind, host: usize, frame: Frame, pages: usize) {
+        self.dma[self.dma_count] = Dma { kind, host, frame, offset: 0, len: pages * PAGE };
+        self.dma_count += 1;
+    }
+}
+
+/// Blocks whose pages were taken and are not copied yet.
+struct Collected<'a>(&'a mut Batch);
+/// Blocks whose contents are on the device and not mapped yet. `reached` is false if some program memory could not be read.
+struct Copied<'a> {
+    batch: &'a mut Batch,
+    reached: bool,
+}
+
+/// Old pages of a block that a launch overwrites.
+#[derive(Debug)]
+pub struct Parked {
+    /// The block.
+    pub va: Va,
+    /// Which pages.
+    pub pages: Bits,
+    /// Where they are.
+    pub tray: Tray,
+}
+
+/// How one look at a block ended.
+enum Look {
+    /// Everything wanted is resident, or cannot be.
+    Done,
+    /// An item was added to the batch; `again` if not everything that could move did.
+    Taken { again: bool },
+    /// Another migration owns the block, or a launch on another device holds a snapshot of it.
+    Wait,
+    /// An event is unread.
+    Settle,
+    /// Another device has pages of the block.
+    Elsewhere(usize),
+    /// The device's memory is full.
+    Full,
+    /// The mappings changed since the asker looked them up.
+    Stale,
+    /// Pages are shared since a fork, or are the zero page: make the run's pages the program's own, and look again.
+    Populate(Span),
+}
+
+/// Takes the old pages of what a launch overwrites.
+pub(crate) type Park<'a> = &'a mut dyn FnMut(Parked);
+
+/// What is asked for of one block.
+#[derive(Clone, Copy)]
+pub(crate) struct Ask {
+    /// The block, or the part of it that matters.
+    pub part: Span,
+    /// The pages.
+    pub want: Bits,
+    /// What the device wants of them.
+    pub intent: Intent,
+    /// The running launch has declared them: they stay until it ends.
+    pub pinned: bool,
+    /// What the asker knows of the mappings is as old as this; see [`crate::notifier`].
+    pub seq: Option<u32>,
+}
+
+impl Core {
+    /// Makes the pages of `span` resident on the device as `intent` says, as far as they can move. Pages of `skip` (asked block by block) are left alone.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] if the device's memory is full of what may not be evicted; [`Error::Driver`].
+    pub(crate) fn make_resident(
+        &self,
+        dev: &Device,
+        span: Span,
+        intent: Intent,
+        skip: &dyn Fn(Span) -> Bits,
+        park: Park<'_>,
+    ) -> Result<(), Error> {
+        let mut guard = self.batch();
+        let batch = &mut *guard;
+        // A second round looks again at what an event or a cancelled page left over; more are only needed while the program changes its mappings.
+        for _round in 0..8 {
+            let mut again = false;
+            for part in span.blocks() {
+                let ask = Ask { part, want: part.bits() - skip(part), intent, pinned: true, seq: None };
+                again |= self.block_resident(dev, batch, &ask, park)?;
+            }
+            again |= self.flush(dev, batch, park)?;
+            if !again {
+                break;
+            }
+            self.space.settle();
+        }
+        Ok(())
+    }
+
+    /// Makes pages of one block resident as far as they can move, for a device that waits for them: true if it is worth another look.
+    ///
+    /// # Errors
+    /// As [`make_resident`](Self::make_resident).
+    pub(crate) fn make_block_resident(&self, dev: &Device, ask: &Ask) -> Result<bool, Error> {
+        let mut guard = self.batch();
+        let park: Park<'_> = &mut |parked| self.pool.put(parked.tray);
+        let again = self.block_resident(dev, &mut guard, ask, park)?;
+        Ok(again | self.flush(dev, &mut guard, park)?)
+    }
+
+    /// One block of [`make_resident`](Self::make_resident): true if it should be looked at again.
+    fn block_resident(&self, dev: &Device, batch: &mut Batch, ask: &Ask, park: Park<'_>) -> Result<bool, Error> {
+        let mut again = false;
+        let mut populated = false;
+        loop {
+            let look = self.collect(dev, batch, ask, populated)?;
+            if let Look::Taken { again: more } = look {
+                if batch.count == BATCH {
+                    again |= self.flush(dev, batch, park)?;
+                }
+                return Ok(again | more);
+            }
+            if let Look::Done = look {
+                return Ok(again);
+            }
+            again |= self.flush(dev, batch, park)?;
+            match look {
+                Look::Wait => thread::yield_now(),
+                Look::Settle => self.space.settle(),
+                Look::Elsewhere(other) => home::send_home(self, self.device(other), ask.part.start)?,
+                Look::Full => home::evict_one(self, dev, !ask.pinned)?,
+                Look::Stale => return Ok(true),
+                Look::Populate(run) => {
+                    populated = true;
+                    #[allow(unsafe_code)]
+                    // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
+                    let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
+                }
+                Look::Done | Look::Taken { .. } => unreachable!("handled above"),
+            }
+        }
+    }
+
+    /// Copies and commits what the batch holds: true if something was lost on the way and should be looked at again.
+    fn flush(&self, dev: &Device, batch: &mut Batch, park: Park<'_>) -> Result<bool, Error> {
+        if batch.count == 0 {
+            return Ok(false);
+        }
+        Collected(batch).copy(dev).commit(self, dev, park)
+    }
+
+    /// Takes the wanted pages of one block from the CPU and adds them to the batch.
+    fn collect(&self, dev: &Device, batch: &mut Batch, ask: &Ask, populated: bool) -> Result<Look, Error> {
+        let Ask { part, want, intent, pinned, seq } = *ask;
+        let _hold = self.space.hold();
+        let block = self.dir.get_or_make(part.start).map_err(|e| Error::System("reserve the directory", e))?;
+        if seq.is_some_and(|seq| notifier::read_retry(block, seq)) {
+            return Ok(Look::Stale);
+        }
+        let mut state = block.lock();
+        if state.mover != 0 {
+            return Ok(Look::Wait);
+        }
+        if state.device != 0 && state.device != dev.id() {
+            return Ok(if state.bounced().is_empty() { Look::Elsewhere(state.device as usize - 1) } else { Look::Wait });
+        }
+        if pinned {
+            block.pin.store(dev.pin(), Ordering::Relaxed);
+        }
+        if state.device != 0 {
+            dev.mem.touch(&self.dir, Span::block(part.start).start);
+        }
+        match self.settle_resident(dev, &mut state, part.start, want, intent) {
+            Ok(()) => {}
+            Err(Errno::AGAIN) => return Ok(Look::Settle),
+            Err(e) => return Err(dev.failed(e)),
+        }
+        let fresh = want - state.resident();
+        if fresh.is_empty() {
+            return Ok(Look::Done);
+        }
+        let span = Span::block(part.start);
+        if intent != Intent::Snapshot
+            && let Err(e) = self.watch(&mut state, span, fresh)
+        {
+            return Ok(if e == Errno::AGAIN { Look::Settle } else { Look::Done });
+        }
+        let present = match self.space.present(ranges::hull(span, fresh)) {
+            Ok(present) => present,
+            Err(_) => return Ok(Look::Done),
+        };
+        if ranges::take_frames(self, dev, &mut state, span.start, fresh).is_err() {
+            return Ok(Look::Full);
+        }
+        state.device = dev.id();
+        let mut item = Item { va: span.start, intent, moved: Bits::EMPTY, zeroed: Bits::EMPTY, copied: Bits::EMPTY, tray: None };
+        let here = present.pages & fresh;
+        let huge = present.huge && fresh == Bits::ALL;
+        let end = self.take(&mut item, fresh, here, huge, populated);
+        let taken = item.moved | item.zeroed | item.copied;
+        if taken.is_empty() {
+            ranges::give_frames(self, dev, &mut state, span.start, fresh);
+            if let Some(tray) = item.tray {
+                self.pool.put(tray);
+            }
+            return Ok(match end {
+                MoveEnd::Refused(page) if !populated => {
+                    let run = here.run_at(page);
+                    Look::Populate(ranges::pages(span, run.start..run.end))
+                }
+                MoveEnd::Pending => Look::Settle,
+                _ => Look::Done,
+            });
+        }
+        state.mover = self.next_mover();
+        state.tray = item.tray.as_ref().map_or(0, |tray| tray.start);
+        let (moved, copied) = (item.moved | item.zeroed, item.copied);
+        state.shift(moved, PageState::System, Cause::Collect, PageState::Moving);
+        state.shift(copied, PageState::System, Cause::Collect, PageState::Copying);
+        ranges::give_frames(self, dev, &mut state, span.start, fresh - taken);
+        state.touches = 0;
+        state.huge = present.huge && item.moved == Bits::ALL;
+        dev.mem.touch(&self.dir, span.start);
+        self.list_copies(batch, &state, &item);
+        batch.items[batch.count] = Some(item);
+        batch.count += 1;
+        let again = match end {
+            MoveEnd::Pending | MoveEnd::Vanished => true,
+            MoveEnd::Refused(_) => !populated,
+            MoveEnd::All => false,
+        };
+        Ok(Look::Taken { again })
+    }
+
+    /// Settles what is resident already: duplicated pages that are to be written, and pages that are not in the device's page table.
+    fn settle_resident(&self, dev: &Device, state: &mut BlockGuard<'_>, va: Va, want: Bits, intent: Intent) -> Result<(), Errno> {
+        let block = Span::block(va).start;
+        let shared = want & state.duplicated();
+        if intent != Intent::Duplicate && !shared.is_empty() {
+            if intent == Intent::Snapshot {
+                ranges::unprotect(self, block, shared)?;
+                state.shift(shared, PageState::Duplicated, Cause::Bounce, PageState::Bounced);
+            } else {
+                self.take_shared(state, block, shared)?;
+            }
+            let upgraded = shared - state.duplicated();
+            ranges::with_runs(self, state, block, upgraded & state.win, true, |runs| dev.driver.allow_writes(runs));
+            // What would not move stays on the CPU's side alone: the caller takes a snapshot of it.
+            let left = shared & state.duplicated();
+            home::drop_duplicates(self, dev, state, block, left)?;
+        }
+        let unmapped = (want & state.resident()) - state.win;
+        if !unmapped.is_empty() {
+            ranges::map(self, dev, state, block, unmapped)?;
+        }
+        Ok(())
+    }
+
+    /// The device is going to write pages that both have: the CPU's copies go.
+    fn take_shared(&self, state: &mut State, block: Va, shared: Bits) -> Result<(), Errno> {
+        let Some(mut tray) = self.pool.take_empty(Size::Small) else { return Ok(()) };
+        let (moved, end) = ranges::move_out(&self.space, block, shared, &tray, false);
+        tray.full = moved;
+        self.pool.put(tray);
+        state.shift(moved, PageState::Duplicated, Cause::DeviceWrite, PageState::Private);
+        match end {
+            MoveEnd::Pending => Err(Errno::AGAIN),
+            _ => Ok(()),
+        }
+    }
+
+    /// Registers what of `pages` is not watched yet.
+    fn watch(&self, state: &mut State, block: Span, pages: Bits) -> Result<(), Errno> {
+        for run in (pages - state.reg).runs() {
+            self.space.register(ranges::pages(block, run.clone()))?;
+            state.reg |= Bits::range(run);
+        }
+        Ok(())
+    }
+
+    /// The heart of collecting: takes `fresh` pages, of which `here` exist, from the CPU as the item's intent says.
+    fn take(&self, item: &mut Item, fresh: Bits, here: Bits, huge: bool, populated: bool) -> MoveEnd {
+        match item.intent {
+            Intent::Snapshot => {
+                item.copied = fresh;
+                MoveEnd::All
+            }
+            Intent::Duplicate => {
+                for run in here.runs() {
+                    match ranges::protect(self, ranges::pages(Span::block(item.va), run.clone())) {
+                        Ok(()) => item.copied |= Bits::range(run),
+                        Err(Errno::AGAIN) => return MoveEnd::Pending,
+                        Err(_) => return MoveEnd::Vanished,
+                    }
+                }
+                item.zeroed = fresh - here;
+                MoveEnd::All
+            }
+            Intent::Move | Intent::Discard => {
+                let size = if huge { Size::Huge } else { Size::Small };
+                if here.is_empty() {
+                    item.zeroed = fresh;
+                    return MoveEnd::All;
+                }
+                let Some(mut tray) = self.pool.take_empty(size) else { return MoveEnd::All };
+                let (moved, end) = ranges::move_out(&self.space, item.va, here, &tray, !populated);
+                tray.full = moved;
+                item.moved = moved;
+                item.zeroed = fresh - here;
+                item.tray = Some(tray);
+                end
+            }
+        }
+    }
+
+    fn list_copies(&self, batch: &mut Batch, state: &State, item: &Item) {
+        let Item { va, intent, moved, zeroed, copied, ref tray } = *item;
+        let discard = if intent == Intent::Discard { moved } else { Bits::EMPTY };
+        ranges::frame_runs(self, state, zeroed | discard, |run, frame| batch.push_dma(DmaKind::Zero, 0, frame, run.len()));
+        if let Some(tray) = tray {
+            ranges::frame_runs(self, state, moved - discard, |run, frame| batch.push_dma(DmaKind::ToDevice, tray.slot(run.start), frame, run.len()));
+        }
+        ranges::frame_runs(self, state, copied, |run, frame| {
+            batch.push_dma(DmaKind::GuardedToDevice, va + run.start * PAGE, frame, run.len());
+        });
+    }
+}
+
+impl<'a> Collected<'a> {
+    fn copy(self, dev: &Device) -> Copied<'a> {
+        let list = &self.0.dma[..self.0.dma_count];
+        let fence = dev.driver.copy(list);
+        let reached = dev.driver.wait(fence, list).is_ok();
+        for dma in list {
+            let counter = if dma.kind == DmaKind::Zero { &dev.counters.bytes_zeroed } else { &dev.counters.bytes_to_device };
+            count(counter, dma.len);
+        }
+        Copied { batch: self.0, reached }
+    }
+}
+
+impl Copied<'_> {
+    fn commit(self, core: &Core, dev: &Device, park: Park<'_>) -> Result<bool, Error> {
+        let mut result = Ok(false);
+        for item in self.batch.items.iter_mut().take(self.batch.count) {
+            let Some(item) = item.take() else { continue };
+            match commit_block(core, dev, item, self.reached, park) {
+                Ok(lost) => {
+                    if let Ok(any) = &mut result {
+                        *any |= lost;
+                    }
+                }
+                Err(e) => result = Err(dev.failed(e)),
+            }
+        }
+        self.batch.count = 0;
+        self.batch.dma_count = 0;
+        result
+    }
+}
+
+/// Ends the migration of one block: true if pages were lost on the way.
+fn commit_block(core: &Core, dev: &Device, mut item: Item, reached: bool, park: Park<'_>) -> Result<bool, Errno> {
+    let _hold = core.space.hold();
+    let Some(block) = core.dir.get(item.va) else { return Ok(false) };
+    let mut state = block.lock();
+    let all = item.moved | item.zeroed | item.copied;
+    let mut copied = item.copied & state.busy();
+    let moved = (item.moved | item.zeroed) & state.busy();
+    if !reached {
+        // Some program memory could not be read: nothing that was copied in place is trusted.
+        if item.intent == Intent::Duplicate {
+            let _ = ranges::unprotect(core, item.va, copied);
+        }
+        state.shift(copied, PageState::Copying, Cause::Undo, PageState::System);
+        copied = Bits::EMPTY;
+    }
+    state.shift(moved, PageState::Moving, Cause::Commit, PageState::Private);
+    let shared = if item.intent == Intent::Snapshot { PageState::Bounced } else { PageState::Duplicated };
+    state.shift(copied, PageState::Copying, Cause::Commit, shared);
+    state.mover = 0;
+    state.tray = 0;
+    let mapped = ranges::map(core, dev, &mut state, item.va, moved | copied);
+    if item.intent == Intent::Discard {
+        state.parked |= item.moved & moved;
+    }
+    if !state.parked.is_empty() || !state.bounced().is_empty() {
+        block.keep.store(true, Ordering::Relaxed);
+    }
+    let lost = all - (moved | copied);
+    ranges::give_frames(core, dev, &mut state, item.va, lost);
+    if core::mem::take(&mut state.waiters) {
+        let _ = core.space.uffd.wake(item.va, PAGES * PAGE);
+    }
+    count(&dev.counters.pages_to_device, moved.count());
+    count(if item.intent == Intent::Snapshot { &dev.counters.pages_bounced } else { &dev.counters.pages_duplicated }, copied.count());
+    drop(state);
+    if let Some(tray) = item.tray.take() {
+        if item.intent == Intent::Discard && !(item.moved & moved).is_empty() {
+            park(Parked { va: item.va, pages: item.moved & moved, tray });
+        } else {
+            core.pool.put(tray);
+        }
+    }
+    mapped?;
+    Ok(!lost.is_empty())
+}

@@ -1,0 +1,169 @@
+//! Where a page is, and how it may go from one place to another: the states and their transitions, as one table.
+//!
+//! Every change of the directory names the state it leaves, its cause and the state it enters; [`allowed`] is asked in debug builds.
+//! The table is the whole of it: what does not stand there cannot happen.
+
+use uhmm_os::{BLOCK, PAGE};
+
+/// The address of a page or a byte in the process.
+pub type Va = usize;
+
+/// A half-open range of process addresses, aligned to pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Span {
+    /// First byte.
+    pub start: Va,
+    /// One past the last byte.
+    pub end: Va,
+}
+
+impl Span {
+    /// The pages that a byte range touches.
+    pub fn touching(start: Va, end: Va) -> Span {
+        Span { start: start & !(PAGE - 1), end: end.next_multiple_of(PAGE) }
+    }
+
+    /// The pages that lie wholly inside a byte range; empty if there is none.
+    pub fn inside(start: Va, end: Va) -> Span {
+        let start = start.next_multiple_of(PAGE);
+        Span { start, end: (end & !(PAGE - 1)).max(start) }
+    }
+
+    /// The block of 2 MiB that holds `va`.
+    pub fn block(va: Va) -> Span {
+        let start = va & !(BLOCK - 1);
+        Span { start, end: start + BLOCK }
+    }
+
+    /// Bytes.
+    pub fn len(self) -> usize {
+        self.end - self.start
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(self) -> bool {
+        self.start >= self.end
+    }
+
+    /// What both hold.
+    pub fn and(self, other: Span) -> Span {
+        let start = self.start.max(other.start);
+        Span { start, end: self.end.min(other.end).max(start) }
+    }
+
+    /// The blocks that it touches, each with the part of the span that lies in it.
+    pub fn blocks(self) -> impl Iterator<Item = Span> {
+        let mut at = self.start;
+        core::iter::from_fn(move || {
+            if at >= self.end {
+                return None;
+            }
+            let part = Span { start: at, end: (at / BLOCK * BLOCK + BLOCK).min(self.end) };
+            at = part.end;
+            Some(part)
+        })
+    }
+
+    /// The pages of a span that lies in one block.
+    pub fn bits(self) -> crate::bits::Bits {
+        let from = self.start % BLOCK / PAGE;
+        crate::bits::Bits::range(from..from + self.len() / PAGE)
+    }
+}
+
+/// Where a page is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PageState {
+    /// On the CPU's side only.
+    System,
+    /// On both sides and equal; the CPU's page is write-protected, the device's is read-only.
+    Duplicated,
+    /// On the device only; the CPU's page is empty and watched.
+    Private,
+    /// On the CPU's side, with a snapshot on the device for one launch (pages that hold other data too, or cannot move).
+    Bounced,
+    /// Taken from the CPU and on its way to the device; empty and watched.
+    Moving,
+    /// Being duplicated or snapshot: the CPU still has it.
+    Copying,
+}
+
+/// Why a page changes its place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Cause {
+    /// A migration begins.
+    Collect,
+    /// A migration ends.
+    Commit,
+    /// A migration is given up: the page goes back.
+    Undo,
+    /// The CPU touches a page that is on the device, or the device needs the room.
+    Return,
+    /// The CPU writes a page that both have.
+    CpuWrite,
+    /// The device writes, or is about to write, a page that both have.
+    DeviceWrite,
+    /// A launch needs a snapshot of a page that stays.
+    Bounce,
+    /// The launch has ended.
+    LaunchEnd,
+    /// The program unmapped, remapped or dropped the page.
+    Unmap,
+}
+
+use Cause::*;
+use PageState::*;
+
+/// All transitions there are: from, why, to.
+pub const TRANSITIONS: &[(PageState, Cause, PageState)] = &[
+    (System, Collect, Moving),
+    (System, Collect, Copying),
+    (Moving, Commit, Private),
+    (Moving, Undo, System),
+    (Moving, Unmap, System),
+    (Copying, Commit, Duplicated),
+    (Copying, Commit, Bounced),
+    (Copying, Undo, System),
+    (Copying, CpuWrite, System),
+    (Copying, Unmap, System),
+    (Private, Return, System),
+    (Private, Unmap, System),
+    (Duplicated, Return, System),
+    (Duplicated, CpuWrite, System),
+    (Duplicated, DeviceWrite, Private),
+    (Duplicated, Unmap, System),
+    (Duplicated, Bounce, Bounced),
+    (Bounced, LaunchEnd, System),
+    (Bounced, LaunchEnd, Private),
+    (Bounced, Unmap, System),
+];
+
+/// Whether the table holds this transition.
+pub fn allowed(from: PageState, cause: Cause, to: PageState) -> bool {
+    TRANSITIONS.contains(&(from, cause, to))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bits::Bits;
+
+    #[test]
+    fn every_state_can_be_left_for_system_and_survives_unmap() {
+        for state in [Duplicated, Private, Bounced, Moving, Copying] {
+            assert!(allowed(state, Unmap, System), "{state:?}");
+        }
+        assert!(!allowed(Private, Commit, Duplicated), "a page that is away has no CPU copy to share");
+    }
+
+    #[test]
+    fn spans() {
+        let s = Span::inside(4097, 4 * 4096 + 1);
+        assert_eq!((s.start, s.end), (8192, 4 * 4096));
+        assert!(Span::inside(4097, 8000).is_empty());
+        assert_eq!(Span::touching(4097, 8193), Span { start: 4096, end: 3 * 4096 });
+        let parts: Vec<_> = Span { start: BLOCK - PAGE, end: 2 * BLOCK + PAGE }.blocks().collect();
+        assert_eq!(parts.len(), 3);
+        assert_eq!((parts[0].bits(), parts[1].bits(), parts[2].bits()), (Bits::one(511), Bits::ALL, Bits::one(0)));
+    }
+}

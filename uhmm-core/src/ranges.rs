@@ -1,0 +1,223 @@
+//! The small steps that migrations both ways are made of, each on pages of one locked block: take and give frames, move pages out of the
+//! program, protect them, enter them into the device's page table and take them out.
+#![allow(unsafe_code)] // calls of userfaultfd that change the program's memory
+
+use crate::bits::{Bits, PAGES};
+use crate::core::{Core, Device};
+use crate::devmem::Full;
+use crate::directory::{Frame, State};
+use crate::driver::MapRun;
+use crate::page::{Span, Va};
+use crate::pool::Tray;
+use crate::space::Space;
+use core::ops::Range;
+use uhmm_os::uffd::MoveMode;
+use uhmm_os::{Errno, PAGE};
+
+/// Runs that are handed to a driver at once.
+const RUNS: usize = 64;
+
+/// How moving pages out of the program ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum MoveEnd {
+    /// Every page was moved.
+    All,
+    /// A mapping event is unread.
+    Pending,
+    /// A page was not there any more.
+    Vanished,
+    /// The kernel will not move this page of the block (pinned, shared since a fork, another kind of mapping); others may have moved.
+    Refused(usize),
+}
+
+/// The addresses of a run of pages of a block.
+pub(crate) fn pages(block: Span, run: Range<usize>) -> Span {
+    Span { start: block.start + run.start * PAGE, end: block.start + run.end * PAGE }
+}
+
+/// The smallest span that holds all pages of a set.
+pub(crate) fn hull(block: Span, bits: Bits) -> Span {
+    let first = bits.next(0).unwrap_or(0);
+    let end = bits.runs().last().map_or(first, |run| run.end);
+    pages(block, first..end)
+}
+
+/// Moves pages of the block at `va` into the same slots of a tray, which are empty. With `hasty`, stops at the first page that is refused.
+pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bool) -> (Bits, MoveEnd) {
+    let mut moved = Bits::EMPTY;
+    let mut end = MoveEnd::All;
+    for run in bits.runs() {
+        let mut at = run.start;
+        let mut most = run.len();
+        let mut contended = 0;
+        while at < run.end {
+            let n = most.min(run.end - at);
+            // SAFETY: the tray is in our hands alone and registered in this userfaultfd, so that the kernel refuses the call while a
+            // change of the program's mappings is unread; the directory, looked at under the event lock, says that the pages are the program's.
+            let result = unsafe { space.uffd.move_pages(tray.slot(at), va + at * PAGE, n * PAGE, MoveMode::empty()) };
+            let Err(partial) = result else {
+                moved |= Bits::range(at..at + n);
+                at += n;
+                continue;
+            };
+            let done = partial.done / PAGE;
+            moved |= Bits::range(at..at + done);
+            at += done;
+            match partial.errno {
+                Errno::AGAIN if done > 0 => {}
+                Errno::AGAIN if space.uffd.event_pending() => return (moved, MoveEnd::Pending),
+                Errno::AGAIN if contended < 1000 => contended += 1,
+                Errno::NOENT => return (moved, MoveEnd::Vanished),
+                Errno::INVAL if n > 1 => most = n.div_ceil(2),
+                _ => {
+                    end = MoveEnd::Refused(at);
+                    if hasty {
+                        return (moved, end);
+                    }
+                    at += 1;
+                }
+            }
+        }
+    }
+    (moved, end)
+}
+
+/// Write-protects pages of the program.
+pub(crate) fn protect(core: &Core, span: Span) -> Result<(), Errno> {
+    // SAFETY: it changes no contents; a writer waits until the monitor has served it.
+    unsafe { core.space.uffd.write_protect(span.start, span.len(), true) }
+}
+
+/// Lets the program write pages again, and wakes who waits for that.
+pub(crate) fn unprotect(core: &Core, va: Va, bits: Bits) -> Result<(), Errno> {
+    for run in bits.runs() {
+        let span = pages(Span::block(va), run);
+        // SAFETY: as in `protect`.
+        match unsafe { core.space.uffd.write_protect(span.start, span.len(), false) } {
+            Err(Errno::NOENT) | Ok(()) => {} // unmapped: its event will come
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Calls `f` for every run of pages whose frames follow each other.
+pub(crate) fn frame_runs(core: &Core, state: &State, bits: Bits, mut f: impl FnMut(Range<usize>, Frame)) {
+    for run in bits.runs() {
+        let mut start = run.start;
+        while start < run.end {
+            let first = core.dir.frame(state, start);
+            let mut end = if state.whole { run.end } else { start + 1 };
+            while end < run.end && core.dir.frame(state, end) == first + (end - start) as Frame {
+                end += 1;
+            }
+            f(start..end, first);
+            start = end;
+        }
+    }
+}
+
+/// Calls `f` with the runs of `bits` in batches for a driver.
+pub(crate) fn with_runs(core: &Core, state: &State, va: Va, bits: Bits, write: bool, mut f: impl FnMut(&[MapRun])) {
+    let mut runs = [MapRun { va: 0, frame: 0, pages: 0, write }; RUNS];
+    let mut count = 0;
+    frame_runs(core, state, bits, |run, frame| {
+        if count == RUNS {
+            f(&runs);
+            count = 0;
+        }
+        runs[count] = MapRun { va: va + run.start * PAGE, frame, pages: run.len(), write };
+        count += 1;
+    });
+    if count > 0 {
+        f(&runs[..count]);
+    }
+}
+
+/// Enters resident pages into the device's page table: read-only those that both sides have.
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn map(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bits) -> Result<(), Errno> {
+    dev.changed();
+    let mut result = Ok(());
+    for (part, write) in [(bits & state.duplicated(), false), (bits - state.duplicated(), true)] {
+        let mut done = Bits::EMPTY;
+        with_runs(core, state, va, part, write, |runs| {
+            if result.is_ok() {
+                result = dev.driver.map(runs);
+                if result.is_ok() {
+                    for run in runs {
+                        let first = (run.va - va) / PAGE;
+                        done |= Bits::range(first..first + run.pages);
+                    }
+                }
+            }
+        });
+        state.win |= done;
+    }
+    result
+}
+
+/// Takes pages out of the device's page table. A block that is one huge page there goes whole, for taking a part would split it.
+pub(crate) fn unmap(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bits) {
+    dev.changed();
+    let gone = if state.whole && state.win == Bits::ALL && !bits.is_empty() { Bits::ALL } else { bits & state.win };
+    with_runs(core, state, va, gone, true, |runs| dev.driver.unmap(runs));
+    state.win -= gone;
+}
+
+/// Gives every page of `bits` a frame.
+///
+/// # Errors
+/// [`Full`]; nothing was taken then.
+pub(crate) fn take_frames(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bits) -> Result<(), Full> {
+    if state.whole {
+        return Ok(());
+    }
+    if bits == Bits::ALL && !core.dir.has_table(state) {
+        let base = dev.mem.take_whole(&*dev.driver, va)?;
+        core.dir.set_whole(state, base);
+        return Ok(());
+    }
+    let mut have = Bits::EMPTY;
+    for run in bits.runs() {
+        let mut at = run.start;
+        while at < run.end {
+            let taken = dev.mem.take_run(&*dev.driver, run.end - at);
+            let Ok((frame, len)) = taken else {
+                give_frames(core, dev, state, va, have);
+                return Err(Full);
+            };
+            for i in 0..len {
+                if core.dir.set_frame(state, at + i, frame + i as Frame).is_err() {
+                    (i..len).for_each(|rest| dev.mem.free_page(frame + rest as Frame));
+                    give_frames(core, dev, state, va, have);
+                    return Err(Full);
+                }
+                have.set(at + i);
+            }
+            at += len;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the frames of pages back that are neither resident nor in transit; when the block has nothing left on the device, all of it.
+pub(crate) fn give_frames(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bits) {
+    debug_assert!(!bits.meets(state.resident()));
+    if !state.whole {
+        for page in bits.pages() {
+            dev.mem.free_page(core.dir.frame(state, page));
+        }
+    }
+    if state.mover == 0 && (state.resident() | state.busy()).is_empty() {
+        if let Some(base) = core.dir.clear_frames(state) {
+            dev.mem.free_whole(base);
+        }
+        state.device = 0;
+        dev.mem.forget(&core.dir, va);
+    }
+}
+
+const _: () = assert!(PAGES <= u16::MAX as usize);

@@ -1,0 +1,164 @@
+//! The process's address space as uhmm holds it: the userfaultfd of the program's ranges, its page table, its mappings, and the
+//! event lock.
+//!
+//! # The event lock
+//! The kernel reports munmap, mremap and madvise through the userfaultfd. Only the monitor reads, and it holds the lock exclusively from the read until
+//! the directory follows. Whoever acts on the directory holds it shared from the look to the end of the act. What is unread while he acts makes the
+//! kernel answer EAGAIN to his call, since every page leaves the program into memory that is registered in this same userfaultfd: he then drops his
+//! locks, [`Space::settle`]s and looks again.
+
+use crate::bits::Bits;
+use crate::page::{Span, Va};
+use crate::sync::*;
+use uhmm_os::maps::{Maps, Vma};
+use uhmm_os::pagemap::{Category, Pagemap, Region, ScanArgs};
+use uhmm_os::uffd::{Features, RegisterMode, Rights, Userfaultfd};
+use uhmm_os::{Errno, PAGE, tasks, thread};
+
+/// What the userfaultfd must be able to do.
+pub const NEEDED: Features = Features::PAGEFAULT_FLAG_WP
+    .union(Features::EVENT_REMAP)
+    .union(Features::EVENT_REMOVE)
+    .union(Features::EVENT_UNMAP)
+    .union(Features::THREAD_ID)
+    .union(Features::EXACT_ADDRESS)
+    .union(Features::MOVE);
+
+/// What the CPU's page table says about pages of one block.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Present {
+    /// Pages that exist (also in swap).
+    pub pages: Bits,
+    /// Pages that are the zero page.
+    pub zero: Bits,
+    /// All of them are one huge page.
+    pub huge: bool,
+}
+
+/// The process's address space.
+#[derive(Debug)]
+pub struct Space {
+    /// The userfaultfd of the program's ranges and of the pools.
+    pub uffd: Userfaultfd,
+    /// The process's mappings.
+    pub maps: Maps,
+    pagemap: Pagemap,
+    events: RwLock<()>,
+}
+
+impl Space {
+    /// Opens everything. To be called on a thread whose descriptors are uhmm's own.
+    ///
+    /// # Errors
+    /// [`crate::Error::NoUserfaultfd`] with what is missing; system errors of /proc.
+    pub fn open() -> Result<Self, crate::Error> {
+        Ok(Space {
+            uffd: Userfaultfd::open(Rights::Full, NEEDED)?,
+            maps: Maps::open().map_err(|e| crate::Error::System("open /proc/self/maps", e))?,
+            pagemap: Pagemap::open().map_err(|e| crate::Error::System("open /proc/self/pagemap", e))?,
+            events: RwLock::new(()),
+        })
+    }
+
+    /// Shares the event lock: the directory follows every event that was read.
+    pub fn hold(&self) -> RwLockReadGuard<'_, ()> {
+        self.events.read()
+    }
+
+    /// Takes the event lock alone. For the monitor only.
+    pub fn hold_alone(&self) -> impl Drop + '_ {
+        self.events.write()
+    }
+
+    /// Waits until no mapping event is unread. To be called without any lock.
+    pub fn settle(&self) {
+        while self.uffd.event_pending() {
+            thread::yield_now();
+        }
+    }
+
+    /// Watches a range for missing pages and for writes to protected ones.
+    ///
+    /// # Errors
+    /// `EBUSY` where another userfaultfd has it, `EINVAL` where the kernel cannot watch.
+    pub fn register(&self, span: Span) -> Result<(), Errno> {
+        self.uffd.register(span.start, span.len(), RegisterMode::MISSING | RegisterMode::WP)
+    }
+
+    /// Which pages of `span`, which lies in one block, exist on the CPU's side.
+    pub fn present(&self, span: Span) -> Result<Present, Errno> {
+        let wanted = Category::PRESENT | Category::SWAPPED;
+        let return_mask = wanted | Category::PFNZERO | Category::HUGE;
+        let args = ScanArgs { any_of: wanted, return_mask, ..ScanArgs::all_of(Category::empty()) };
+        let mut found = Present { huge: true, ..Present::default() };
+        let mut at = span.start;
+        while at < span.end {
+            let mut regions = [Region::EMPTY; 32];
+            let scan = self.pagemap.scan(at, span.end, &args, &mut regions)?;
+            for region in &regions[..scan.filled] {
+                let bits = Span { start: region.start, end: region.end }.and(span).bits();
+                found.pages |= bits;
+                if region.categories.contains(Category::PFNZERO) {
+                    found.zero |= bits;
+                }
+                found.huge &= region.categories.contains(Category::HUGE);
+            }
+            if scan.walk_end <= at {
+                break;
+            }
+            at = scan.walk_end;
+        }
+        found.huge &= found.pages == Bits::ALL && found.zero.is_empty();
+        Ok(found)
+    }
+
+    /// The mapping that covers `va`, if there is one.
+    ///
+    /// # Errors
+    /// Those of /proc.
+    pub fn mapping(&self, va: Va) -> Result<Option<Vma>, Errno> {
+        self.maps.covering(va)
+    }
+}
+
+/// Whether pages of the mapping can move: anonymous, private, readable and writable.
+pub fn movable(vma: &Vma) -> bool {
+    vma.is_private_anonymous() && vma.read && vma.write
+}
+
+/// The pages of each thread's thread block, which must not be away when the thread ends: the kernel clears a word there and walks the
+/// robust list while the task can take no userfault any more.
+///
+/// glibc's struct pthread holds the robust list's head, which get_robust_list(2) tells for every thread. The cleared word lies 16 bytes before it,
+/// the rseq area ends [`ThreadBlocks::AFTER`] bytes after it or (newer versions) lies before the block.
+#[derive(Debug)]
+pub struct ThreadBlocks {
+    heads: [Va; ThreadBlocks::MOST],
+    count: usize,
+    overflow: bool,
+}
+
+impl ThreadBlocks {
+    const MOST: usize = 256;
+    /// From the head to the end of glibc's thread block (2.31 to 2.41).
+    const AFTER: usize = 1632;
+
+    /// Of all threads that there are now.
+    pub fn now() -> Self {
+        let mut heads = [0; Self::MOST];
+        let count = tasks::robust_list_heads(&mut heads);
+        ThreadBlocks { heads, count: count.min(Self::MOST), overflow: count > Self::MOST }
+    }
+
+    /// The pages of `span`, which lies in one block, that hold a thread block (with more threads than can be told: all).
+    pub fn pages(&self, span: Span) -> Bits {
+        if self.overflow {
+            return span.bits();
+        }
+        let mut bits = Bits::EMPTY;
+        for &head in &self.heads[..self.count] {
+            bits |= Span::touching(head.saturating_sub(PAGE), head + Self::AFTER).and(span).bits();
+        }
+        bits
+    }
+}

@@ -1,0 +1,196 @@
+//! What this kernel is, what this process may do, and the hooks around fork.
+//!
+//! Not *Fault path*: files are read into strings.
+
+use crate::Errno;
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::CapabilitySet;
+use std::fs::read_to_string;
+
+/// How the kernel commits memory (`vm.overcommit_memory`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overcommit {
+    /// 0: obvious overcommits are refused; reservations (`MAP_NORESERVE`) are free.
+    Heuristic,
+    /// 1: nothing is refused.
+    Always,
+    /// 2: every writable private byte counts, reserved or not: large reservations fail.
+    Strict,
+}
+
+/// The kernel's release, as `uname -r`: "6.18.44".
+pub fn kernel_release() -> String {
+    rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// Its version, major and minor; (0, 0) if the release does not start with two numbers.
+pub fn kernel_version() -> (u32, u32) {
+    version_of(&kernel_release()).unwrap_or((0, 0))
+}
+
+fn version_of(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+/// Bytes of memory of the machine (not of a container's limit).
+pub fn total_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram as u64 * u64::from(info.mem_unit)
+}
+
+/// When transparent huge pages are used: "always", "madvise" or "never"; `None` where the kernel has none.
+pub fn thp_mode() -> Option<String> {
+    chosen(&read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?)
+}
+
+/// The word in brackets.
+fn chosen(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once('[')?;
+    Some(rest.split_once(']')?.0.to_owned())
+}
+
+/// Whether this thread has `CAP_SYS_PTRACE` (in effect): kernel faults and fork events.
+pub fn has_cap_sys_ptrace() -> bool {
+    rustix::thread::capabilities(None)
+        .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_PTRACE))
+}
+
+/// sysctl `vm.unprivileged_userfaultfd`: whether any user may handle kernel faults; `None` where the kernel has no such setting.
+pub fn unprivileged_userfaultfd() -> Option<bool> {
+    sysctl("unprivileged_userfaultfd").map(|value| value != 0)
+}
+
+/// Whether `/dev/userfaultfd` can be opened.
+///
+/// # Errors
+/// Why not: `ENOENT` (before Linux 6.1, or not passed into the container), `EACCES`.
+pub fn dev_userfaultfd() -> Result<(), Errno> {
+    rustix::fs::open(
+        "/dev/userfaultfd",
+        OFlags::RDWR | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map(drop)
+}
+
+/// How many mappings a process may have (`vm.max_map_count`).
+pub fn max_map_count() -> Option<usize> {
+    sysctl("max_map_count").and_then(|value| value.try_into().ok())
+}
+
+/// How memory is committed.
+pub fn overcommit() -> Option<Overcommit> {
+    match sysctl("overcommit_memory")? {
+        0 => Some(Overcommit::Heuristic),
+        1 => Some(Overcommit::Always),
+        2 => Some(Overcommit::Strict),
+        _ => None,
+    }
+}
+
+fn sysctl(name: &str) -> Option<i64> {
+    read_to_string(format!("/proc/sys/vm/{name}"))
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// Registers functions that glibc's fork calls (pthread_atfork(3)): `prepare` before, in the forking thread; `parent` and `child`
+/// after. They stay registered for ever. vfork, posix_spawn, raw clone and `_Fork` do not call them.
+///
+/// # Errors
+/// `ENOMEM`.
+///
+/// # Safety
+/// The functions must not unwind, and `child` must be async-signal-safe if the process has several threads.
+pub unsafe fn atfork(
+    prepare: extern "C" fn(),
+    parent: extern "C" fn(),
+    child: extern "C" fn(),
+) -> Result<(), Errno> {
+    // SAFETY: three functions of the form it wants, which live as long as this code.
+    match unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) } {
+        0 => Ok(()),
+        code => Err(Errno::from_raw_os_error(code)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::sync::atomic::{AtomicU32, Ordering};
+
+    #[test]
+    fn parses() {
+        assert_eq!(version_of("6.18.44-fc-v782"), Some((6, 18)));
+        assert_eq!(version_of("7.0-rc1"), Some((7, 0)));
+        assert_eq!(version_of("strange"), None);
+        assert_eq!(
+            chosen("always [madvise] never\n").as_deref(),
+            Some("madvise")
+        );
+        assert_eq!(chosen("nothing"), None);
+    }
+
+    /// Compared with what other files of /proc say.
+    #[test]
+    fn agrees_with_proc() {
+        let release = read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(kernel_release(), release.trim());
+        assert!(kernel_version() >= (4, 0), "{:?}", kernel_version());
+        let meminfo = read_to_string("/proc/meminfo").unwrap();
+        let kib: u64 = meminfo.split_whitespace().nth(1).unwrap().parse().unwrap();
+        assert_eq!(total_memory(), kib * 1024);
+        let status = read_to_string("/proc/thread-self/status").unwrap();
+        let effective = status
+            .lines()
+            .find_map(|l| l.strip_prefix("CapEff:"))
+            .unwrap();
+        let effective = u64::from_str_radix(effective.trim(), 16).unwrap();
+        assert_eq!(has_cap_sys_ptrace(), effective & 1 << 19 != 0);
+        assert!(max_map_count().unwrap() > 1000);
+        assert!(overcommit().is_some());
+    }
+
+    static PREPARED: AtomicU32 = AtomicU32::new(0);
+    static PARENT: AtomicU32 = AtomicU32::new(0);
+    static CHILD: AtomicU32 = AtomicU32::new(0);
+
+    extern "C" fn prepare() {
+        PREPARED.fetch_add(1, Ordering::Relaxed);
+    }
+    extern "C" fn parent() {
+        PARENT.fetch_add(1, Ordering::Relaxed);
+    }
+    extern "C" fn child() {
+        CHILD.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn fork_calls_the_hooks() {
+        // SAFETY: the hooks only count; the child calls nothing but _exit.
+        unsafe {
+            atfork(prepare, parent, child).unwrap();
+            let before = PREPARED.load(Ordering::Relaxed);
+            let pid = libc::fork();
+            if pid == 0 {
+                libc::_exit(if CHILD.load(Ordering::Relaxed) == 1 {
+                    7
+                } else {
+                    1
+                });
+            }
+            let mut status = 0;
+            assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+            assert_eq!(libc::WEXITSTATUS(status), 7);
+            assert!(PREPARED.load(Ordering::Relaxed) > before);
+            assert_eq!(CHILD.load(Ordering::Relaxed), 0);
+            assert!(PARENT.load(Ordering::Relaxed) > 0);
+        }
+    }
+}

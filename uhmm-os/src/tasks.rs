@@ -1,0 +1,137 @@
+//! The threads of this process, and where the kernel will write for each of them when it ends. *Fault path.*
+
+use crate::syscall::{abi, call};
+use core::mem::MaybeUninit;
+
+/// Fills `heads` with the address of every thread's robust list head (get_robust_list(2)); threads without one are left out.
+///
+/// A C library registers one for each thread it makes, in that thread's control block. Returns how many there are, which may be more than
+/// there was room for; `usize::MAX` if the threads cannot be listed.
+pub fn robust_list_heads(heads: &mut [usize]) -> usize {
+    let path = c"/proc/self/task";
+    let flags = abi::O_RDONLY | abi::O_DIRECTORY | abi::O_CLOEXEC;
+    // SAFETY: a path that ends with a zero, and flags.
+    let opened = unsafe {
+        call(
+            abi::__NR_openat,
+            [
+                abi::AT_FDCWD as usize,
+                path.as_ptr() as usize,
+                flags as usize,
+                0,
+            ],
+        )
+    };
+    let Ok(fd) = opened else { return usize::MAX };
+    let mut count = 0;
+    let mut buffer = [0u64; 256];
+    loop {
+        // SAFETY: the buffer is valid for writes of its length and aligned for linux_dirent64.
+        let read = unsafe {
+            call(
+                abi::__NR_getdents64,
+                [fd, buffer.as_mut_ptr() as usize, size_of_val(&buffer)],
+            )
+        };
+        match read {
+            Ok(0) => break,
+            Ok(len) => each_entry(&buffer, len, |tid| {
+                if let Some(head) = robust_list_head(tid) {
+                    if let Some(slot) = heads.get_mut(count) {
+                        *slot = head;
+                    }
+                    count += 1;
+                }
+            }),
+            Err(_) => {
+                count = usize::MAX;
+                break;
+            }
+        }
+    }
+    // SAFETY: opened above.
+    let _ = unsafe { call(abi::__NR_close, [fd]) };
+    count
+}
+
+/// Calls `f` for every entry of a directory listing (getdents64(2)) whose name is a number.
+fn each_entry(buffer: &[u64; 256], len: usize, mut f: impl FnMut(usize)) {
+    let byte = |at: usize| (buffer[at / 8] >> (at % 8 * 8)) as u8;
+    let mut at = 0;
+    // An entry is inode, offset (8 bytes each), record length (2), type (1), name.
+    while at + 19 < len {
+        let record = usize::from(byte(at + 16)) | usize::from(byte(at + 17)) << 8;
+        let mut number = 0usize;
+        let mut digits = 0;
+        for i in at + 19..(at + record).min(len) {
+            match byte(i) {
+                digit @ b'0'..=b'9' => number = number * 10 + usize::from(digit - b'0'),
+                0 => break,
+                _ => {
+                    digits = 0;
+                    break;
+                }
+            }
+            digits += 1;
+        }
+        if digits > 0 {
+            f(number);
+        }
+        at += record.max(19);
+    }
+}
+
+fn robust_list_head(tid: usize) -> Option<usize> {
+    let mut head = MaybeUninit::<usize>::uninit();
+    let mut len = MaybeUninit::<usize>::uninit();
+    // SAFETY: both are valid for the writes of get_robust_list(2).
+    unsafe {
+        call(
+            abi::__NR_get_robust_list,
+            [tid, head.as_mut_ptr() as usize, len.as_mut_ptr() as usize],
+        )
+    }
+    .ok()?;
+    // SAFETY: the call has succeeded and written it.
+    Some(unsafe { head.assume_init() }).filter(|&head| head != 0)
+}
+
+/// Writes to standard error, unbuffered.
+pub fn write_stderr(text: &[u8]) {
+    // SAFETY: the text is valid for reads of its length.
+    let _ = unsafe { call(abi::__NR_write, [2, text.as_ptr() as usize, text.len()]) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_thread_has_its_head_in_its_own_control_block() {
+        let stop = std::sync::Barrier::new(4);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| stop.wait());
+            }
+            while std::fs::read_dir("/proc/self/task").unwrap().count() < 5 {
+                std::thread::yield_now();
+            }
+            let mut heads = [0; 64];
+            let count = robust_list_heads(&mut heads);
+            assert!((5..=64).contains(&count), "{count}");
+            let mine = robust_list_head(crate::thread::gettid() as usize).unwrap();
+            assert!(heads[..count].contains(&mine));
+            // SAFETY: pthread_self is the address of this thread's control block.
+            let block = unsafe { libc::pthread_self() } as usize;
+            assert!(
+                (block..block + 4096).contains(&mine),
+                "{mine:#x} {block:#x}"
+            );
+            stop.wait();
+        });
+        assert!(
+            robust_list_heads(&mut []) >= 1,
+            "the count does not depend on the room"
+        );
+    }
+}

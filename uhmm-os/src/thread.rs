@@ -1,0 +1,369 @@
+//! Threads whose stacks, alternate signal stacks and thread blocks lie in memory of our own, so that nothing they need to run can be
+//! moved away from under them.
+//!
+//! A thread is a pthread, because code of the program and of libraries (a device driver's) may run on it and expects one. Its memory
+//! is one mapping, not inherited by a fork except for the thread block:
+//!
+//! | from the bottom | |
+//! |---|---|
+//! | control page | what the thread starts with |
+//! | guard page, alternate stack | where its signal handlers run |
+//! | guard page, stack | glibc puts the thread block (and its static thread-local variables) at the top |
+
+use crate::mem::{Advice, Mapping, Prot, Reserve, madvise, map, mprotect};
+use crate::signal::{block_most, set_mask};
+use crate::syscall::{abi, call};
+use crate::{Errno, PAGE};
+use core::ffi::{CStr, c_void};
+use core::mem::{ManuallyDrop, MaybeUninit};
+use core::sync::atomic::{AtomicU32, Ordering};
+
+/// Bytes of an alternate stack: a signal frame with AVX-512 and AMX state takes 11 KiB, and handlers may serve faults on it.
+const ALTERNATE: usize = 64 << 10;
+/// Bytes below the stack: control page, guard, alternate stack, guard.
+const BELOW: usize = PAGE + PAGE + ALTERNATE + PAGE;
+/// The smallest stack: static thread-local variables of the program lie on it too.
+const SMALLEST: usize = 64 << 10;
+/// Room at the top of a stack that a fork's child must have. glibc links the thread blocks (2.3 KiB each) of all threads on given
+/// stacks into one list, together with the main thread's, and takes the forking thread out of it in the child.
+const BLOCK_ROOM: usize = 2 * PAGE;
+
+/// What a new thread finds in its control page.
+#[repr(C)]
+struct Start {
+    function: unsafe extern "C" fn(*mut ()),
+    arg: *mut (),
+    name: [u8; 16],
+    alternate: usize,
+    /// 0 until the thread runs; the parent waits on it (futex(2)).
+    tid: AtomicU32,
+}
+
+/// A running thread.
+///
+/// Dropped without [`join`](Self::join) it runs on, and its memory is never unmapped.
+#[derive(Debug)]
+pub struct Thread {
+    pthread: libc::pthread_t,
+    tid: u32,
+    /// Its memory; unmapped by `join` alone.
+    memory: ManuallyDrop<Mapping>,
+}
+
+// SAFETY: a pthread may be joined or detached from any thread.
+unsafe impl Send for Thread {}
+// SAFETY: all methods on a shared reference read a number.
+unsafe impl Sync for Thread {}
+
+/// Starts a thread that calls `f(arg)` and ends when that returns.
+///
+/// It is named (at most 15 bytes are kept), and so is its memory. From its first instruction it blocks every signal but those that
+/// faults raise (see [`block_all_but_faults`](crate::signal::block_all_but_faults)). `stack_len` is rounded up to pages, and to
+/// 64 KiB at least. The calling thread waits until the new one runs.
+///
+/// # Errors
+/// Those of [`map`] and pthread_create(3): `EAGAIN`: too many threads; `EINVAL`: the program's static thread-local variables do not
+/// fit onto the stack.
+///
+/// # Safety
+/// `f` must be sound to call with `arg` on another thread, must return (neither unwind nor end the thread otherwise), and what it
+/// uses must live until then.
+pub unsafe fn spawn(
+    name: &CStr,
+    stack_len: usize,
+    f: unsafe extern "C" fn(*mut ()),
+    arg: *mut (),
+) -> Result<Thread, Errno> {
+    let len = Thread::memory_len(stack_len).ok_or(Errno::INVAL)?;
+    let memory = map(&Reserve {
+        hint: 0,
+        len,
+        align: PAGE,
+        name,
+        prot: Prot::ReadWrite,
+        exact: false,
+    })?;
+    // SAFETY: the same promise.
+    unsafe { spawn_in(memory, name, f, arg) }
+}
+
+/// As [`spawn`], in readable and writable memory that the caller chose; it is unmapped by [`Thread::join`].
+///
+/// # Errors
+/// `EINVAL`: less memory than [`Thread::memory_len`] of the smallest stack; else as [`spawn`]. The memory is unmapped then.
+///
+/// # Safety
+/// As [`spawn`]; nothing else may use the memory.
+pub unsafe fn spawn_in(
+    memory: Mapping,
+    name: &CStr,
+    f: unsafe extern "C" fn(*mut ()),
+    arg: *mut (),
+) -> Result<Thread, Errno> {
+    let len = memory.len();
+    let stack_len = len
+        .checked_sub(BELOW)
+        .filter(|&l| l >= SMALLEST)
+        .ok_or(Errno::INVAL)?;
+    let (control, alternate, stack) = (
+        memory.start(),
+        memory.start() + 2 * PAGE,
+        memory.start() + BELOW,
+    );
+    // SAFETY: our own memory, which nobody uses yet.
+    unsafe {
+        mprotect(control + PAGE, PAGE, Prot::None)?;
+        mprotect(stack - PAGE, PAGE, Prot::None)?;
+        let _ = madvise(control, len, Advice::NoHugepage); // a stack that is little used should stay little
+        madvise(memory.end() - BLOCK_ROOM, BLOCK_ROOM, Advice::DoFork)?;
+    }
+    let mut short = [0; 16];
+    for (to, from) in short.iter_mut().take(15).zip(name.to_bytes()) {
+        *to = *from;
+    }
+    let start = control as *mut Start;
+    // SAFETY: the control page is ours, writable, aligned and large enough.
+    unsafe {
+        start.write(Start {
+            function: f,
+            arg,
+            name: short,
+            alternate,
+            tid: AtomicU32::new(0),
+        })
+    };
+    let pthread = create(stack, stack_len, start)?;
+    // SAFETY: written above; the new thread changes only the atomic.
+    let tid = wait_for(unsafe { &(*start).tid });
+    Ok(Thread {
+        pthread,
+        tid,
+        memory: ManuallyDrop::new(memory),
+    })
+}
+
+/// pthread_create(3) with all but fault signals blocked from the new thread's start.
+fn create(stack: usize, stack_len: usize, start: *mut Start) -> Result<libc::pthread_t, Errno> {
+    let result = |code: i32| {
+        if code == 0 {
+            Ok(())
+        } else {
+            Err(Errno::from_raw_os_error(code))
+        }
+    };
+    let mut attributes = MaybeUninit::uninit();
+    let mut pthread = MaybeUninit::uninit();
+    // SAFETY: the attributes are initialised first and destroyed last; the stack is mapped, and stays so until the thread is joined;
+    // `start` lives as long.
+    unsafe {
+        result(libc::pthread_attr_init(attributes.as_mut_ptr()))?;
+        let created = result(libc::pthread_attr_setstack(
+            attributes.as_mut_ptr(),
+            stack as *mut c_void,
+            stack_len,
+        ))
+        .and_then(|()| {
+            let before = block_most();
+            let code =
+                libc::pthread_create(pthread.as_mut_ptr(), attributes.as_ptr(), run, start.cast());
+            set_mask(before);
+            result(code)
+        });
+        libc::pthread_attr_destroy(attributes.as_mut_ptr());
+        created.map(|()| pthread.assume_init())
+    }
+}
+
+/// What the new thread runs.
+extern "C" fn run(start: *mut c_void) -> *mut c_void {
+    // SAFETY: `spawn` filled it in, and it is unmapped only after this thread has ended.
+    let start = unsafe { &*start.cast::<Start>() };
+    set_alternate_stack(Some(start.alternate));
+    // SAFETY: the name ends in a zero.
+    let _ = unsafe {
+        call(
+            abi::__NR_prctl,
+            [
+                linux_raw_sys::prctl::PR_SET_NAME as usize,
+                start.name.as_ptr() as usize,
+            ],
+        )
+    };
+    start.tid.store(gettid(), Ordering::Release);
+    // SAFETY: a wake-up; the word is the parent's to wait on.
+    let _ = unsafe {
+        call(
+            abi::__NR_futex,
+            [
+                start.tid.as_ptr() as usize,
+                abi::FUTEX_WAKE as usize | PRIVATE,
+                1,
+            ],
+        )
+    };
+    // SAFETY: the promise made to `spawn`.
+    unsafe { (start.function)(start.arg) };
+    set_alternate_stack(None);
+    core::ptr::null_mut()
+}
+
+const PRIVATE: usize = abi::FUTEX_PRIVATE_FLAG as usize;
+
+fn wait_for(tid: &AtomicU32) -> u32 {
+    loop {
+        let now = tid.load(Ordering::Acquire);
+        if now != 0 {
+            return now;
+        }
+        // SAFETY: waits while the word is 0; no time limit.
+        let _ = unsafe {
+            call(
+                abi::__NR_futex,
+                [
+                    tid.as_ptr() as usize,
+                    abi::FUTEX_WAIT as usize | PRIVATE,
+                    0,
+                    0,
+                ],
+            )
+        };
+    }
+}
+
+/// sigaltstack(2) for the calling thread.
+fn set_alternate_stack(at: Option<usize>) {
+    let stack = libc::stack_t {
+        ss_sp: at.unwrap_or(0) as *mut c_void,
+        ss_flags: if at.is_some() { 0 } else { libc::SS_DISABLE },
+        ss_size: if at.is_some() { ALTERNATE } else { 0 },
+    };
+    // SAFETY: the stack is memory of this thread's own, or none.
+    let _ = unsafe { call(abi::__NR_sigaltstack, [&raw const stack as usize, 0]) };
+}
+
+impl Thread {
+    /// Bytes of memory that a thread with a stack of `stack_len` takes (rounded up to pages, and to 64 KiB at least); `None` if
+    /// that is no number.
+    pub fn memory_len(stack_len: usize) -> Option<usize> {
+        stack_len
+            .max(SMALLEST)
+            .checked_next_multiple_of(PAGE)?
+            .checked_add(BELOW)
+    }
+
+    /// The kernel's number of the thread.
+    pub fn tid(&self) -> u32 {
+        self.tid
+    }
+
+    /// Waits until it has ended, and unmaps its memory.
+    pub fn join(self) {
+        let mut me = ManuallyDrop::new(self);
+        // SAFETY: joined once, as `self` is consumed; after that neither the thread nor glibc uses the memory.
+        unsafe {
+            if libc::pthread_join(me.pthread, core::ptr::null_mut()) == 0 {
+                ManuallyDrop::drop(&mut me.memory);
+            }
+        }
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        // SAFETY: neither joined nor detached yet; its memory stays.
+        unsafe { libc::pthread_detach(self.pthread) };
+    }
+}
+
+/// The calling thread's number. *Fault path.*
+pub fn gettid() -> u32 {
+    // SAFETY: no arguments; it cannot fail.
+    unsafe { call(abi::__NR_gettid, []) }.unwrap_or(0) as u32
+}
+
+/// Lets another thread run. *Fault path.*
+pub fn yield_now() {
+    // SAFETY: no arguments; it cannot fail.
+    let _ = unsafe { call(abi::__NR_sched_yield, []) };
+}
+
+/// The core that the calling thread runs on just now. *Fault path.*
+pub fn current_core() -> usize {
+    let mut core = 0u32;
+    // SAFETY: four bytes are written.
+    let _ = unsafe { call(abi::__NR_getcpu, [&raw mut core as usize, 0, 0]) };
+    core as usize
+}
+
+/// Cores that masks can name.
+const CORES: usize = 8192;
+type CoreMask = [usize; CORES / usize::BITS as usize];
+
+/// Binds the calling thread to these cores (sched_setaffinity(2)). *Fault path.*
+///
+/// # Errors
+/// `EINVAL`: none of them may be used, or a number is above 8191.
+pub fn set_affinity(cores: &[usize]) -> Result<(), Errno> {
+    let mut mask: CoreMask = [0; _];
+    for &core in cores {
+        *mask.get_mut(core / 64).ok_or(Errno::INVAL)? |= 1 << (core % 64);
+    }
+    // SAFETY: the mask is read.
+    unsafe {
+        call(
+            abi::__NR_sched_setaffinity,
+            [0, size_of_val(&mask), mask.as_ptr() as usize],
+        )
+    }
+    .map(|_| ())
+}
+
+/// How many cores the calling thread may run on (sched_getaffinity(2)); 1 at least. *Fault path.*
+pub fn num_cores() -> usize {
+    let mut mask: CoreMask = [0; _];
+    // SAFETY: the mask is written, up to its size.
+    let _ = unsafe {
+        call(
+            abi::__NR_sched_getaffinity,
+            [0, size_of_val(&mask), mask.as_mut_ptr() as usize],
+        )
+    };
+    mask.iter()
+        .map(|word| word.count_ones() as usize)
+        .sum::<usize>()
+        .max(1)
+}
+
+const CLOSE_RANGE_UNSHARE: usize = 2; // close_range(2), not in the generated bindings
+
+/// Gives the calling thread a descriptor table of its own that holds only descriptors 0, 1 and 2: nothing that the rest of the
+/// program closes affects it from now on, nor the other way round.
+///
+/// Descriptors that this thread needs must be opened after this call; those of other threads are `EBADF` here.
+///
+/// # Errors
+/// Those of close_range(2) and unshare(2): `ENOMEM`.
+pub fn unshare_files() -> Result<(), Errno> {
+    let first = 3;
+    let last = u32::MAX as usize;
+    // SAFETY: only this thread's view changes, which is what it asks for.
+    unsafe {
+        if call(abi::__NR_close_range, [first, last, CLOSE_RANGE_UNSHARE]).is_ok() {
+            return Ok(());
+        }
+        call(abi::__NR_unshare, [abi::CLONE_FILES as usize])?;
+        if call(abi::__NR_close_range, [first, last, 0]).is_err() {
+            let most = rustix::process::getrlimit(rustix::process::Resource::Nofile)
+                .current
+                .unwrap_or(1 << 20);
+            for fd in first..most as usize {
+                let _ = call(abi::__NR_close, [fd]);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "thread_tests.rs"]
+mod tests;

@@ -1,0 +1,185 @@
+//! Mapping events: who waits for them, and what they say.
+
+use crate::support::*;
+use crate::{Needs, Test};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::scope;
+use uhmm_os::mem::{Advice, RemapFlags, madvise, mremap, munmap};
+use uhmm_os::uffd::*;
+use uhmm_os::{Errno, PAGE};
+
+const UNMAP: Features = Features::EVENT_UNMAP.union(Features::MOVE);
+
+pub(crate) const TESTS: &[Test] = &[
+    Test("event_unmap", Needs::Uffd(UNMAP), unmap),
+    Test("event_remap", Needs::Uffd(Features::EVENT_REMAP), remap),
+    Test("event_remove", Needs::Uffd(Features::EVENT_REMOVE), remove),
+    Test(
+        "event_pending_refuses_moves",
+        Needs::Uffd(UNMAP),
+        pending_refuses_moves,
+    ),
+    Test("event_fork", Needs::Full(Features::EVENT_FORK), fork),
+];
+
+/// Runs `change` on another thread, sees that it waits for its event to be read, and returns the event.
+fn event_of<R: Send + std::fmt::Debug>(
+    uffd: &Userfaultfd,
+    change: impl FnOnce() -> R + Send,
+) -> (Event, R) {
+    let done = AtomicBool::new(false);
+    scope(|s| {
+        assert!(!uffd.event_pending());
+        let changer = s.spawn(|| {
+            let result = change();
+            done.store(true, Ordering::SeqCst);
+            result
+        });
+        eventually("an event is pending", || uffd.event_pending());
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        assert!(
+            !done.load(Ordering::SeqCst),
+            "the caller waits until the event is read"
+        );
+        let event = next_event(uffd);
+        let result = changer.join().unwrap();
+        assert!(!uffd.event_pending());
+        (event, result)
+    })
+}
+
+fn unmap() {
+    let (uffd, memory) = (open(UNMAP), pages(4));
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
+        .unwrap();
+    let start = memory.start() + PAGE;
+    // SAFETY: pages of the test's own, which are not used again.
+    let (event, result) = event_of(&uffd, || unsafe { munmap(start, 2 * PAGE) });
+    assert_eq!(
+        (event, result),
+        (
+            Event::Unmap {
+                start,
+                end: start + 2 * PAGE
+            },
+            Ok(())
+        )
+    );
+    uffd.unregister(memory.start(), PAGE).unwrap();
+    uffd.unregister(memory.start() + 3 * PAGE, PAGE).unwrap();
+}
+
+fn remap() {
+    let (uffd, memory, place) = (open(Features::EVENT_REMAP), pages(2), pages(2));
+    fill(&memory);
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
+        .unwrap();
+    let (from, len) = memory.into_raw();
+    let (to, _) = place.into_raw();
+    let flags = RemapFlags::MAYMOVE | RemapFlags::FIXED;
+    // SAFETY: two mappings of the test's own; the old place is not used again.
+    let (event, result) = event_of(&uffd, || unsafe { mremap(from, len, len, flags, to) });
+    assert_eq!((event, result), (Event::Remap { from, to, len }, Ok(to)));
+    assert!(is_filled(to, 0, len));
+    uffd.unregister(to, len).unwrap();
+    // SAFETY: mapped there just now.
+    drop(unsafe { uhmm_os::mem::Mapping::from_raw(to, len) });
+}
+
+fn remove() {
+    let (uffd, memory) = (open(Features::EVENT_REMOVE), pages(4));
+    fill(&memory);
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
+        .unwrap();
+    let start = memory.start() + PAGE;
+    // SAFETY: the test's own memory.
+    let (event, result) = event_of(&uffd, || unsafe { madvise(start, PAGE, Advice::DontNeed) });
+    assert_eq!(
+        (event, result),
+        (
+            Event::Remove {
+                start,
+                end: start + PAGE
+            },
+            Ok(())
+        )
+    );
+    assert!(is_filled(start + PAGE, 2 * PAGE, PAGE));
+    uffd.unregister(memory.start(), memory.len()).unwrap();
+    assert_eq!(peek(start), 0);
+}
+
+fn pending_refuses_moves() {
+    let (uffd, memory, staging) = (open(UNMAP), pages(4), pages(1));
+    fill(&staging);
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
+        .unwrap();
+    let (to, from) = (memory.start(), staging.start());
+    scope(|s| {
+        let gone = memory.start() + 3 * PAGE;
+        // SAFETY: a page of the test's own, which is not used again.
+        let changer = s.spawn(move || unsafe { munmap(gone, PAGE) });
+        eventually("an event is pending", || uffd.event_pending());
+        let again = Err(Partial {
+            done: 0,
+            errno: Errno::AGAIN,
+        });
+        // SAFETY: pages of the test's own.
+        unsafe {
+            assert_eq!(uffd.move_pages(to, from, PAGE, MoveMode::empty()), again);
+            assert_eq!(uffd.copy(to, from, PAGE, CopyMode::empty()), again);
+        }
+        assert_eq!(uffd.zeropage(to, PAGE), again);
+        assert!(is_filled(from, 0, PAGE), "nothing was moved");
+        assert_eq!(
+            next_event(&uffd),
+            Event::Unmap {
+                start: gone,
+                end: gone + PAGE
+            }
+        );
+        changer.join().unwrap().unwrap();
+        // SAFETY: as above.
+        unsafe { uffd.move_pages(to, from, PAGE, MoveMode::empty()) }.unwrap();
+    });
+    uffd.unregister(memory.start(), 3 * PAGE).unwrap();
+}
+
+/// The child touches a page that is missing, and is served through the descriptor of the event.
+fn fork() {
+    let (uffd, memory, source) = (open(Features::EVENT_FORK), pages(1), pages(1));
+    fill(&source);
+    advise(&memory, Advice::DoFork);
+    uffd.register(memory.start(), PAGE, RegisterMode::MISSING)
+        .unwrap();
+    scope(|s| {
+        let forker = s.spawn(|| {
+            // SAFETY: the child looks at a byte and ends.
+            unsafe {
+                let pid = libc::fork();
+                if pid == 0 {
+                    libc::_exit(i32::from(peek(memory.start() + 3)));
+                }
+                pid
+            }
+        });
+        let Event::Fork { fd } = next_event(&uffd) else {
+            panic!("no fork event")
+        };
+        // SAFETY: the event's descriptor.
+        let child = unsafe { Userfaultfd::from_fork(fd) };
+        let pid = forker.join().unwrap();
+        let event = next_event(&child);
+        assert!(
+            matches!(event, Event::Fault { address, .. } if address == memory.start()),
+            "{event:?}"
+        );
+        // SAFETY: the child expects these bytes.
+        unsafe { child.copy(memory.start(), source.start(), PAGE, CopyMode::empty()) }.unwrap();
+        let mut status = 0;
+        // SAFETY: our own child.
+        unsafe { libc::waitpid(pid, &mut status, 0) };
+        assert!(libc::WIFEXITED(status));
+        assert_eq!(libc::WEXITSTATUS(status), i32::from(pattern(3)));
+    });
+}

@@ -1,0 +1,197 @@
+//! Any ordinary pointer of a Linux process is valid on a device too: no special allocator, no copies to write, no kernel module.
+//!
+//! ```no_run
+//! use uhmm::{args, inp, out, Ctx, Uhmm};
+//!
+//! fn double(ctx: &Ctx<'_>) {
+//!     let part = ctx.out::<f32>(0).chunk(1024);
+//!     let from = ctx.group() * 1024;
+//!     for (r, a) in part.iter_mut().zip(&ctx.inp::<f32>(1)[from..]) {
+//!         *r = 2.0 * a;
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), uhmm::Error> {
+//! let hmm = Uhmm::new()?;
+//! let dev = hmm.device("soft")?;
+//! let a = vec![1.0f32; 1 << 20];
+//! let mut r = vec![0.0f32; 1 << 20];
+//! dev.run(&double, 1 << 10, args![out(&mut r), inp(&a)])?; // the pages go to the device
+//! println!("{}", r[0]); // this touch brings what it needs back
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What moves, and when: a launch makes what it declares resident ([`inp`] is duplicated, [`inout`] moves, [`out`] moves without an upload).
+//! After it nothing is copied back; the CPU's touch of a page brings its surroundings home. A second launch moves only what the CPU wrote or fetched back in
+//! between. Ranges need no alignment.
+#![deny(unsafe_code)]
+
+mod buffer;
+mod host;
+
+pub use buffer::Buffer;
+pub use host::Host;
+pub use uhmm_core::Error;
+pub use uhmm_core::args;
+pub use uhmm_core::counters::Stats;
+pub use uhmm_core::driver::{DeviceInfo, KernelFault};
+pub use uhmm_core::kernel::{Access, Arg, Args, Ctx, Grid, IntoArg, Kernel, LOCAL_BYTES, MAX_ARGS, Out, inout, inp, out, ptr, val};
+
+use bytemuck::Pod;
+use uhmm_core::kernel::Entry;
+use uhmm_core::{CoreRef, DeviceConfig, DeviceRef};
+
+/// The names of the kinds of device that this build has.
+pub const KINDS: &[&str] = &["soft"];
+
+/// The process's heterogeneous memory management. All values of this type in a process share one core, which ends with the last of them and of their
+/// devices: everything comes home, and no thread, mapping or descriptor stays.
+#[derive(Debug)]
+pub struct Uhmm {
+    core: CoreRef,
+}
+
+impl Uhmm {
+    /// Starts uhmm in this process, or joins what is running.
+    ///
+    /// Costs three threads and some address space; memory is watched only from its first migration on.
+    ///
+    /// # Errors
+    /// [`Error::NoUserfaultfd`] without the right to handle page faults of the kernel; the message says which sysctl, capability or
+    /// device file gives it.
+    pub fn new() -> Result<Self, Error> {
+        Ok(Uhmm { core: CoreRef::get()? })
+    }
+
+    /// The device called `name`, with its default configuration if it is not open yet. There is one kind so far: `"soft"`.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`]; [`Error::Device`] if it cannot be opened.
+    pub fn device(&self, name: &str) -> Result<Device, Error> {
+        match name {
+            "soft" => self.soft("soft").open(),
+            _ => {
+                let open = self.core.devices().into_iter().find(|info| info.name == name);
+                match open {
+                    Some(info) => self.soft(info.name).open(),
+                    None => Err(Error::NoDevice { name: name.into(), known: KINDS.join(", ") }),
+                }
+            }
+        }
+    }
+
+    /// A software device with a configuration of its own. If a device of that name is open already, it is that one, as it was configured.
+    pub fn soft(&self, name: &'static str) -> SoftBuilder<'_> {
+        SoftBuilder { core: &self.core, config: DeviceConfig { name, memory: 0, threads: 0 } }
+    }
+
+    /// The devices that are open in this process.
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        self.core.devices()
+    }
+
+    /// The counters of all open devices, added up.
+    pub fn stats(&self) -> Stats {
+        self.core.stats()
+    }
+}
+
+/// The configuration of a software device.
+#[derive(Debug)]
+pub struct SoftBuilder<'a> {
+    core: &'a CoreRef,
+    config: DeviceConfig,
+}
+
+impl SoftBuilder<'_> {
+    /// Bytes of device memory, rounded down to 2 MiB. Default: a quarter of the machine's memory.
+    pub fn memory(mut self, bytes: usize) -> Self {
+        self.config.memory = bytes.max(1);
+        self
+    }
+
+    /// Worker threads. Default: one a core.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.config.threads = threads;
+        self
+    }
+
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if it cannot be had so.
+    pub fn open(self) -> Result<Device, Error> {
+        Ok(Device { dev: self.core.device(self.config, uhmm_soft::open)? })
+    }
+}
+
+/// An open device.
+#[derive(Debug)]
+pub struct Device {
+    dev: DeviceRef,
+}
+
+impl Device {
+    /// Runs `kernel` once for each group of `grid`, on ordinary memory, and waits for its end.
+    ///
+    /// Launches of one device run one after the other, in the order in which they come.
+    ///
+    /// # Errors
+    /// Found before the kernel starts, with everything left as it was: ranges that are null, unmapped, protected, too long, overlapping, or larger than
+    /// the device's memory; an empty grid. Found by the kernel's running: [`Error::Kernel`]. A byte then reads as before the launch or as the kernel wrote it.
+    pub fn run<K: Kernel>(&self, kernel: &K, grid: impl Into<Grid>, args: Args<'_>) -> Result<(), Error> {
+        self.dev.run(Entry::new(kernel), grid.into(), &args)
+    }
+
+    /// Moves the whole pages of `data` to the device ahead of a launch. Pages that cannot move stay.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`], [`Error::NoRoom`].
+    pub fn prefetch<T: Pod>(&self, data: &[T]) -> Result<(), Error> {
+        let range = data.as_ptr_range();
+        self.dev.prefetch(range.start as usize, range.end as usize)
+    }
+
+    /// Brings home whatever the device has of `data` (and of the blocks of 2 MiB that it touches).
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn evict<T: Pod>(&self, data: &[T]) -> Result<(), Error> {
+        let range = data.as_ptr_range();
+        self.dev.evict(range.start as usize, range.end as usize)
+    }
+
+    /// Memory of the device's own, for programs that manage it by hand. It starts zeroed.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`].
+    pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<'_, T>, Error> {
+        Buffer::new(&self.dev, len)
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &'static str {
+        self.dev.info().name
+    }
+
+    /// Bytes of its memory.
+    pub fn memory(&self) -> usize {
+        self.dev.info().memory
+    }
+
+    /// Groups that run at the same time.
+    pub fn threads(&self) -> usize {
+        self.dev.info().threads
+    }
+
+    /// What it is.
+    pub fn info(&self) -> &DeviceInfo {
+        self.dev.info()
+    }
+
+    /// What has happened on it.
+    pub fn stats(&self) -> Stats {
+        self.dev.stats()
+    }
+}
