@@ -1,6 +1,6 @@
 //! `uhmm demo`: what uhmm is for, for the eye, in a few seconds.
 
-use crate::mul_mat::{Measured, Problem, launch, launches, measure};
+use crate::mul_mat::{Measured, Problem, Sides, launch, launches, measure};
 use crate::report;
 use crate::{args, digits};
 use anyhow::{Result, ensure};
@@ -12,7 +12,7 @@ use uhmm::{Ctx, Device, Uhmm, args, inp, out};
 pub(crate) fn run(args: &args::Demo, json: bool) -> Result<()> {
     let hmm = Uhmm::new()?;
     let device = hmm.device(&args.device)?;
-    let problem = Problem::digits(device.threads())?;
+    let problem = Problem::new(Sides::digits()?, device.threads())?;
     let pointer = pointer_on_both_sides(&device)?;
     let measured = measure(&device, &problem)?;
     let neighbours = neighbours(&device, &problem)?;

@@ -56,6 +56,6 @@ mod tests {
         let lines = draw(&images.as_slice()[..SIDE * SIDE]);
         assert_eq!(lines.len(), SIDE);
         assert!(lines.iter().all(|line| line.chars().count() == 2 * SIDE));
-        assert_eq!(lines[0], "    ░░▓▓▒▒░░    ");
+        assert_eq!(lines[0], "    ░░▓▓▒▒      ");
     }
 }

@@ -117,12 +117,12 @@ fn mode(missing: &mut Vec<Missing>) -> (&'static str, Features) {
     };
     match probe(Rights::UserModeOnly) {
         Ok(features) => {
-            let effect = "system calls on memory that is on a device fail with EFAULT, so results come home before a launch returns";
+            let effect = "uhmm does not start: system calls on memory that is on a device would fail with EFAULT";
             missing.push(Missing::new("kernel faults", effect, refused.to_string()));
             ("user-mode-only", features)
         }
         Err(error) => {
-            missing.push(Missing::new("userfaultfd", "pages cannot be migrated", error.to_string()));
+            missing.push(Missing::new("userfaultfd", "uhmm does not start: pages cannot be migrated", error.to_string()));
             ("none", Features::empty())
         }
     }
@@ -157,6 +157,8 @@ fn missing_huge_pages(mode: &str) -> Option<Missing> {
 fn devices(missing: &mut Vec<Missing>) -> Vec<FoundDevice> {
     let hmm = match Uhmm::new() {
         Ok(hmm) => hmm,
+        // Said already, by `mode`.
+        Err(uhmm::Error::NoUserfaultfd(_)) if !missing.is_empty() => return vec![],
         Err(error) => {
             missing.push(Missing::new("devices", "uhmm does not start, so none can be used", error.to_string()));
             return vec![];

@@ -159,7 +159,13 @@ fn explain(error: ViewNpyError) -> anyhow::Error {
         ViewNpyError::MissingBytes(bytes) => anyhow!("the file is cut short: {bytes} bytes of the elements are missing"),
         ViewNpyError::ExtraBytes(bytes) => anyhow!("{bytes} bytes follow the last element: the file is damaged, or holds more than one array"),
         ViewNpyError::LengthOverflow => anyhow!("the shape is too large: its size in bytes does not fit a number"),
-        ViewNpyError::ParseHeader(error) => anyhow!("the header cannot be read: {error}"),
+        ViewNpyError::Io(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => anyhow!("the file is cut short: it ends within its header"),
+        ViewNpyError::ParseHeader(error) => {
+            // What follows the first line is a drawing of the place.
+            let error = error.to_string();
+            let first = error.split(" -->").next().and_then(|text| text.lines().next()).unwrap_or_default();
+            anyhow!("the header cannot be read: {first}")
+        }
         other => anyhow!("the file cannot be read: {other}"),
     }
 }

@@ -21,6 +21,9 @@ static NEXT: AtomicUsize = AtomicUsize::new(0x2000_0000_0000);
 /// # Errors
 /// `ENOMEM` where limits (RLIMIT_AS, vm.overcommit_memory=2) refuse it.
 pub fn map(name: &CStr, len: usize) -> Result<Mapping, Errno> {
+    if len > 1 << 46 {
+        return Err(Errno::NOMEM); // more than there are addresses
+    }
     let len = len.next_multiple_of(uhmm_os::PAGE);
     // A gap of a block keeps neighbours from being merged into one mapping.
     let hint = NEXT.fetch_add(len.next_multiple_of(BLOCK) + BLOCK, Ordering::Relaxed);

@@ -256,13 +256,22 @@ impl Thread {
         self.tid
     }
 
-    /// Waits until it has ended, and unmaps its memory.
+    /// Waits until it has ended and the kernel knows it no more, and unmaps its memory.
+    ///
+    /// pthread_join(3) returns when the kernel has cleared the thread's word, which is before it closes the descriptors that only this thread
+    /// had: for some microseconds it would still stand in `/proc/self/task`, with them.
     pub fn join(self) {
         let mut me = ManuallyDrop::new(self);
+        let tid = me.tid as usize;
         // SAFETY: joined once, as `self` is consumed; after that neither the thread nor glibc uses the memory.
         unsafe {
             if libc::pthread_join(me.pthread, core::ptr::null_mut()) == 0 {
                 ManuallyDrop::drop(&mut me.memory);
+                let pid = call::<0>(abi::__NR_getpid, []).unwrap_or(0);
+                // Signal 0 only asks whether the thread is there (tgkill(2)).
+                while call(abi::__NR_tgkill, [pid, tid, 0]).is_ok() {
+                    yield_now();
+                }
             }
         }
     }

@@ -126,7 +126,11 @@ mod tests {
     #[test]
     fn pairs_alternate_and_the_first_does_not_count() {
         let log = std::cell::RefCell::new(String::new());
-        let side = |name| (log.borrow_mut().push(name), Ok(log.borrow().len())).1;
+        let side = |name| {
+            let mut log = log.borrow_mut();
+            log.push(name);
+            Ok(log.len())
+        };
         let pairs = in_pairs(2, || side('u'), || side('f')).unwrap();
         assert_eq!(log.borrow().as_str(), "ufuffu");
         assert_eq!(pairs, [(3, 4), (6, 5)]);

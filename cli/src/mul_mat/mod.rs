@@ -4,7 +4,7 @@ mod problem;
 mod programs;
 mod rounds;
 
-pub(crate) use problem::Problem;
+pub(crate) use problem::{Problem, Sides};
 pub(crate) use programs::launch;
 pub(crate) use rounds::{Again, Measured, measure};
 
@@ -17,9 +17,10 @@ use uhmm::Uhmm;
 
 /// Runs the command.
 pub(crate) fn run(args: &args::MulMat, json: bool) -> Result<()> {
+    let sides = Sides::from_args(args)?;
     let hmm = Uhmm::new()?;
     let device = hmm.device(&args.device)?;
-    let problem = Problem::from_args(args, device.threads())?;
+    let problem = Problem::new(sides, device.threads())?;
     // The product by the very pointers of the matrices, mapped files or not; it is what -o writes.
     let mut r = vec![f32::NAN; problem.shape.m * problem.shape.n];
     launch(&device, problem.shape, &mut r, problem.a.as_slice(), problem.b.as_slice())?;

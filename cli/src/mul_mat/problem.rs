@@ -23,43 +23,58 @@ pub(crate) struct Problem {
     tolerance: f64,
 }
 
-impl Problem {
-    /// The problem that the command line asks for.
-    pub(crate) fn from_args(args: &args::MulMat, threads: usize) -> Result<Problem> {
+/// The two sides, loaded and checked before a device is opened.
+pub(crate) struct Sides {
+    a: Matrix,
+    b: Matrix,
+    /// Whole numbers whose products have no rounding errors.
+    exact: bool,
+}
+
+impl Sides {
+    /// What the command line asks for.
+    pub(crate) fn from_args(args: &args::MulMat) -> Result<Sides> {
         match (&args.a, &args.b, args.size) {
-            (Some(a), Some(b), _) => Problem::new(Matrix::open(a)?, Matrix::open(b)?, threads, false),
+            (Some(a), Some(b), _) => Sides::new(Matrix::open(a)?, Matrix::open(b)?, false),
             (_, _, Some(size)) => {
                 let size = size as usize;
-                Problem::new(Matrix::random(size, size, 1), Matrix::random(size, size, 2), threads, false)
+                Sides::new(Matrix::random(size, size, 1), Matrix::random(size, size, 2), false)
             }
-            _ => Problem::digits(threads),
+            _ => Sides::digits(),
         }
     }
 
-    /// The digits times their transpose: whole numbers below 2^24, so the product must be exact.
-    pub(crate) fn digits(threads: usize) -> Result<Problem> {
+    /// The digits and their transpose: whole numbers, with sums below 2^24, so the product must be exact.
+    pub(crate) fn digits() -> Result<Sides> {
         let images = digits::images()?;
         let transposed = images.transposed();
-        Problem::new(images, transposed, threads, true)
+        Sides::new(images, transposed, true)
     }
 
-    fn new(a: Matrix, b: Matrix, threads: usize, exact: bool) -> Result<Problem> {
+    fn new(a: Matrix, b: Matrix, exact: bool) -> Result<Sides> {
         if a.columns() != b.rows() {
             bail!(
                 "the matrices do not fit: A is {} x {} and B is {} x {}, but A must have as many columns as B has rows",
                 a.rows(), a.columns(), b.rows(), b.columns()
             );
         }
-        let shape = Shape { m: a.rows(), k: a.columns(), n: b.columns(), rows: rows_per_group(a.rows(), threads) };
-        let (largest_a, largest_b) = (largest(a.as_slice()), largest(b.as_slice()));
-        if !(largest_a * largest_b * shape.k as f64).is_finite() {
+        if !(largest(a.as_slice()) * largest(b.as_slice()) * a.columns() as f64).is_finite() {
             bail!("the matrices hold infinite values or values that are no number: a product of them cannot be checked");
         }
+        Ok(Sides { a, b, exact })
+    }
+}
+
+impl Problem {
+    /// Computes what the product must be, and divides the work for `threads` threads.
+    pub(crate) fn new(Sides { a, b, exact }: Sides, threads: usize) -> Result<Problem> {
+        let shape = Shape { m: a.rows(), k: a.columns(), n: b.columns(), rows: rows_per_group(a.rows(), threads) };
         let want = a.view()?.dot(&b.view()?);
         // Rounding errors of a sum of k products grow like k at worst, like the root of k in general; a wrong element or a stale
         // page is far beyond that.
         let depth = shape.k as f64;
-        let tolerance = if exact { 0.0 } else { f64::from(f32::EPSILON) * depth * depth.sqrt().max(8.0) * largest_a * largest_b };
+        let unit = f64::from(f32::EPSILON) * largest(a.as_slice()) * largest(b.as_slice());
+        let tolerance = if exact { 0.0 } else { unit * depth * depth.sqrt().max(8.0) };
         let largest = want.as_slice().map_or(0.0, largest);
         Ok(Problem { a, b, shape, want, largest, tolerance })
     }
@@ -94,7 +109,7 @@ mod tests {
 
     #[test]
     fn one_wrong_element_is_noticed() {
-        let problem = Problem::digits(2).unwrap();
+        let problem = Problem::new(Sides::digits().unwrap(), 2).unwrap();
         let mut r = problem.want.as_slice().unwrap().to_vec();
         assert_eq!(problem.check("it", &r).unwrap(), 0.0);
         r[1797 + 2] += 1.0;
@@ -108,7 +123,7 @@ mod tests {
     fn rounding_is_forgiven_and_a_missing_product_is_not() {
         let (a, b) = (Matrix::random(20, 500, 1), Matrix::random(500, 20, 2));
         let missing = a.as_slice()[499] * b.as_slice()[499 * 20];
-        let problem = Problem::new(a, b, 2, false).unwrap();
+        let problem = Problem::new(Sides::new(a, b, false).unwrap(), 2).unwrap();
         let mut r = problem.want.as_slice().unwrap().to_vec();
         r[0] += 1e-6;
         assert!(problem.check("it", &r).unwrap() > 0.0);

@@ -1,0 +1,156 @@
+//! Runs each test in a child process, and tells tests what they need to know of the kernel.
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A test, and whether it needs the right to handle the kernel's page faults.
+#[derive(Clone, Copy)]
+pub struct Test {
+    pub name: &'static str,
+    pub run: fn(),
+    pub full: bool,
+}
+
+/// Names a function as a test that needs that right.
+#[macro_export]
+macro_rules! tests {
+    ($($name:ident),* $(,)?) => {
+        pub const TESTS: &[$crate::harness::Test] = &[$($crate::harness::Test { name: concat!(module_path!(), "::", stringify!($name)), run: $name, full: true },)*];
+    };
+}
+
+const CHILD: &str = "UHMM_TEST_CHILD";
+
+/// Runs one test if this is a child, else all of them, each in a child.
+pub fn run(tests: &[Test]) {
+    if let Ok(name) = std::env::var(CHILD) {
+        let test = tests.iter().find(|test| test.name == name).expect("a test of that name");
+        (test.run)();
+        return;
+    }
+    let missing = uhmm::Uhmm::new().err();
+    if let Some(error) = &missing {
+        eprintln!("tests that need it are ignored: {error}");
+    }
+    let trials = tests.iter().map(|&test| {
+        let name = test.name.trim_start_matches("suite::");
+        Trial::test(name, move || child(test.name)).with_ignored_flag(test.full && missing.is_some())
+    });
+    let mut arguments = Arguments::from_args();
+    // Tests measure nothing, but their races want both cores.
+    arguments.test_threads.get_or_insert(2);
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
+
+fn child(name: &str) -> Result<(), Failed> {
+    let mut child = again(name).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let (mut out, mut err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+    let read = |pipe: &mut dyn Read| {
+        let mut text = vec![];
+        let _ = pipe.read_to_end(&mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    };
+    let (out, err) = std::thread::scope(|scope| {
+        let out = scope.spawn(move || read(&mut out));
+        let err = scope.spawn(move || read(&mut err));
+        let limit = Instant::now() + Duration::from_secs(120) + seconds(5) * 4;
+        while matches!(child.try_wait(), Ok(None)) {
+            if Instant::now() > limit {
+                let _ = child.kill();
+                eprintln!("{name} hangs: killed");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        (out.join().unwrap_or_default(), err.join().unwrap_or_default())
+    });
+    let status = child.wait()?;
+    if status.success() { Ok(()) } else { Err(format!("{status}\n{out}{err}").into()) }
+}
+
+/// This binary again, to run one test.
+pub fn again(name: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("our own path"));
+    command.env(CHILD, name).env("RUST_BACKTRACE", "0");
+    command
+}
+
+/// How long a race runs: UHMM_TEST_SECONDS, or the given number.
+pub fn seconds(default: u64) -> Duration {
+    let asked = std::env::var("UHMM_TEST_SECONDS").ok().and_then(|s| s.parse().ok());
+    Duration::from_secs(asked.unwrap_or(default))
+}
+
+/// Whether the kernel has a page at this address (/proc/self/pagemap, bit 63).
+pub fn present<T>(at: *const T) -> bool {
+    entry(at) >> 63 & 1 != 0
+}
+
+fn entry<T>(at: *const T) -> u64 {
+    let pagemap = File::open("/proc/self/pagemap").expect("pagemap");
+    let mut entry = [0; 8];
+    pagemap.read_exact_at(&mut entry, at as u64 / 4096 * 8).expect("an entry");
+    u64::from_ne_bytes(entry)
+}
+
+/// Pages of the slice, wholly inside it, that the kernel has.
+pub fn pages_present<T>(data: &[T]) -> usize {
+    let start = (data.as_ptr() as usize).next_multiple_of(4096);
+    let end = data.as_ptr_range().end as usize & !4095;
+    (start..end).step_by(4096).filter(|&at| present(at as *const u8)).count()
+}
+
+/// Anonymous memory of its own mapping.
+pub struct Pages {
+    pub start: *mut u8,
+    pub len: usize,
+}
+
+impl Pages {
+    pub fn new(len: usize) -> Self {
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0) };
+        assert_ne!(start, libc::MAP_FAILED);
+        Pages { start: start.cast(), len }
+    }
+
+    /// On a 2 MiB boundary, in huge pages where there are any.
+    pub fn huge(len: usize) -> Self {
+        let pages = Pages::new(len + (2 << 20));
+        let start = (pages.start as usize).next_multiple_of(2 << 20) as *mut u8;
+        unsafe { libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE) };
+        std::mem::forget(pages);
+        Pages { start, len }
+    }
+
+    pub fn slice<T>(&mut self) -> &mut [T] {
+        unsafe { std::slice::from_raw_parts_mut(self.start.cast(), self.len / size_of::<T>()) }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        unsafe { libc::munmap(self.start.cast(), self.len) };
+    }
+}
+
+/// A device of `mib` MiB with two workers.
+pub fn device(mib: usize) -> (uhmm::Uhmm, uhmm::Device) {
+    let hmm = uhmm::Uhmm::new().expect("full rights");
+    let dev = hmm.soft("soft").memory(mib << 20).threads(2).open().expect("a device");
+    (hmm, dev)
+}
+
+/// Adds 1 to every element of argument 0, in parts of 1000.
+pub fn increment(ctx: &uhmm::Ctx<'_>) {
+    for x in ctx.out::<u32>(0).chunk(1000) {
+        *x = x.wrapping_add(1);
+    }
+}
+
+/// Groups for [`increment`].
+pub fn groups(len: usize) -> usize {
+    len.div_ceil(1000)
+}

@@ -1,0 +1,27 @@
+//! Tests of the whole, on real memory of a real process. Each runs in a process of its own: the test binary executes itself.
+//!
+//! Where a page is, they ask the kernel (/proc/self/pagemap), never uhmm.
+#![allow(unreachable_pub)] // everything here is of this binary alone
+#![allow(unsafe_code)] // raw arguments, mappings, and kernels that follow pointers
+#![allow(clippy::undocumented_unsafe_blocks)] // tests do on purpose what callers must not
+
+mod bad_input;
+mod basics;
+mod faults;
+mod harness;
+mod kernel_faults;
+mod lifecycle;
+mod mappings;
+mod races;
+
+fn main() {
+    let mut tests = vec![];
+    tests.extend(basics::TESTS);
+    tests.extend(faults::TESTS);
+    tests.extend(kernel_faults::TESTS);
+    tests.extend(bad_input::TESTS);
+    tests.extend(lifecycle::TESTS);
+    tests.extend(mappings::TESTS);
+    tests.extend(races::TESTS);
+    harness::run(&tests);
+}

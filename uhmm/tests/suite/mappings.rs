@@ -1,0 +1,159 @@
+//! The program changes its mappings while its pages are on the device.
+
+use crate::harness::*;
+use uhmm::{Ctx, args, inout, inp, out};
+
+crate::tests![
+    unmapped_memory_frees_the_devices,
+    partly_unmapped,
+    dropped_pages_read_zero,
+    remapped_pages_keep_their_contents,
+    a_mapping_over_it_starts_anew,
+    memory_that_cannot_move_is_used_all_the_same,
+    pages_shared_by_a_fork_move_after_it,
+];
+
+fn filled(len: usize) -> Pages {
+    let mut pages = Pages::new(len);
+    for (i, x) in pages.slice::<u32>().iter_mut().enumerate() {
+        *x = i as u32;
+    }
+    pages
+}
+
+fn unmapped_memory_frees_the_devices() {
+    let (_hmm, dev) = device(8);
+    for _ in 0..20 {
+        let mut pages = filled(6 << 20);
+        let data = pages.slice::<u32>();
+        dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+        assert_eq!(pages_present(data), 0);
+    }
+    // All of it is free again, without an eviction.
+    let _all = dev.alloc::<u8>(8 << 20).unwrap();
+    assert_eq!(dev.stats().evictions, 0);
+    let windows = std::fs::read_to_string("/proc/self/maps").unwrap().matches("uhmm window]").count();
+    assert!(windows <= 1, "windows go with their mappings: {windows}");
+}
+
+fn partly_unmapped() {
+    let (_hmm, dev) = device(16);
+    let mut pages = filled(6 << 20);
+    let data = pages.slice::<u32>();
+    dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+    let (hole, len) = (3 << 19, 1 << 20); // bytes from the start
+    assert_eq!(unsafe { libc::munmap(pages.start.add(hole).cast(), len) }, 0);
+    let data = pages.slice::<u32>();
+    let same = |range: std::ops::Range<usize>| range.clone().zip(&data[range]).all(|(i, &x)| x == i as u32 + 1);
+    assert!(same(0..hole / 4));
+    assert!(same((hole + len) / 4..data.len()));
+    // The hole is used by somebody else.
+    let again = unsafe { libc::mmap(pages.start.add(hole).cast(), len, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
+    assert!(unsafe { std::slice::from_raw_parts(again.cast::<u32>(), len / 4) }.iter().all(|&x| x == 0));
+}
+
+fn dropped_pages_read_zero() {
+    let (_hmm, dev) = device(16);
+    for advice in [libc::MADV_DONTNEED, libc::MADV_FREE] {
+        let mut pages = filled(4 << 20);
+        let data = pages.slice::<u32>();
+        dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+        assert_eq!(unsafe { libc::madvise(pages.start.add(1 << 20).cast(), 1 << 20, advice) }, 0);
+        let data = pages.slice::<u32>();
+        let range = 1 << 18..2 << 18;
+        assert!(data[range.clone()].iter().all(|&x| x == 0), "advice {advice}");
+        assert!(data.iter().enumerate().all(|(i, &x)| range.contains(&i) || x == i as u32 + 1));
+        data[range.clone()].fill(9);
+        dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+        assert!(data[range].iter().all(|&x| x == 10));
+    }
+}
+
+fn remapped_pages_keep_their_contents() {
+    let (_hmm, dev) = device(64);
+    for shift in [0, 4096, 3 << 20] {
+        let mut pages = filled(4 << 20);
+        let data = pages.slice::<u32>();
+        dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+        let room = Pages::huge(16 << 20);
+        let target = unsafe { room.start.add(shift) };
+        let moved = unsafe { libc::mremap(pages.start.cast(), pages.len, pages.len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target) };
+        assert_eq!(moved, target.cast());
+        let data = unsafe { std::slice::from_raw_parts_mut(target.cast::<u32>(), 1 << 20) };
+        assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1), "shift {shift}");
+        dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+        assert_eq!(pages_present(data), 0);
+        assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 2), "shift {shift}");
+        std::mem::forget(pages);
+    }
+    // Grown where it stands, or moved to grow: a Vec's push.
+    let mut data: Vec<u32> = (0..1_000_000).collect();
+    for _ in 0..4 {
+        let len = data.len();
+        dev.run(&increment, groups(len), args![inout(&mut data)]).unwrap();
+        data.extend(0..len as u32);
+    }
+    assert_eq!((data[0], data[1_000_000], data[999_999]), (4, 3, 1_000_003));
+}
+
+fn a_mapping_over_it_starts_anew() {
+    let (_hmm, dev) = device(16);
+    let mut pages = filled(4 << 20);
+    let data = pages.slice::<u32>();
+    dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+    let again = unsafe { libc::mmap(pages.start.cast(), pages.len, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
+    assert_eq!(again, pages.start.cast());
+    let data = pages.slice::<u32>();
+    assert!(data.iter().all(|&x| x == 0));
+    dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+    assert!(data.iter().all(|&x| x == 1));
+}
+
+fn memory_that_cannot_move_is_used_all_the_same() {
+    static CONSTANT: [u32; 50_000] = [3; 50_000];
+    let (_hmm, dev) = device(64);
+    let mut r = vec![0u32; CONSTANT.len()];
+    let kernel = |ctx: &Ctx<'_>| {
+        let a = ctx.inp::<u32>(1);
+        let base = ctx.group() * 1000;
+        ctx.out::<u32>(0).chunk(1000).iter_mut().enumerate().for_each(|(i, r)| *r = a[base + i] + 1);
+    };
+    dev.run(&kernel, 50, args![out(&mut r), inp(&CONSTANT)]).unwrap();
+    assert!(r.iter().all(|&x| x == 4));
+    // Shared memory, which no userfaultfd can move.
+    let len = 1 << 20;
+    let shared = unsafe { libc::mmap(std::ptr::null_mut(), len, 3, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1, 0) };
+    let data = unsafe { std::slice::from_raw_parts_mut(shared.cast::<u32>(), len / 4) };
+    data.fill(1);
+    for round in 2..5 {
+        dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+        assert!(data.iter().all(|&x| x == round));
+        data[5] = round;
+    }
+    // Locked memory.
+    let mut pages = filled(1 << 20);
+    if unsafe { libc::mlock(pages.start.cast(), pages.len) } == 0 {
+        let data = pages.slice::<u32>();
+        for _ in 0..3 {
+            dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+        }
+        assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 3));
+    }
+}
+
+/// After any fork the kernel refuses to move every anonymous page (EBUSY), also when the child is long gone; it must be made the program's own again.
+fn pages_shared_by_a_fork_move_after_it() {
+    let (_hmm, dev) = device(64);
+    let mut data: Vec<u32> = (0..1_000_000).collect();
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    for round in 1..3 {
+        dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+        assert_eq!(pages_present(&data), 0, "round {round}");
+        assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + round));
+    }
+}

@@ -1,0 +1,197 @@
+//! Races that run long enough to lose if they can: 5 s each, longer by UHMM_TEST_SECONDS.
+
+use crate::harness::*;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
+use uhmm::{Ctx, args, inout, ptr};
+
+crate::tests![
+    cpu_threads_and_workers_touch_the_same_pages,
+    mappings_change_under_launches,
+    migrations_against_touches,
+    a_relaunch_never_sees_old_data,
+];
+
+/// Eight CPU threads (atomics, and a pipe that is written from and read into the same pages) and the device's workers touch the same pages at
+/// random. Each word has one owner per kind of access whose count is known, so that every lost or repeated update shows.
+fn cpu_threads_and_workers_touch_the_same_pages() {
+    const WORDS: usize = 4 << 20; // 16 MiB, the device has 8
+    const CPUS: usize = 8;
+    let (_hmm, dev) = device(8);
+    let memory: Vec<AtomicU32> = (0..WORDS).map(|_| AtomicU32::new(0)).collect();
+    let added = AtomicU64::new(0);
+    let touches = AtomicU64::new(0);
+    let stop = AtomicBool::new(false);
+    let end = Instant::now() + seconds(10);
+    std::thread::scope(|scope| {
+        for cpu in 0..CPUS {
+            let (memory, added, touches, stop) = (&memory, &added, &touches, &stop);
+            scope.spawn(move || {
+                let mut random = fastrand::Rng::with_seed(cpu as u64);
+                let mut pipe = [0; 2];
+                assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+                while !stop.load(Ordering::Relaxed) {
+                    let page = random.usize(0..WORDS / 1024) * 1024;
+                    // Words 0 to 511 of a page are for atomics; from 512 on each thread has 32 of its own.
+                    for _ in 0..random.usize(1..100) {
+                        memory[page + random.usize(0..512)].fetch_add(1, Ordering::Relaxed);
+                        added.fetch_add(1, Ordering::Relaxed);
+                        touches.fetch_add(1, Ordering::Relaxed);
+                    }
+                    if random.u8(0..4) == 0 {
+                        let from = page + 512 + cpu * 32;
+                        let to = random.usize(0..WORDS / 1024) * 1024 + 512 + cpu * 32;
+                        let value = random.u32(..);
+                        memory[from].store(value, Ordering::Relaxed);
+                        let (source, target) = (&raw const memory[from], &raw const memory[to]);
+                        assert_eq!(unsafe { libc::write(pipe[1], source.cast(), 4) }, 4);
+                        assert_eq!(unsafe { libc::read(pipe[0], target.cast_mut().cast(), 4) }, 4);
+                        assert_eq!(memory[to].load(Ordering::Relaxed), value, "what the pipe brought");
+                        touches.fetch_add(4, Ordering::Relaxed);
+                    }
+                }
+                pipe.iter().for_each(|&fd| assert_eq!(unsafe { libc::close(fd) }, 0));
+            });
+        }
+        let mut seed = 0;
+        while Instant::now() < end || touches.load(Ordering::Relaxed) < 1_000_000 {
+            seed += 1;
+            let by_kernel = [AtomicU64::new(0), AtomicU64::new(0)];
+            let kernel = |ctx: &Ctx<'_>| {
+                let mut random = fastrand::Rng::with_seed(seed << 8 | ctx.group() as u64);
+                let words = ctx.pointer::<AtomicU32>(0).cast_const();
+                let mut n = 0;
+                for _ in 0..8 {
+                    let page = random.usize(0..WORDS / 1024) * 1024;
+                    for _ in 0..200 {
+                        unsafe { &*words.add(page + random.usize(0..512)) }.fetch_add(1, Ordering::Relaxed);
+                        n += 1;
+                    }
+                }
+                by_kernel[ctx.group() % 2].fetch_add(n, Ordering::Relaxed);
+            };
+            let list = args![unsafe { ptr(memory.as_ptr()) }];
+            match dev.run(&kernel, 4, list) {
+                Ok(()) => {}
+                Err(error) => panic!("{error}"),
+            }
+            let n = by_kernel.iter().map(|n| n.load(Ordering::Relaxed)).sum();
+            added.fetch_add(n, Ordering::Relaxed);
+            touches.fetch_add(n, Ordering::Relaxed);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let words = memory.iter().enumerate().filter(|(i, _)| i % 1024 < 512);
+    let sum: u64 = words.map(|(_, word)| u64::from(word.load(Ordering::Relaxed))).sum();
+    assert_eq!(sum, added.load(Ordering::Relaxed), "no update is lost, none happens twice");
+    assert!(touches.load(Ordering::Relaxed) >= 1_000_000);
+    let stats = dev.stats();
+    assert!(stats.device_faults > 100 && stats.cpu_faults > 100, "{stats:?}");
+}
+
+/// One thread maps, fills, remaps, drops and unmaps memory; another launches on memory of its own that the kernel places between it.
+fn mappings_change_under_launches() {
+    let (_hmm, dev) = device(16);
+    let stop = AtomicBool::new(false);
+    let end = Instant::now() + seconds(5);
+    std::thread::scope(|scope| {
+        for seed in 0..2 {
+            let (dev, stop) = (&dev, &stop);
+            scope.spawn(move || {
+                let mut random = fastrand::Rng::with_seed(seed);
+                while !stop.load(Ordering::Relaxed) {
+                    let len = random.usize(1..600) * 4096;
+                    let mut pages = Pages::new(len);
+                    let data = pages.slice::<u32>();
+                    for (i, x) in data.iter_mut().enumerate() {
+                        *x = i as u32;
+                    }
+                    let mut expected = 0;
+                    for _ in 0..random.usize(0..3) {
+                        dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+                        expected += 1;
+                    }
+                    match random.u8(0..4) {
+                        0 => {
+                            let at = random.usize(0..len / 4096) * 4096;
+                            unsafe { libc::madvise(data.as_mut_ptr().byte_add(at).cast(), 4096, libc::MADV_DONTNEED) };
+                            assert!(data[at / 4..at / 4 + 1024].iter().all(|&x| x == 0));
+                        }
+                        1 => {
+                            let moved = unsafe { libc::mremap(data.as_mut_ptr().cast(), len, len + 4096, libc::MREMAP_MAYMOVE) };
+                            assert_ne!(moved, libc::MAP_FAILED);
+                            pages.start = moved.cast();
+                            pages.len = len + 4096;
+                            let data = pages.slice::<u32>();
+                            assert!(data[..len / 4].iter().enumerate().all(|(i, &x)| x == i as u32 + expected));
+                            assert!(data[len / 4..].iter().all(|&x| x == 0));
+                        }
+                        _ => assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + expected)),
+                    }
+                }
+            });
+        }
+        while Instant::now() < end {
+            let mut vec: Vec<u32> = (0..fastrand::u32(1000..300_000)).collect();
+            dev.run(&increment, groups(vec.len()), args![inout(&mut vec)]).unwrap();
+            assert!(vec.iter().enumerate().all(|(i, &x)| x == i as u32 + 1));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+/// Prefetches of random runs against threads that touch the same pages.
+fn migrations_against_touches() {
+    const WORDS: usize = 2 << 20;
+    let (_hmm, dev) = device(16);
+    let memory: Vec<AtomicU32> = (0..WORDS).map(|_| AtomicU32::new(0)).collect();
+    // The same memory as plain numbers, to name ranges of it.
+    let plain = unsafe { std::slice::from_raw_parts(memory.as_ptr().cast::<u32>(), WORDS) };
+    let added = AtomicU64::new(0);
+    let stop = AtomicBool::new(false);
+    let end = Instant::now() + seconds(5);
+    std::thread::scope(|scope| {
+        for cpu in 0..4 {
+            let (memory, added, stop) = (&memory, &added, &stop);
+            scope.spawn(move || {
+                let mut random = fastrand::Rng::with_seed(cpu);
+                while !stop.load(Ordering::Relaxed) {
+                    memory[random.usize(0..WORDS)].fetch_add(1, Ordering::Relaxed);
+                    added.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let mut random = fastrand::Rng::with_seed(99);
+        while Instant::now() < end {
+            let len = 1024 << random.usize(0..11);
+            let at = random.usize(0..WORDS - len.min(WORDS - 1));
+            let part = &plain[at..(at + len).min(WORDS)];
+            if random.bool() { dev.prefetch(part).unwrap() } else { dev.evict(part).unwrap() }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let sum: u64 = memory.iter().map(|word| u64::from(word.load(Ordering::Relaxed))).sum();
+    assert_eq!(sum, added.load(Ordering::Relaxed));
+}
+
+/// Stale residency: memory is unmapped by one thread, the address is taken by another, and a launch must see the new contents.
+fn a_relaunch_never_sees_old_data() {
+    let (_hmm, dev) = device(32);
+    let end = Instant::now() + seconds(5);
+    std::thread::scope(|scope| {
+        for seed in 0..3u32 {
+            let dev = &dev;
+            scope.spawn(move || {
+                let mut round = seed << 24;
+                while Instant::now() < end {
+                    round += 1;
+                    let mut pages = Pages::new(512 << 10);
+                    pages.slice::<u32>().fill(round);
+                    let data = pages.slice::<u32>();
+                    dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+                    assert!(data.iter().all(|&x| x == round + 1));
+                }
+            });
+        }
+    });
+}
