@@ -32,6 +32,11 @@ fn unmapped(core: &Core, span: Span) {
     // Addresses of the device for blocks that have no mapping left.
     for part in [span.start, span.end.saturating_sub(1)] {
         let block = Span::block(part);
+        // What another munmap has taken since, whose event is not followed yet, is still entered in the device's page table.
+        let entered = core.dir.get(block.start).is_some_and(|block| !block.lock().win.is_empty());
+        if entered {
+            continue;
+        }
         let rest = core.space.maps.find(block.start);
         if matches!(rest, Ok(next) if next.is_none_or(|vma| vma.start >= block.end)) {
             core.for_each_device(|dev| dev.driver.close_window(block));

@@ -31,16 +31,41 @@ fn named(pages: Pages, huge: &'static str, small: &'static str) -> &'static str 
 }
 
 /// All of a range to the device and home: `prefetch` and `evict`, then a launch of a kernel that does nothing.
-fn whole_ranges(device: &Device, size: usize, pages: Pages, pairs: u32, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
+fn whole_ranges(
+    device: &Device,
+    size: usize,
+    pages: Pages,
+    pairs: u32,
+    print: &mut impl FnMut(Row) -> Result<()>,
+) -> Result<()> {
     let mut floor = RoundTrip::prepare(size, pages)?;
     let mut memory = Memory::new(size, pages)?;
-    let rate = |name| Measure { name, unit: "GB/s", work: size as f64 / 1e9, goal: 0.8 };
-    let times = in_pairs(pairs, || round_trip(device, &mut memory), || Ok(floor.run().map(|time| (time.to_device, time.home))?))?;
-    let to_device: Vec<_> = times.iter().map(|(ours, floor)| (ours.0, floor.0)).collect();
-    let home: Vec<_> = times.iter().map(|(ours, floor)| (ours.1, floor.1)).collect();
+    let rate = |name| Measure {
+        name,
+        unit: "GB/s",
+        work: size as f64 / 1e9,
+        goal: 0.8,
+    };
+    let times = in_pairs(
+        pairs,
+        || round_trip(device, &mut memory),
+        || Ok(floor.run().map(|time| (time.to_device, time.home))?),
+    )?;
+    let to_device: Vec<_> = times
+        .iter()
+        .map(|(ours, floor)| (ours.0, floor.0))
+        .collect();
+    let home: Vec<_> = times
+        .iter()
+        .map(|(ours, floor)| (ours.1, floor.1))
+        .collect();
     print(rate(named(pages, "migrate_to_device_2m", "migrate_to_device_4k")).row(&to_device))?;
     print(rate(named(pages, "migrate_home_2m", "migrate_home_4k")).row(&home))?;
-    let launched = in_pairs(pairs, || launch(device, &mut memory), || Ok(floor.run()?.to_device))?;
+    let launched = in_pairs(
+        pairs,
+        || launch(device, &mut memory),
+        || Ok(floor.run()?.to_device),
+    )?;
     print(rate(named(pages, "launch_2m", "launch_4k")).row(&launched))
 }
 
@@ -68,9 +93,24 @@ fn launch(device: &Device, memory: &mut Memory) -> Result<Duration> {
 }
 
 /// A range that is on the device, read by the CPU from its start to its end.
-fn faults(device: &Device, size: usize, pages: Pages, pairs: u32, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
-    let (name, chunk) = if pages == Pages::Huge { ("read_home_2m", BLOCK) } else { ("read_home_4k", 16 * PAGE) };
-    let measure = Measure { name, unit: "GB/s", work: size as f64 / 1e9, goal: 0.8 };
+fn faults(
+    device: &Device,
+    size: usize,
+    pages: Pages,
+    pairs: u32,
+    print: &mut impl FnMut(Row) -> Result<()>,
+) -> Result<()> {
+    let (name, chunk) = if pages == Pages::Huge {
+        ("read_home_2m", BLOCK)
+    } else {
+        ("read_home_4k", 16 * PAGE)
+    };
+    let measure = Measure {
+        name,
+        unit: "GB/s",
+        work: size as f64 / 1e9,
+        goal: 0.8,
+    };
     let mut floor = Fault::prepare(size, Server::Handler, Method::Move, chunk)?;
     let mut memory = Memory::new(size, pages)?;
     let ours = || touch(device, &mut memory, PAGE);
@@ -78,15 +118,29 @@ fn faults(device: &Device, size: usize, pages: Pages, pairs: u32, print: &mut im
 }
 
 /// Touches that are far from each other, each of a page of 4 KiB that is on the device.
-fn lone_faults(device: &Device, size: usize, pairs: u32, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
+fn lone_faults(
+    device: &Device,
+    size: usize,
+    pairs: u32,
+    print: &mut impl FnMut(Row) -> Result<()>,
+) -> Result<()> {
     let mut floor = Fault::prepare(size, Server::Handler, Method::Copy, PAGE)?;
     let faults = floor.faults() as f64;
     let mut memory = Memory::new(size, Pages::Small)?;
     let touches = (size / BLOCK) as f64;
-    let measure = Measure { name: "fault_4k", unit: "us", work: touches / 1e6, goal: 1.5 };
+    let measure = Measure {
+        name: "fault_4k",
+        unit: "us",
+        work: touches / 1e6,
+        goal: 1.5,
+    };
     // The floor serves more faults than we make: its time is scaled to our number.
     let floor = || Ok(floor.run()?.mul_f64(touches / faults));
-    print(measure.row(&in_pairs(pairs, || touch(device, &mut memory, BLOCK), floor)?))
+    print(measure.row(&in_pairs(
+        pairs,
+        || touch(device, &mut memory, BLOCK),
+        floor,
+    )?))
 }
 
 /// Sends everything to the device, and then reads one byte every `step` bytes.
@@ -111,8 +165,20 @@ impl Memory {
     fn new(size: usize, pages: Pages) -> Result<Memory> {
         let mapping = MmapMut::map_anon(size + BLOCK)?;
         let start = mapping.as_ptr().align_offset(BLOCK);
-        mapping.advise_range(if pages == Pages::Huge { Advice::HugePage } else { Advice::NoHugePage }, start, size)?;
-        Ok(Memory { mapping, range: start..start + size, salt: 0 })
+        mapping.advise_range(
+            if pages == Pages::Huge {
+                Advice::HugePage
+            } else {
+                Advice::NoHugePage
+            },
+            start,
+            size,
+        )?;
+        Ok(Memory {
+            mapping,
+            range: start..start + size,
+            salt: 0,
+        })
     }
 
     fn bytes(&self) -> &[u8] {
@@ -136,7 +202,10 @@ impl Memory {
     fn check(&self, step: usize) -> Result<()> {
         for (number, part) in self.bytes().chunks(step).enumerate() {
             let page = number * (step / PAGE);
-            ensure!(part[0] == (page as u8).wrapping_add(self.salt), "wrong data in page {page} after a migration");
+            ensure!(
+                part[0] == (page as u8).wrapping_add(self.salt),
+                "wrong data in page {page} after a migration"
+            );
         }
         Ok(())
     }

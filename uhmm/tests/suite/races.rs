@@ -10,6 +10,7 @@ crate::tests![
     mappings_change_under_launches,
     migrations_against_touches,
     a_relaunch_never_sees_old_data,
+    neighbours_in_a_block_are_unmapped_one_after_the_other,
 ];
 
 /// Eight CPU threads (atomics, and a pipe that is written from and read into the same pages) and the device's workers touch the same pages at
@@ -194,4 +195,32 @@ fn a_relaunch_never_sees_old_data() {
             });
         }
     });
+}
+
+/// The window of a block was closed when nothing was mapped there any more, while pages of a second mapping in the same block, unmapped a moment
+/// later, were still in it: taking them out of the device's page table then failed. Two mappings that share a block, unmapped in a row, show it.
+fn neighbours_in_a_block_are_unmapped_one_after_the_other() {
+    const PARTS: usize = 8;
+    let (_hmm, dev) = device(16);
+    let end = Instant::now() + seconds(5);
+    while Instant::now() < end {
+        let mut whole = Pages::huge(2 << 20);
+        let data = whole.slice::<u32>();
+        data.fill(1);
+        for part in data.chunks_mut(data.len() / PARTS) {
+            dev.run(&increment, groups(part.len()), args![inout(part)]).unwrap();
+        }
+        let start = whole.start as usize;
+        std::mem::forget(whole);
+        std::thread::scope(|scope| {
+            for parts in [0..PARTS / 2, PARTS / 2..PARTS] {
+                scope.spawn(move || {
+                    for part in parts {
+                        let len = (2 << 20) / PARTS;
+                        assert_eq!(unsafe { libc::munmap((start + part * len) as *mut _, len) }, 0);
+                    }
+                });
+            }
+        });
+    }
 }
