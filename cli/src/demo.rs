@@ -2,14 +2,14 @@
 
 use crate::mul_mat::{Measured, Problem, Sides, launch, launches, measure};
 use crate::report;
-use crate::{args, digits};
+use crate::{digits, options};
 use anyhow::{Result, ensure};
 use owo_colors::OwoColorize;
 use serde::Serialize;
 use uhmm::{Ctx, Device, Uhmm, args, inp, out};
 
 /// Runs the command.
-pub(crate) fn run(args: &args::Demo, json: bool) -> Result<()> {
+pub(crate) fn run(args: &options::Demo, json: bool) -> Result<()> {
     let hmm = Uhmm::new()?;
     let device = hmm.device(&args.device)?;
     let problem = Problem::new(Sides::digits()?, device.threads())?;

@@ -3,7 +3,6 @@
 //! Results go to standard output, as text for people or as JSON; what went wrong goes to standard error as one line that starts with
 //! "error:". Colours are for terminals only.
 
-mod args;
 mod bench;
 mod demo;
 mod digits;
@@ -11,10 +10,11 @@ mod doctor;
 mod matmul;
 mod mul_mat;
 mod npy;
+mod options;
 mod report;
 
-use args::{Cli, Command};
 use clap::Parser;
+use options::{Cli, Command};
 use owo_colors::OwoColorize;
 use std::io::ErrorKind;
 use std::process::ExitCode;
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            anstream::eprintln!("{} {error:#}", "error:".red().bold());
+            anstream::eprintln!("{} {}", "error:".red().bold(), report::message(&error));
             ExitCode::from(1)
         }
     }

@@ -128,7 +128,8 @@ impl WithSimd for MulRows<'_> {
     }
 }
 
-/// Packs `columns` of some rows of B into panels of one tile's width, each row by row; what is beyond the last column is zero.
+/// Packs `columns` of some rows of B into panels of one tile's width, each row by row; what is beyond the last column is zero
+/// (it is multiplied and thrown away; leftovers could be subnormal and slow).
 #[inline(always)]
 fn pack_b<'a, S: Simd>(
     pack: &'a mut [f32],
@@ -152,7 +153,8 @@ fn pack_b<'a, S: Simd>(
     S::as_simd_f32s(pack).0
 }
 
-/// Packs columns `depth` of some rows of A into panels of [`MR`] rows, each column by column; missing rows are zero.
+/// Packs columns `depth` of some rows of A into panels of [`MR`] rows, each column by column; missing rows are zero,
+/// for the same reason.
 #[inline(always)]
 fn pack_a<'a>(
     pack: &'a mut [f32],

@@ -54,6 +54,19 @@ impl Figure {
     }
 }
 
+/// An error and its causes on one line, without those that the text before has named already.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text += &format!(": {cause}");
+        }
+    }
+    text
+}
+
 /// Prints text; colours go away if nobody sees them.
 pub(crate) fn print(text: &str) -> Result<()> {
     let mut out = anstream::stdout().lock();
@@ -131,6 +144,19 @@ mod tests {
         assert_eq!(
             Figure::of_ratios(&[two, four, one], &[one, one, one]).median,
             2.0
+        );
+    }
+
+    #[test]
+    fn a_cause_is_named_once() {
+        let inner = || anyhow::anyhow!("no such file");
+        assert_eq!(
+            message(&inner().context("opening a.npy")),
+            "opening a.npy: no such file"
+        );
+        assert_eq!(
+            message(&inner().context("opening a.npy: no such file")),
+            "opening a.npy: no such file"
         );
     }
 

@@ -25,19 +25,20 @@ fn main() -> Result<()> {
         println!("{name} {:.2} GB/s", rate(best(|| floor.run())?));
     }
     for (name, pages) in [("2m", Pages::Huge), ("4k", Pages::Small)] {
-        let mut floor = RoundTrip::prepare(size, pages)?;
-        let mut home = Duration::MAX;
-        let there = best(|| {
-            floor
-                .run()
-                .map(|time| (time.to_device, home = home.min(time.home)).0)
-        })?;
-        println!(
-            "migrate_to_device_{name} {:.2} GB/s\nmigrate_home_{name} {:.2} GB/s",
-            rate(there),
-            rate(home.as_secs_f64())
-        );
-        drop(floor);
+        for (by, threads) in [("", 1), ("_two_threads", 2)] {
+            let mut floor = RoundTrip::prepare(size, pages, threads)?;
+            let mut home = Duration::MAX;
+            let there = best(|| {
+                floor
+                    .run()
+                    .map(|time| (time.to_device, home = home.min(time.home)).0)
+            })?;
+            println!("migrate_to_device_{name}{by} {:.2} GB/s", rate(there));
+            println!(
+                "migrate_home_{name}{by} {:.2} GB/s",
+                rate(home.as_secs_f64())
+            );
+        }
         let mut floor = CleanReturn::prepare(size, pages)?;
         println!(
             "clean_return_{name} {:.2} us per 2 MiB",
@@ -51,8 +52,12 @@ fn main() -> Result<()> {
         ("two_themselves", Server::TwoThemselves),
     ] {
         for (how, method) in [("copy", Method::Copy), ("move", Method::Move)] {
-            for chunk in [4096, 65536, BLOCK] {
-                let mut floor = Fault::prepare(size, server, method, chunk)?;
+            for (chunk, pages) in [
+                (4096, Pages::Small),
+                (65536, Pages::Small),
+                (BLOCK, Pages::Huge),
+            ] {
+                let mut floor = Fault::prepare(size, server, method, chunk, pages)?;
                 let seconds = best(|| floor.run())?;
                 let each = seconds * 1e6 / floor.faults() as f64;
                 println!(

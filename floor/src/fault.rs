@@ -6,10 +6,11 @@
 
 use crate::copy::stream;
 use crate::memory::{BLOCK, PAGE, Pages, Region};
+use crate::pair::together;
 use crate::sigbus;
 use crate::uffd::Uffd;
 use crate::{Error, Result};
-use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
+use core::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 /// Who serves a fault.
@@ -55,10 +56,6 @@ pub(crate) struct Core {
     salt: AtomicU8,
 }
 
-// SAFETY: the regions are reached by raw pointers only. Threads that serve faults at the same time serve different chunks (a run
-// gives each its own half, cut at a chunk), so no two of them write the same bytes.
-unsafe impl Sync for Core {}
-
 impl Core {
     /// Brings the chunk home that holds `address`; `false` if it is not in the range. Safe in a signal handler.
     pub(crate) fn serve(&self, address: usize) -> bool {
@@ -71,7 +68,8 @@ impl Core {
         let at = at - at % self.chunk;
         let (to, staging, device) = (self.host.at(at), self.staging.at(at), self.device.at(at));
         let served = match self.method {
-            // SAFETY: all three lie in regions of this floor, which end on a chunk; the staging pages are spare.
+            // SAFETY: all three lie in regions of this floor, which end on a chunk; the staging pages are spare. Threads that
+            // serve at the same time serve different chunks: a run gives each its own half, cut at a chunk.
             Method::Move => unsafe {
                 stream(staging, device, self.chunk);
                 self.uffd.move_pages(to, staging, self.chunk)
@@ -123,24 +121,29 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// Maps, touches and registers everything. `chunk` is what one fault brings, in bytes: 4 KiB to 2 MiB, a power of two; with
-    /// 2 MiB the range has huge pages where the method can keep them.
+    /// Maps, touches and registers everything. `chunk` is what one fault brings, in bytes: 4 KiB to 2 MiB, a power of two. Huge
+    /// pages can only come in chunks of 2 MiB, and arrive as such only by [`Method::Move`].
     ///
     /// # Errors
     /// If `size`, in bytes, is not a positive multiple of 2 MiB, memory is short, or there is no right to use userfaultfd.
     ///
     /// # Panics
-    /// If `chunk` is none of those sizes.
-    pub fn prepare(size: usize, server: Server, method: Method, chunk: usize) -> Result<Self> {
+    /// If `chunk` is none of those sizes, or smaller than the pages.
+    pub fn prepare(
+        size: usize,
+        server: Server,
+        method: Method,
+        chunk: usize,
+        pages: Pages,
+    ) -> Result<Self> {
         assert!(
             chunk.is_power_of_two() && (PAGE..=BLOCK).contains(&chunk),
             "a chunk has 4 KiB to 2 MiB, a power of two"
         );
-        let pages = if chunk == BLOCK {
-            Pages::Huge
-        } else {
-            Pages::Small
-        };
+        assert!(
+            pages == Pages::Small || chunk == BLOCK,
+            "huge pages come in chunks of 2 MiB"
+        );
         let staging = match method {
             Method::Move => Region::full(size, pages)?,
             Method::Copy => Region::empty(size, pages)?,
@@ -222,28 +225,10 @@ fn with_handler(core: &Core) -> Result<Duration> {
 
 fn two_themselves(core: &Core) -> Result<Duration> {
     let half = (core.host.size() / 2).next_multiple_of(core.chunk);
-    let (ready, go) = (AtomicBool::new(false), AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        let second = scope.spawn(|| {
-            ready.store(true, Ordering::Release);
-            while !go.load(Ordering::Acquire) {
-                core::hint::spin_loop();
-            }
-            core.check(half, core.host.size())?;
-            Ok(Instant::now())
-        });
-        while !ready.load(Ordering::Acquire) {
-            core::hint::spin_loop();
-        }
-        let start = Instant::now();
-        go.store(true, Ordering::Release);
-        core.check(0, half)?;
-        let first_end = Instant::now();
-        let second_end = second
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok(first_end.max(second_end) - start)
-    })
+    together(
+        || core.check(0, half),
+        || core.check(half, core.host.size()),
+    )
 }
 
 /// This thread on one of the cores it may use; dropping it gives the others back.

@@ -13,6 +13,7 @@
 mod copy;
 mod fault;
 mod memory;
+mod pair;
 mod round_trip;
 mod sigbus;
 mod uffd;

@@ -29,8 +29,10 @@ pub(crate) struct Region {
     size: usize,
 }
 
-// SAFETY: a region is plain memory with one owner; what other threads may do with its address is argued where they do it.
+// SAFETY: a region is plain memory with one owner, wherever that is.
 unsafe impl Send for Region {}
+// SAFETY: a region hands out raw pointers only. Whoever goes through one says why no other thread uses the same bytes.
+unsafe impl Sync for Region {}
 
 impl Region {
     /// Untouched memory.

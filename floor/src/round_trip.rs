@@ -4,11 +4,15 @@
 //! them. Home: out of the window, copied into the staging pages, and those moved into the program. After a run everything lies where
 //! it lay before, so the next run needs no preparation.
 
-use crate::Result;
 use crate::copy::stream;
 use crate::memory::{BLOCK, Pages, Region};
+use crate::pair::together;
 use crate::uffd::Uffd;
+use crate::{Error, Result};
 use std::time::{Duration, Instant};
+
+/// What is moved, copied and moved on at a time.
+const STEP: usize = BLOCK;
 
 /// How long each way of a round trip took.
 #[derive(Clone, Copy, Debug)]
@@ -29,15 +33,23 @@ pub struct RoundTrip {
     staging: Region,
     device: Region,
     window: Region,
+    threads: usize,
     salt: u8,
 }
 
 impl RoundTrip {
-    /// Maps, touches and registers everything.
+    /// Maps, touches and registers everything. `threads` is 1, or 2: each then does all of the work for its half.
     ///
     /// # Errors
     /// If `size`, in bytes, is not a positive multiple of 2 MiB, memory is short, or there is no right to use userfaultfd.
-    pub fn prepare(size: usize, pages: Pages) -> Result<Self> {
+    ///
+    /// # Panics
+    /// If `threads` is neither 1 nor 2.
+    pub fn prepare(size: usize, pages: Pages, threads: usize) -> Result<Self> {
+        assert!(
+            threads == 1 || threads == 2,
+            "a round trip is made by one thread or by two, not by {threads}"
+        );
         let floor = RoundTrip {
             host_uffd: Uffd::open(false)?,
             window_uffd: Uffd::open(false)?,
@@ -45,6 +57,7 @@ impl RoundTrip {
             staging: Region::empty(size, pages)?,
             device: Region::full(size, pages)?,
             window: Region::empty(size, pages)?,
+            threads,
             salt: 0,
         };
         floor.host_uffd.watch(&floor.host)?;
@@ -62,24 +75,68 @@ impl RoundTrip {
         let size = self.host.size();
         self.salt = self.salt.wrapping_add(1);
         self.host.mark(self.salt);
-        let start = Instant::now();
-        self.host_uffd.move_region(&self.staging, &self.host)?;
-        // SAFETY: staging has just received the host's pages, and the device's memory is whole; nobody else has either address.
-        unsafe { stream(self.device.at(0), self.staging.at(0), size) };
-        self.window_uffd.move_region(&self.window, &self.device)?;
-        let to_device = start.elapsed();
+        let to_device = self.by_threads(Self::to_device)?;
         self.window.check(0, size, self.salt)?;
         self.salt = self.salt.wrapping_add(1);
         self.window.mark(self.salt);
-        let start = Instant::now();
-        self.window_uffd.move_region(&self.device, &self.window)?;
-        // SAFETY: the device's pages have just come back from the window, staging still has its own.
-        unsafe { stream(self.staging.at(0), self.device.at(0), size) };
-        self.host_uffd.move_region(&self.host, &self.staging)?;
-        let home = start.elapsed();
+        let home = self.by_threads(Self::home)?;
         self.host.check(0, size, self.salt)?;
         Ok(RoundTripTime { to_device, home })
     }
+
+    /// Does one way for all of the range, [`STEP`] at a time: what the kernel keeps about those pages then stays in the cache.
+    fn by_threads(&self, way: fn(&Self, usize, usize) -> Result<()>) -> Result<Duration> {
+        let size = self.host.size();
+        let part = |from: usize, to: usize| {
+            (from..to)
+                .step_by(STEP)
+                .try_for_each(|at| way(self, at, STEP.min(to - at)))
+        };
+        if self.threads == 2 {
+            let half = (size / 2).next_multiple_of(BLOCK);
+            return together(|| part(0, half), || part(half, size));
+        }
+        let start = Instant::now();
+        part(0, size)?;
+        Ok(start.elapsed())
+    }
+
+    /// `len` bytes from byte `at` to where the device sees them.
+    fn to_device(&self, at: usize, len: usize) -> Result<()> {
+        let (host, staging) = (self.host.at(at), self.staging.at(at));
+        let (device, window) = (self.device.at(at), self.window.at(at));
+        // SAFETY: the same part of four regions of this floor, which no other thread works on. Staging has the host's pages when it
+        // is read, and the device's memory is whole.
+        unsafe {
+            self.host_uffd
+                .move_pages(staging, host, len)
+                .map_err(refused)?;
+            stream(device, staging, len);
+            self.window_uffd
+                .move_pages(window, device, len)
+                .map_err(refused)
+        }
+    }
+
+    /// `len` bytes from byte `at` back to where the program sees them.
+    fn home(&self, at: usize, len: usize) -> Result<()> {
+        let (host, staging) = (self.host.at(at), self.staging.at(at));
+        let (device, window) = (self.device.at(at), self.window.at(at));
+        // SAFETY: as above; the device's pages have come back from the window when they are read, staging still has its own.
+        unsafe {
+            self.window_uffd
+                .move_pages(device, window, len)
+                .map_err(refused)?;
+            stream(staging, device, len);
+            self.host_uffd
+                .move_pages(host, staging, len)
+                .map_err(refused)
+        }
+    }
+}
+
+fn refused(errno: i32) -> Error {
+    Error::of("UFFDIO_MOVE", errno)
 }
 
 /// The floor of bringing back pages whose old copy was kept: a move, nothing is copied.
@@ -123,7 +180,7 @@ impl CleanReturn {
                 self.uffd
                     .move_pages(self.host.at(at), self.staging.at(at), BLOCK)
             }
-            .map_err(|errno| crate::Error::of("UFFDIO_MOVE", errno))?;
+            .map_err(refused)?;
         }
         let taken = start.elapsed();
         self.host.check(0, size, self.salt)?;

@@ -8,7 +8,7 @@ use uhmm_floor::{CleanReturn, Copy, CopyKind, Error, Fault, Method, Pages, Round
 const SIZE: usize = 8 << 20;
 
 fn main() {
-    let missing = match RoundTrip::prepare(SIZE, Pages::Small) {
+    let missing = match RoundTrip::prepare(SIZE, Pages::Small, 1) {
         Err(error) if error.is_missing_right() => {
             eprintln!("skipping the floors that need userfaultfd: {error}");
             true
@@ -21,10 +21,12 @@ fn main() {
         Trial::test("a_size_that_is_no_multiple_of_2_mib_is_refused", odd_size),
     ];
     for pages in [Pages::Huge, Pages::Small] {
-        trials.push(
-            Trial::test(format!("round_trip_{pages:?}"), move || round_trip(pages))
-                .with_ignored_flag(missing),
-        );
+        for threads in [1, 2] {
+            let name = format!("round_trip_{pages:?}_{threads}");
+            trials.push(
+                Trial::test(name, move || round_trip(pages, threads)).with_ignored_flag(missing),
+            );
+        }
         trials.push(
             Trial::test(format!("clean_return_{pages:?}"), move || {
                 clean_return(pages)
@@ -39,10 +41,15 @@ fn main() {
         Server::TwoThemselves,
     ] {
         for method in [Method::Copy, Method::Move] {
-            for chunk in [4096, 65536, 2 << 20] {
-                let name = format!("fault_{server:?}_{method:?}_{}k", chunk >> 10);
+            for (chunk, pages) in [
+                (4096, Pages::Small),
+                (65536, Pages::Small),
+                (2 << 20, Pages::Small),
+                (2 << 20, Pages::Huge),
+            ] {
+                let name = format!("fault_{server:?}_{method:?}_{}k_{pages:?}", chunk >> 10);
                 trials.push(
-                    Trial::test(name, move || fault(server, method, chunk))
+                    Trial::test(name, move || fault(server, method, chunk, pages))
                         .with_ignored_flag(missing),
                 );
             }
@@ -77,8 +84,8 @@ fn odd_size() -> Outcome {
     Ok(())
 }
 
-fn round_trip(pages: Pages) -> Outcome {
-    let mut floor = RoundTrip::prepare(SIZE, pages)?;
+fn round_trip(pages: Pages, threads: usize) -> Outcome {
+    let mut floor = RoundTrip::prepare(SIZE, pages, threads)?;
     for _ in 0..3 {
         let time = floor.run()?;
         took_time(time.to_device)?;
@@ -93,8 +100,8 @@ fn clean_return(pages: Pages) -> Outcome {
     took_time(floor.run()?)
 }
 
-fn fault(server: Server, method: Method, chunk: usize) -> Outcome {
-    let mut floor = Fault::prepare(SIZE, server, method, chunk)?;
+fn fault(server: Server, method: Method, chunk: usize, pages: Pages) -> Outcome {
+    let mut floor = Fault::prepare(SIZE, server, method, chunk, pages)?;
     if floor.faults() != SIZE / chunk {
         return Err(format!("{} faults", floor.faults()).into());
     }

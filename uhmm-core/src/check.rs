@@ -2,7 +2,8 @@
 
 use crate::core::{Core, Device};
 use crate::error::Error;
-use crate::kernel::{Access, Grid, RawArg};
+use crate::args::{Access, RawArg};
+use crate::kernel::Grid;
 use crate::page::{Span, Va};
 use crate::space;
 use uhmm_os::BLOCK;

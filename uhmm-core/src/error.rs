@@ -1,7 +1,7 @@
 //! What can go wrong, in words for the one who called.
 
 use crate::driver::KernelFault;
-use crate::kernel::MAX_ARGS;
+use crate::args::MAX_ARGS;
 use uhmm_os::Errno;
 use uhmm_os::uffd::OpenError;
 
@@ -20,6 +20,9 @@ pub enum Error {
         /// What there is.
         known: String,
     },
+    /// A library of this process brought another version of uhmm, which is running.
+    #[error("another version of uhmm runs in this process: build all its libraries with the same version and compiler")]
+    OtherVersion,
     /// A device cannot be opened as asked.
     #[error("cannot open device {name}: {why}")]
     Device {

@@ -2,7 +2,7 @@
 //!
 //! | module | |
 //! |---|---|
-//! | [`kernel`] | what runs on a device: kernels, arguments, grids |
+//! | [`kernel`], [`mod@args`] | what runs on a device, and what it is given |
 //! | [`driver`] | what a device must do |
 //! | [`policy`] | what decides how much moves |
 //! | [`page`], [`directory`] | where every page is: states, transitions, the radix tree |
@@ -11,9 +11,10 @@
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `snapshot` | the life of a launch |
-//! | [`core`] | the process's one core, its threads, its devices |
+//! | [`core`], [`process`] | the core and its devices; one core per process, its threads, its beginning and end |
 //! | [`own`], `sync`, `desk` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
+pub mod args;
 pub mod bits;
 mod check;
 pub mod core;
@@ -35,10 +36,12 @@ pub mod own;
 pub mod page;
 pub mod policy;
 pub mod pool;
+pub mod process;
 mod ranges;
 mod snapshot;
 pub mod space;
 mod sync;
 
-pub use crate::core::{CoreRef, DeviceConfig, DeviceRef, MAX_DEVICES, OpenDriver};
+pub use crate::core::DeviceRef;
+pub use crate::process::{CoreRef, DeviceConfig, MAX_DEVICES, OpenDriver};
 pub use error::Error;

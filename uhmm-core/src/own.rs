@@ -10,6 +10,7 @@ use core::ffi::CStr;
 use core::ops::Deref;
 use core::ptr::NonNull;
 use uhmm_os::mem::{self, Mapping, Prot, Reserve};
+use uhmm_os::thread::{self, Thread};
 use uhmm_os::{BLOCK, Errno};
 
 /// Where the next mapping is tried. Addresses with bits 46 to 44 equal to 010 are neither a usual place of a program's mappings nor one
@@ -28,6 +29,19 @@ pub fn map(name: &CStr, len: usize) -> Result<Mapping, Errno> {
     // A gap of a block keeps neighbours from being merged into one mapping.
     let hint = NEXT.fetch_add(len.next_multiple_of(BLOCK) + BLOCK, Ordering::Relaxed);
     mem::map(&Reserve { hint, len, align: BLOCK, name, prot: Prot::ReadWrite, exact: false })
+}
+
+/// Starts a thread whose stacks are such memory.
+///
+/// # Errors
+/// As [`map`] and [`thread::spawn_in`].
+///
+/// # Safety
+/// As [`thread::spawn_in`].
+pub unsafe fn spawn(name: &CStr, stack: usize, f: unsafe extern "C" fn(*mut ()), arg: *mut ()) -> Result<Thread, Errno> {
+    let memory = map(name, Thread::memory_len(stack).ok_or(Errno::INVAL)?)?;
+    // SAFETY: the same promise; the memory is fresh.
+    unsafe { thread::spawn_in(memory, name, f, arg) }
 }
 
 /// Types for which memory of all zeros is a valid value.
@@ -59,6 +73,17 @@ impl<T> OwnBox<T> {
         // SAFETY: the mapping is large enough, aligned to a block, writable, and ours.
         unsafe { place.write(value) };
         Ok(OwnBox { value: NonNull::new(place).ok_or(Errno::NOMEM)?, _mapping: mapping })
+    }
+
+    /// The value; its mapping goes.
+    pub fn into_inner(self) -> T {
+        let this = core::mem::ManuallyDrop::new(self);
+        // SAFETY: `this` is never dropped: the value is moved out once, and the mapping dropped once.
+        unsafe {
+            let value = this.value.read();
+            drop(core::ptr::read(&this._mapping));
+            value
+        }
     }
 
     /// The same box with another pointer to the same value, such as one to a trait object.

@@ -10,7 +10,7 @@ use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::BlockGuard;
 use crate::driver::{Dma, DmaKind};
-use crate::kernel::RawArg;
+use crate::args::RawArg;
 use crate::launch::{LARGE, Ledger};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::{Size, Tray};

@@ -1,6 +1,6 @@
 //! SIGBUS and SIGSEGV: one handler that repairs what it can and hands everything else on to whoever had the signal before.
 //!
-//! A fault goes, in this order, to the fixup of [`copy::guarded`](crate::copy::guarded), to the handler given to [`install`], and to
+//! A fault goes, in this order, to the fixup of [`copy::guarded`], to the handler given to [`install`], and to
 //! the action that was there before. Rules:
 //! * the handler is *Fault path* and async-signal-safe: its state is one static that is not zero, so that it lies in `.data`;
 //! * a fault that nobody wants kills the process exactly as it would without us: same signal, same instruction, same core dump.

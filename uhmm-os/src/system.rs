@@ -194,3 +194,19 @@ mod tests {
         }
     }
 }
+
+/// Keeps the library that holds the code at `address` in the process for good, as threads and handlers run in it (dlopen(3), `RTLD_NODELETE`). Does
+/// nothing for the program itself.
+pub fn pin_library(address: usize) {
+    let mut info = core::mem::MaybeUninit::<libc::Dl_info>::uninit();
+    // SAFETY: `info` is valid for the write; the name that it then holds is the loader's own, and stays while the library does, which the
+    // caller runs in.
+    unsafe {
+        if libc::dladdr(address as *const libc::c_void, info.as_mut_ptr()) != 0 {
+            let name = info.assume_init().dli_fname;
+            if !name.is_null() {
+                libc::dlopen(name, libc::RTLD_NOLOAD | libc::RTLD_NOW | libc::RTLD_NODELETE);
+            }
+        }
+    }
+}

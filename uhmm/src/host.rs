@@ -4,7 +4,8 @@
 use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 use uhmm_core::driver::KernelFault;
-use uhmm_core::kernel::{Args, Bound, Ctx, Entry, Grid, Kernel, LOCAL_BYTES, RawArg};
+use uhmm_core::args::{Args, RawArg};
+use uhmm_core::kernel::{Bound, Ctx, Entry, Grid, Kernel, LOCAL_BYTES};
 use uhmm_core::{Error, kernel};
 
 /// Runs kernels on threads of the program, in place. Its threads live as long as a run.
@@ -67,7 +68,7 @@ impl Host {
 mod tests {
     use super::*;
     use uhmm_core::args;
-    use uhmm_core::kernel::{inp, out};
+    use uhmm_core::args::{inp, out};
 
     #[test]
     fn every_group_runs_once_and_a_panic_is_an_error() {

@@ -36,7 +36,8 @@ pub use uhmm_core::Error;
 pub use uhmm_core::args;
 pub use uhmm_core::counters::Stats;
 pub use uhmm_core::driver::{DeviceInfo, KernelFault};
-pub use uhmm_core::kernel::{Access, Arg, Args, Ctx, Grid, IntoArg, Kernel, LOCAL_BYTES, MAX_ARGS, Out, inout, inp, out, ptr, val};
+pub use uhmm_core::args::{Access, Arg, Args, IntoArg, MAX_ARGS, inout, inp, out, ptr, val};
+pub use uhmm_core::kernel::{Ctx, Grid, Kernel, LOCAL_BYTES, Out};
 
 use bytemuck::Pod;
 use uhmm_core::kernel::Entry;

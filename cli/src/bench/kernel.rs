@@ -1,9 +1,9 @@
 //! The matrix kernel on host memory against the known library's product: what explicit code and uhmm both run should not be slow.
 
 use super::{Measure, Row, in_pairs};
-use crate::args;
 use crate::matmul::{mul_mat, rows_per_group};
 use crate::npy::Matrix;
+use crate::options;
 use anyhow::Result;
 use std::hint::black_box;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use uhmm::{Host, args, inp, out};
 const LIBRARY_THREADS: usize = 4;
 
 /// Measures the rows of this group.
-pub(super) fn run(args: &args::Bench, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
+pub(super) fn run(args: &options::Bench, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
     let threads = std::thread::available_parallelism()?
         .get()
         .min(LIBRARY_THREADS);

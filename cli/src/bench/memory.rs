@@ -4,7 +4,7 @@
 //! run writes other bytes before and checks them afterwards.
 
 use super::{Measure, Row, in_pairs};
-use crate::args;
+use crate::options;
 use anyhow::{Result, ensure};
 use memmap2::{Advice, MmapMut};
 use std::ops::Range;
@@ -12,8 +12,11 @@ use std::time::{Duration, Instant};
 use uhmm::{Ctx, Device, Uhmm, args, inout};
 use uhmm_floor::{BLOCK, Fault, Method, PAGE, Pages, RoundTrip, Server};
 
+/// Threads that the floor of whole ranges uses: as many as work on a large batch of uhmm's, its copy engine and who waits for it.
+const FLOOR_THREADS: usize = 2;
+
 /// Measures the rows of this group.
-pub(super) fn run(args: &args::Bench, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
+pub(super) fn run(args: &options::Bench, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
     let hmm = Uhmm::new()?;
     let device = hmm.device(&args.device)?;
     let size = args.size as usize * (1 << 20) / BLOCK * BLOCK;
@@ -38,7 +41,7 @@ fn whole_ranges(
     pairs: u32,
     print: &mut impl FnMut(Row) -> Result<()>,
 ) -> Result<()> {
-    let mut floor = RoundTrip::prepare(size, pages)?;
+    let mut floor = RoundTrip::prepare(size, pages, FLOOR_THREADS)?;
     let mut memory = Memory::new(size, pages)?;
     let rate = |name| Measure {
         name,
@@ -92,7 +95,7 @@ fn launch(device: &Device, memory: &mut Memory) -> Result<Duration> {
     Ok(taken)
 }
 
-/// A range that is on the device, read by the CPU from its start to its end.
+/// A range that is on the device, read by the CPU from its start to its end: one fault for each 2 MiB would do.
 fn faults(
     device: &Device,
     size: usize,
@@ -100,18 +103,14 @@ fn faults(
     pairs: u32,
     print: &mut impl FnMut(Row) -> Result<()>,
 ) -> Result<()> {
-    let (name, chunk) = if pages == Pages::Huge {
-        ("read_home_2m", BLOCK)
-    } else {
-        ("read_home_4k", 16 * PAGE)
-    };
+    let name = named(pages, "read_home_2m", "read_home_4k");
     let measure = Measure {
         name,
         unit: "GB/s",
         work: size as f64 / 1e9,
         goal: 0.8,
     };
-    let mut floor = Fault::prepare(size, Server::Handler, Method::Move, chunk)?;
+    let mut floor = Fault::prepare(size, Server::Handler, Method::Move, BLOCK, pages)?;
     let mut memory = Memory::new(size, pages)?;
     let ours = || touch(device, &mut memory, PAGE);
     print(measure.row(&in_pairs(pairs, ours, || Ok(floor.run()?))?))
@@ -124,7 +123,7 @@ fn lone_faults(
     pairs: u32,
     print: &mut impl FnMut(Row) -> Result<()>,
 ) -> Result<()> {
-    let mut floor = Fault::prepare(size, Server::Handler, Method::Copy, PAGE)?;
+    let mut floor = Fault::prepare(size, Server::Handler, Method::Copy, PAGE, Pages::Small)?;
     let faults = floor.faults() as f64;
     let mut memory = Memory::new(size, Pages::Small)?;
     let touches = (size / BLOCK) as f64;

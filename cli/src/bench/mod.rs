@@ -7,7 +7,7 @@
 mod kernel;
 mod memory;
 
-use crate::args::{self, Group};
+use crate::options::{self, Group};
 use crate::report::{self, Figure};
 use anyhow::Result;
 use owo_colors::OwoColorize;
@@ -15,7 +15,7 @@ use serde::Serialize;
 use std::time::Duration;
 
 /// Runs the command.
-pub(crate) fn run(args: &args::Bench, json: bool) -> Result<()> {
+pub(crate) fn run(args: &options::Bench, json: bool) -> Result<()> {
     let mut print = |row: Row| {
         if json {
             report::print_json(&row)

@@ -9,14 +9,14 @@ pub(crate) use programs::launch;
 pub(crate) use rounds::{Again, Measured, measure};
 
 use crate::report::{self, bytes, time};
-use crate::{args, npy};
+use crate::{npy, options};
 use anyhow::{Context, Result};
 use owo_colors::OwoColorize;
 use serde::Serialize;
 use uhmm::Uhmm;
 
 /// Runs the command.
-pub(crate) fn run(args: &args::MulMat, json: bool) -> Result<()> {
+pub(crate) fn run(args: &options::MulMat, json: bool) -> Result<()> {
     let sides = Sides::from_args(args)?;
     let hmm = Uhmm::new()?;
     let device = hmm.device(&args.device)?;

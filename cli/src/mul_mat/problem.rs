@@ -1,10 +1,10 @@
 //! A product to compute, with the answer of a known library (`ndarray`, whose product is the `matrixmultiply` crate's).
 
 use super::programs::Shape;
-use crate::args;
 use crate::digits;
 use crate::matmul::rows_per_group;
 use crate::npy::Matrix;
+use crate::options;
 use anyhow::{Result, bail};
 use ndarray::Array2;
 
@@ -33,7 +33,7 @@ pub(crate) struct Sides {
 
 impl Sides {
     /// What the command line asks for.
-    pub(crate) fn from_args(args: &args::MulMat) -> Result<Sides> {
+    pub(crate) fn from_args(args: &options::MulMat) -> Result<Sides> {
         match (&args.a, &args.b, args.size) {
             (Some(a), Some(b), _) => Sides::new(Matrix::open(a)?, Matrix::open(b)?, false),
             (_, _, Some(size)) => {

@@ -14,6 +14,16 @@ const LEAST: usize = 9;
 const MOST: usize = 51;
 const ENOUGH: Duration = Duration::from_millis(1500);
 
+/// The orders of the three in a round, so that each comes after each of the others equally often.
+const ORDERS: [[u8; 3]; 6] = [
+    [0, 1, 2],
+    [2, 1, 0],
+    [1, 2, 0],
+    [0, 2, 1],
+    [2, 0, 1],
+    [1, 0, 2],
+];
+
 /// What was measured.
 pub(crate) struct Measured {
     pub(crate) device: String,
@@ -90,10 +100,9 @@ fn first_launches(
     let mut first = First::default();
     let start = Instant::now();
     while first.uhmm.len() < LEAST || (first.uhmm.len() < MOST && start.elapsed() < ENOUGH) {
-        let round = first.uhmm.len();
-        for turn in 0..3 {
+        for who in ORDERS[first.uhmm.len() % ORDERS.len()] {
             let mut arrays = Arrays::fill(problem);
-            let who = match (round + turn) % 3 {
+            let who = match who {
                 0 => {
                     first
                         .native

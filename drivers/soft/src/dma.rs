@@ -9,7 +9,7 @@ use crate::memory::Memory;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use rustix_futex_sync::{Condvar, Mutex};
 use uhmm_core::driver::{Dma, DmaError, DmaKind, Fence, Frame};
-use uhmm_core::own::OwnBox;
+use uhmm_core::own::{self, OwnBox};
 use uhmm_os::thread::{self, Thread};
 use uhmm_os::{Errno, PAGE, copy};
 
@@ -85,7 +85,7 @@ impl Engine {
             unsafe { &*shared.cast::<Shared>() }.work();
         }
         // SAFETY: `drop` joins the thread before the shared part goes.
-        let thread = unsafe { thread::spawn(c"uhmm-dma", 128 << 10, work, (&raw const *self.shared).cast_mut().cast())? };
+        let thread = unsafe { own::spawn(c"uhmm-dma", 128 << 10, work, (&raw const *self.shared).cast_mut().cast())? };
         *self.thread.lock() = Some(thread);
         Ok(())
     }

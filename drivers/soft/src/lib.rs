@@ -46,7 +46,7 @@ pub struct Soft {
 ///
 /// # Errors
 /// [`Error::Device`] if it cannot be had as asked; [`Error::NoUserfaultfd`].
-pub fn open(config: &DeviceConfig) -> Result<OwnBox<dyn Driver>, Error> {
+pub fn open(config: &DeviceConfig, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
     let memory = if config.memory == 0 { system::total_memory() as usize / 4 } else { config.memory };
     let memory = memory / BLOCK * BLOCK;
     let refuse = |why: String| Error::Device { name: config.name.into(), why };
@@ -61,10 +61,10 @@ pub fn open(config: &DeviceConfig) -> Result<OwnBox<dyn Driver>, Error> {
     let uffd = Userfaultfd::open(Rights::Full, wanted)?;
     let reserve = |e: Errno| refuse(format!("cannot reserve address space for {memory} bytes of device memory: {e}"));
     let device_memory = Memory::new(memory).map_err(reserve)?;
-    let window = Window::new().map_err(reserve)?;
-    let Some(mask) = window.mask() else {
+    let Some(mask) = window::free_mask(others) else {
         return Err(refuse("no part of the address space is free for its window: at most 4 software devices fit a process".into()));
     };
+    let window = Window::new(mask).map_err(reserve)?;
     let soft = Soft {
         info: DeviceInfo { name: config.name, memory, threads, mask, replayable_faults: true },
         workers: Workers::new(threads).map_err(reserve)?,

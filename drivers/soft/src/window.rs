@@ -8,7 +8,7 @@
 
 use crate::memory::Memory;
 use rustix_futex_sync::Mutex;
-use uhmm_core::driver::MapRun;
+use uhmm_core::driver::{DeviceInfo, MapRun};
 use uhmm_core::own::OwnSlice;
 use uhmm_core::page::Span;
 use uhmm_os::mem::{self, Advice, Prot, Reserve};
@@ -16,8 +16,10 @@ use uhmm_os::uffd::{MoveMode, RegisterMode, Userfaultfd};
 use uhmm_os::{BLOCK, Errno, PAGE, thread};
 
 const MASKS: [usize; 4] = [0b100 << 44, 0b110 << 44, 0b011 << 44, 0b001 << 44];
-/// Masks that a device of this process has. Bit 7 keeps it out of `.bss`.
-static TAKEN: core::sync::atomic::AtomicU8 = core::sync::atomic::AtomicU8::new(0x80);
+/// A mask that no other device has.
+pub fn free_mask(others: &[DeviceInfo]) -> Option<usize> {
+    MASKS.into_iter().find(|mask| others.iter().all(|other| other.mask != *mask))
+}
 
 /// Whether `address` is where a device with this mask sees something of the process.
 pub fn in_window(address: usize, mask: usize) -> bool {
@@ -28,30 +30,22 @@ pub fn in_window(address: usize, mask: usize) -> bool {
 /// The window of one device.
 #[derive(Debug)]
 pub struct Window {
-    index: Option<usize>,
+    mask: usize,
     /// One bit for each block of the address space that has a window.
     open: Mutex<OwnSlice<u64>>,
 }
 
 impl Window {
-    /// A window with a mask of its own, if there is one left.
+    /// An empty window.
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub fn new() -> Result<Self, Errno> {
-        use core::sync::atomic::Ordering::Relaxed;
-        let open = Mutex::new(OwnSlice::new(c"uhmm window table", (1 << 47) / BLOCK / 64)?);
-        let index = (0..MASKS.len()).find(|&i| TAKEN.fetch_or(1 << i, Relaxed) >> i & 1 == 0);
-        Ok(Window { index, open })
-    }
-
-    /// The mask.
-    pub fn mask(&self) -> Option<usize> {
-        self.index.map(|index| MASKS[index])
+    pub fn new(mask: usize) -> Result<Self, Errno> {
+        Ok(Window { mask, open: Mutex::new(OwnSlice::new(c"uhmm window table", (1 << 47) / BLOCK / 64)?) })
     }
 
     fn at(&self, va: usize) -> usize {
-        va ^ self.mask().unwrap_or(0)
+        va ^ self.mask
     }
 
     /// Makes the window for all blocks that `span` touches.
@@ -174,9 +168,6 @@ fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &
 impl Drop for Window {
     fn drop(&mut self) {
         self.close(Span { start: 0, end: 1 << 47 });
-        if let Some(index) = self.index {
-            TAKEN.fetch_and(!(1 << index), core::sync::atomic::Ordering::Relaxed);
-        }
     }
 }
 

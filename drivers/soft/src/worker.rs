@@ -10,7 +10,7 @@ use uhmm_core::driver::{KernelFault, Launch};
 use uhmm_core::kernel::{Ctx, LOCAL_BYTES};
 use uhmm_core::own::{self, OwnBox};
 use uhmm_os::mem::{self, Advice, Mapping, Prot, Reserve};
-use uhmm_os::thread::{self, Thread};
+use uhmm_os::thread::Thread;
 use uhmm_os::uffd::Userfaultfd;
 use uhmm_os::{Errno, PAGE};
 
@@ -94,7 +94,7 @@ impl Workers {
         let mut threads = self.threads.lock();
         for index in 0..self.count {
             // SAFETY: `drop` joins the threads before the shared part goes.
-            let thread = unsafe { thread::spawn(c"uhmm-worker", STACK, work, (&raw const *self.shared).cast_mut().cast())? };
+            let thread = unsafe { own::spawn(c"uhmm-worker", STACK, work, (&raw const *self.shared).cast_mut().cast())? };
             self.shared.tids[index].store(thread.tid(), Ordering::Release);
             threads.push(thread);
         }

@@ -1,4 +1,6 @@
 //! Mapping events: who waits for them, and what they say.
+//!
+//! Each test declares its descriptor last, so that it closes first: unmapping memory that is still watched waits for a reader.
 
 use crate::support::*;
 use crate::{Needs, Test};
@@ -22,6 +24,17 @@ pub(crate) const TESTS: &[Test] = &[
     Test("event_fork", Needs::Full(Features::EVENT_FORK), fork),
 ];
 
+/// Lets whoever waits for a reader go on when a test fails, so that it fails and does not hang.
+struct ReadOnPanic<'a>(&'a Userfaultfd);
+
+impl Drop for ReadOnPanic<'_> {
+    fn drop(&mut self) {
+        while std::thread::panicking() && poll(&[self.0.as_fd()], Some(500)) == Ok(1) {
+            let _ = self.0.read(&mut MsgBuf::new());
+        }
+    }
+}
+
 /// Runs `change` on another thread, sees that it waits for its event to be read, and returns the event.
 fn event_of<R: Send + std::fmt::Debug>(
     uffd: &Userfaultfd,
@@ -29,6 +42,7 @@ fn event_of<R: Send + std::fmt::Debug>(
 ) -> (Event, R) {
     let done = AtomicBool::new(false);
     scope(|s| {
+        let _reader = ReadOnPanic(uffd);
         assert!(!uffd.event_pending());
         let changer = s.spawn(|| {
             let result = change();
@@ -49,7 +63,7 @@ fn event_of<R: Send + std::fmt::Debug>(
 }
 
 fn unmap() {
-    let (uffd, memory) = (open(UNMAP), pages(4));
+    let (memory, uffd) = (pages(4), open(UNMAP));
     uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
         .unwrap();
     let start = memory.start() + PAGE;
@@ -70,7 +84,7 @@ fn unmap() {
 }
 
 fn remap() {
-    let (uffd, memory, place) = (open(Features::EVENT_REMAP), pages(2), pages(2));
+    let (memory, place, uffd) = (pages(2), pages(2), open(Features::EVENT_REMAP));
     fill(&memory);
     uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
         .unwrap();
@@ -87,7 +101,7 @@ fn remap() {
 }
 
 fn remove() {
-    let (uffd, memory) = (open(Features::EVENT_REMOVE), pages(4));
+    let (memory, uffd) = (pages(4), open(Features::EVENT_REMOVE));
     fill(&memory);
     uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
         .unwrap();
@@ -110,12 +124,13 @@ fn remove() {
 }
 
 fn pending_refuses_moves() {
-    let (uffd, memory, staging) = (open(UNMAP), pages(4), pages(1));
+    let (memory, staging, uffd) = (pages(4), pages(1), open(UNMAP));
     fill(&staging);
     uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
         .unwrap();
     let (to, from) = (memory.start(), staging.start());
     scope(|s| {
+        let _reader = ReadOnPanic(&uffd);
         let gone = memory.start() + 3 * PAGE;
         // SAFETY: a page of the test's own, which is not used again.
         let changer = s.spawn(move || unsafe { munmap(gone, PAGE) });
@@ -147,7 +162,7 @@ fn pending_refuses_moves() {
 
 /// The child touches a page that is missing, and is served through the descriptor of the event.
 fn fork() {
-    let (uffd, memory, source) = (open(Features::EVENT_FORK), pages(1), pages(1));
+    let (memory, source, uffd) = (pages(1), pages(1), open(Features::EVENT_FORK));
     fill(&source);
     advise(&memory, Advice::DoFork);
     uffd.register(memory.start(), PAGE, RegisterMode::MISSING)

@@ -3,7 +3,7 @@
 use crate::harness::*;
 use std::any::TypeId;
 use uhmm::{Access, Arg, Args, Ctx, Error, Uhmm, args, inout, inp, out};
-use uhmm_core::kernel::RawArg;
+use uhmm_core::args::RawArg;
 
 pub const TESTS: &[Test] = &[
     Test { name: "suite::bad_input::ranges", run: ranges, full: true },

@@ -1,0 +1,201 @@
+//! The arguments of a launch: `args![out(&mut r), inp(&a), inp(&b), m]`.
+//!
+//! An argument borrows what it names for as long as the launch runs, and travels as plain numbers ([`RawArg`]), so that it can be copied into memory that
+//! never migrates. Safe arguments are bounded by plain data ([`Pod`]): any bytes that another program could have left there are a valid value.
+
+#![allow(unsafe_code)] // two functions whose callers promise what safe ones borrow
+
+use bytemuck::Pod;
+use core::any::TypeId;
+use core::marker::PhantomData;
+
+/// The most arguments that one launch takes.
+pub const MAX_ARGS: usize = 16;
+
+/// How a launch uses an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Only read: the CPU keeps its copy.
+    In,
+    /// Only written: what the kernel leaves unwritten reads as before or as zero.
+    Out,
+    /// Read and written.
+    InOut,
+}
+
+impl Access {
+    /// Whether the kernel may write.
+    pub fn writes(self) -> bool {
+        self != Access::In
+    }
+}
+
+/// One argument as the launch carries it: plain numbers, so that it can be copied into memory that never migrates.
+#[derive(Clone, Copy, Debug)]
+pub enum RawArg {
+    /// A range of the process's memory, or of device memory that the program allocated itself.
+    Slice {
+        /// First byte: a process address, or a device address if `device` is set.
+        start: usize,
+        /// Elements.
+        count: usize,
+        /// Bytes of one element.
+        size: usize,
+        /// The element type.
+        ty: TypeId,
+        /// Its name, for messages.
+        name: &'static str,
+        /// What the kernel does with it.
+        access: Access,
+        /// The number of the device whose memory this is, if it is not the process's.
+        device: Option<u32>,
+    },
+    /// A value of at most 16 bytes.
+    Value {
+        /// The bytes, from the start.
+        bytes: [u8; 16],
+        /// How many count.
+        size: usize,
+        /// The type.
+        ty: TypeId,
+        /// Its name, for messages.
+        name: &'static str,
+    },
+    /// A bare pointer of the process: nothing is declared, the device fetches what it touches.
+    Pointer {
+        /// The process address.
+        address: usize,
+    },
+}
+
+impl RawArg {
+    /// First byte and one past the last of a process range, if it is one.
+    pub fn process_range(&self) -> Option<(usize, usize, Access)> {
+        match *self {
+            RawArg::Slice { start, count, size, access, device: None, .. } => Some((start, start + count * size, access)),
+            _ => None,
+        }
+    }
+}
+
+/// One argument of a launch; it borrows what it names for as long as the launch runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Arg<'a> {
+    raw: RawArg,
+    borrow: PhantomData<&'a mut u8>,
+}
+
+impl Arg<'_> {
+    /// An argument from its parts.
+    ///
+    /// # Safety
+    /// The range, if it is one, must hold `count` initialised values of the type that `ty` names, borrowed for the lifetime of the
+    /// argument (exclusively if it is written).
+    pub unsafe fn from_raw(raw: RawArg) -> Self {
+        Arg { raw, borrow: PhantomData }
+    }
+}
+
+fn slice<T: Pod>(start: *const T, count: usize, access: Access) -> RawArg {
+    RawArg::Slice {
+        start: start as usize,
+        count,
+        size: size_of::<T>(),
+        ty: TypeId::of::<T>(),
+        name: core::any::type_name::<T>(),
+        access,
+        device: None,
+    }
+}
+
+/// An argument that the kernel only reads.
+pub fn inp<T: Pod>(data: &[T]) -> Arg<'_> {
+    Arg { raw: slice(data.as_ptr(), data.len(), Access::In), borrow: PhantomData }
+}
+
+/// An argument that the kernel only writes: its old contents are not sent to the device.
+pub fn out<T: Pod>(data: &mut [T]) -> Arg<'_> {
+    Arg { raw: slice(data.as_ptr(), data.len(), Access::Out), borrow: PhantomData }
+}
+
+/// An argument that the kernel reads and writes.
+pub fn inout<T: Pod>(data: &mut [T]) -> Arg<'_> {
+    Arg { raw: slice(data.as_ptr(), data.len(), Access::InOut), borrow: PhantomData }
+}
+
+/// A bare pointer, of which nothing is declared: a device with replayable faults fetches what the kernel touches.
+///
+/// # Safety
+/// Whatever the kernel reaches through this pointer must be valid for the accesses it makes until the launch has ended, as if the
+/// kernel were a function that this thread calls.
+pub unsafe fn ptr<'a, T>(address: *const T) -> Arg<'a> {
+    Arg { raw: RawArg::Pointer { address: address as usize }, borrow: PhantomData }
+}
+
+/// A value of any plain type up to 16 bytes. Numbers need no wrapper in [`args!`](crate::args!).
+///
+/// # Panics
+/// If the type is larger than 16 bytes: pass a slice of one element instead.
+pub fn val<'a, T: Pod>(value: T) -> Arg<'a> {
+    let size = size_of::<T>();
+    assert!(size <= 16, "a value argument has at most 16 bytes, {} has {size}: pass inp(&[value])", core::any::type_name::<T>());
+    let mut bytes = [0; 16];
+    bytes[..size].copy_from_slice(bytemuck::bytes_of(&value));
+    Arg { raw: RawArg::Value { bytes, size, ty: TypeId::of::<T>(), name: core::any::type_name::<T>() }, borrow: PhantomData }
+}
+
+/// What [`args!`](crate::args!) accepts: an [`Arg`], or a number.
+pub trait IntoArg<'a> {
+    /// The argument.
+    fn into_arg(self) -> Arg<'a>;
+}
+
+impl<'a> IntoArg<'a> for Arg<'a> {
+    fn into_arg(self) -> Arg<'a> {
+        self
+    }
+}
+
+macro_rules! numbers {
+    ($($t:ty)*) => { $(impl<'a> IntoArg<'a> for $t {
+        fn into_arg(self) -> Arg<'a> { val(self) }
+    })* };
+}
+numbers!(u8 u16 u32 u64 u128 usize i8 i16 i32 i64 i128 isize f32 f64);
+
+/// The arguments of a launch, in order. Made by [`args!`](crate::args!).
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    raw: [RawArg; MAX_ARGS],
+    count: usize,
+    borrow: PhantomData<&'a mut u8>,
+}
+
+impl<'a> Args<'a> {
+    /// Arguments from a list.
+    ///
+    /// # Panics
+    /// If there are more than [`MAX_ARGS`].
+    pub fn new<const N: usize>(list: [Arg<'a>; N]) -> Self {
+        const { assert!(N <= MAX_ARGS, "a launch takes at most 16 arguments") };
+        let mut raw = [RawArg::Pointer { address: 0 }; MAX_ARGS];
+        for (slot, arg) in raw.iter_mut().zip(list) {
+            *slot = arg.raw;
+        }
+        Args { raw, count: N, borrow: PhantomData }
+    }
+
+    /// The arguments as plain numbers.
+    pub fn raw(&self) -> &[RawArg] {
+        &self.raw[..self.count]
+    }
+}
+
+/// The arguments of a launch: `args![out(&mut r), inp(&a), inp(&b), m]`.
+///
+/// Slices are named by [`inp`], [`out`] or [`inout`]; numbers stand for themselves; other plain values go through [`val`].
+#[macro_export]
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => { $crate::args::Args::new([$($crate::args::IntoArg::into_arg($arg)),*]) };
+}
+

@@ -1,0 +1,334 @@
+//! One core per process, from its first user to its last, also if the process holds several copies of this crate (libraries that were each linked
+//! with one).
+//!
+//! # Threads
+//! * The *keeper* comes first. It gives itself a descriptor table of its own, opens uhmm's descriptors there, starts the others (which share
+//!   the table), and does what must be done on such a thread.
+//! * The *monitor* serves CPU faults and follows the program's mapping changes ([`crate::monitor`]).
+//! * Each device has a *queue* thread that runs its launches, and whatever threads its driver starts.
+//!
+//! # How copies meet
+//! Two pages at fixed addresses, which only uhmm uses. That the first is mapped means that somebody starts, joins or ends the core (a lock that needs
+//! no memory to be shared beforehand). The second, looked at under that lock, exists while there is a core, and names it. Copies of another
+//! version are told from ours by the identity of the core's type, and refused.
+#![allow(unsafe_code)] // memory that is shared with threads until they are joined, and between copies of this crate
+
+use crate::core::{CURRENT, Core, Device, DeviceRef, NONE, Seat};
+use crate::counters::Stats;
+use crate::desk::Desk;
+use crate::device_fault;
+use crate::driver::{DeviceInfo, Driver};
+use crate::error::Error;
+use crate::monitor::Monitor;
+use crate::own::{self, OwnBox};
+use crate::sync::*;
+use core::any::TypeId;
+use uhmm_os::mem::{self, Prot, Reserve};
+use uhmm_os::thread::{self, Thread};
+use uhmm_os::{Errno, PAGE, signal, system};
+
+/// Devices of one process.
+pub const MAX_DEVICES: usize = 16;
+/// Bytes of the stacks of uhmm's service threads.
+const STACK: usize = 256 << 10;
+/// Mapped while somebody starts, joins or ends the core.
+const LOCK: usize = 0x2f00_0000_0000;
+/// Mapped while there is a core.
+const MEETING: usize = LOCK + PAGE;
+
+/// Makes a driver, on the keeper. What it starts there shares uhmm's descriptors.
+pub type OpenDriver = fn(&DeviceConfig, &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error>;
+
+/// How a device is to be opened.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceConfig {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes of memory, or 0 for the driver's default.
+    pub memory: usize,
+    /// Worker threads, or 0 for the driver's default.
+    pub threads: usize,
+}
+
+/// What stands in the meeting page: fixed in layout, for any version to read.
+#[repr(C)]
+struct Meeting {
+    identity: [u64; 2],
+    running: *mut Running,
+}
+
+/// The process's core and the threads that work for it.
+struct Running {
+    core: OwnBox<Core>,
+    desk: OwnBox<Desk>,
+    keeper: Thread,
+    monitor: Thread,
+    queues: [Option<Thread>; MAX_DEVICES],
+    users: usize,
+    /// Ends it: the code of the copy that has started it, for its signal handler is that copy's.
+    end: fn(Running),
+}
+
+/// The lock over the core's beginning and end.
+struct Held;
+
+fn lock() -> Result<Held, Error> {
+    loop {
+        match page(LOCK) {
+            Ok(()) => return Ok(Held),
+            Err(Errno::EXIST) => std::thread::sleep(core::time::Duration::from_micros(50)),
+            Err(e) => return Err(Error::System("reserve address space", e)),
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `lock`, and nobody reads it.
+        let _ = unsafe { mem::munmap(LOCK, PAGE) };
+    }
+}
+
+fn page(at: usize) -> Result<(), Errno> {
+    let reserve = Reserve { hint: at, len: PAGE, align: PAGE, name: c"uhmm meeting", prot: Prot::ReadWrite, exact: true };
+    mem::map(&reserve).map(|mapping| {
+        mapping.into_raw();
+    })
+}
+
+/// This copy's core type, as a number that differs between versions and compilers.
+fn identity() -> [u64; 2] {
+    const { assert!(size_of::<TypeId>() == 16) };
+    // SAFETY: a TypeId is 16 bytes of plain data; only equality is asked of them.
+    unsafe { core::mem::transmute::<TypeId, [u64; 2]>(TypeId::of::<Core>()) }
+}
+
+impl Held {
+    /// The running core, if there is one.
+    fn running(&self) -> Result<Option<*mut Running>, Error> {
+        match page(MEETING) {
+            Ok(()) => {
+                // There was none: the page was just made.
+                // SAFETY: as `page` says; the lock is held.
+                let _ = unsafe { mem::munmap(MEETING, PAGE) };
+                Ok(None)
+            }
+            Err(Errno::EXIST) => {
+                // SAFETY: whoever mapped the page wrote it before giving the lock back.
+                let meeting = unsafe { (MEETING as *const Meeting).read() };
+                if meeting.identity == identity() { Ok(Some(meeting.running)) } else { Err(Error::OtherVersion) }
+            }
+            Err(e) => Err(Error::System("reserve address space", e)),
+        }
+    }
+
+    fn publish(&self, running: OwnBox<Running>) -> Result<*mut Running, Error> {
+        page(MEETING).map_err(|e| Error::System("reserve address space", e))?;
+        let running = running.leak();
+        // SAFETY: the page was just mapped; the lock is held.
+        unsafe { (MEETING as *mut Meeting).write(Meeting { identity: identity(), running }) };
+        Ok(running)
+    }
+}
+
+/// A user's hold on the core. The core ends with the last one.
+#[derive(Debug)]
+pub struct CoreRef {
+    core: *const Core,
+}
+
+// SAFETY: it is a counted reference to a core, which is Sync.
+unsafe impl Send for CoreRef {}
+// SAFETY: as above.
+unsafe impl Sync for CoreRef {}
+
+impl CoreRef {
+    /// A hold on the process's core, which is started if there is none.
+    ///
+    /// # Errors
+    /// [`Error::NoUserfaultfd`]; [`Error::System`] if threads or address space are refused; [`Error::OtherVersion`].
+    pub fn get() -> Result<Self, Error> {
+        let held = lock()?;
+        let running = match held.running()? {
+            Some(running) => running,
+            None => {
+                let running = OwnBox::new(c"uhmm process", start()?).map_err(|e| Error::System("reserve address space", e))?;
+                held.publish(running)?
+            }
+        };
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        running.users += 1;
+        Ok(CoreRef { core: &raw const *running.core })
+    }
+
+    pub(crate) fn core(&self) -> &Core {
+        // SAFETY: the core lives while it has a user, and this is one.
+        unsafe { &*self.core }
+    }
+
+    /// The device called `config.name`: the open one, or else a new one. Its hold on the core is its own.
+    ///
+    /// # Errors
+    /// Those of the driver; [`Error::Device`] if there are too many.
+    pub fn device(&self, config: DeviceConfig, open: OpenDriver) -> Result<DeviceRef, Error> {
+        let held = lock()?;
+        let running = held.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        let core = self.core();
+        let mut found = None;
+        core.for_each_device(|dev| {
+            if dev.driver.info().name == config.name {
+                found = Some(dev.index());
+            }
+        });
+        let index = match found {
+            Some(index) => index,
+            None => {
+                let at = self.core as usize;
+                // SAFETY: the keeper serves with (); the core outlives the question.
+                let opened = unsafe { running.desk.ask(move |(): &()| open_device(&*(at as *const Core), config, open)) };
+                let (index, queue) = opened.unwrap_or(Err(Error::System("reach the keeper", Errno::SRCH)))?;
+                running.queues[index] = Some(queue);
+                index
+            }
+        };
+        running.users += 1;
+        Ok(DeviceRef::new(CoreRef { core: self.core }, index))
+    }
+
+    /// The open devices.
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        let mut all = vec![];
+        self.core().for_each_device(|dev| all.push(dev.driver.info().clone()));
+        all
+    }
+
+    /// The counters of all devices, added up.
+    pub fn stats(&self) -> Stats {
+        let mut sum = Stats::default();
+        self.core().for_each_device(|dev| sum = sum + dev.counters.stats());
+        sum
+    }
+}
+
+impl Drop for CoreRef {
+    fn drop(&mut self) {
+        let Ok(held) = lock() else { return };
+        let Ok(Some(at)) = held.running() else { return };
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *at };
+        running.users -= 1;
+        if running.users == 0 {
+            // SAFETY: mapped by `publish`; nobody reads it without the lock.
+            let _ = unsafe { mem::munmap(MEETING, PAGE) };
+            // SAFETY: leaked by `publish`, and its last user is going.
+            let running = unsafe { OwnBox::reclaim(at) }.into_inner();
+            (running.end)(running);
+        }
+    }
+}
+
+/// Starts the keeper, which starts the rest.
+fn start() -> Result<Running, Error> {
+    system::pin_library(start as *const () as usize);
+    let desk = OwnBox::new(c"uhmm desk", Desk::new()).map_err(|e| Error::System("reserve address space", e))?;
+    /// # Safety
+    /// The argument is a `&Desk` that outlives the thread.
+    unsafe extern "C" fn keep(desk: *mut ()) {
+        // SAFETY: by the contract.
+        unsafe { &*desk.cast::<Desk>() }.serve(&());
+    }
+    // SAFETY: the desk is joined before it is dropped, in `end` or below.
+    let keeper = unsafe { own::spawn(c"uhmm-keeper", STACK, keep, (&raw const *desk).cast_mut().cast()) };
+    let keeper = keeper.map_err(|e| Error::System("start a thread", e))?;
+    // SAFETY: the keeper serves with ().
+    let started = unsafe { desk.ask(|(): &()| start_core()) }.unwrap_or(Err(Error::System("reach the keeper", Errno::SRCH)));
+    match started {
+        Ok((core, monitor)) => Ok(Running { core, desk, keeper, monitor, queues: [const { None }; MAX_DEVICES], users: 0, end }),
+        Err(e) => {
+            desk.close();
+            keeper.join();
+            Err(e)
+        }
+    }
+}
+
+/// On the keeper.
+fn start_core() -> Result<(OwnBox<Core>, Thread), Error> {
+    thread::unshare_files().map_err(|e| Error::System("get a descriptor table of its own", e))?;
+    let core = OwnBox::new(c"uhmm core", Core::new()?).map_err(|e| Error::System("reserve address space", e))?;
+    /// # Safety
+    /// The argument is a `&Core` that outlives the thread.
+    unsafe extern "C" fn monitor(core: *mut ()) {
+        // SAFETY: by the contract.
+        let core = unsafe { &*core.cast::<Core>() };
+        Monitor::new().run(core, &core.stop);
+    }
+    let argument = (&raw const *core).cast_mut().cast();
+    // SAFETY: the core is dropped after the monitor was joined, in `end`.
+    let monitor = unsafe { own::spawn(c"uhmm-monitor", STACK, monitor, argument) }.map_err(|e| Error::System("start a thread", e))?;
+    CURRENT.store(&raw const *core as usize, Ordering::Release);
+    if let Err(e) = signal::install(device_fault::on_signal) {
+        CURRENT.store(NONE, Ordering::Release);
+        let _ = core.stop.signal();
+        monitor.join();
+        return Err(Error::System("install a signal handler", e));
+    }
+    Ok((core, monitor))
+}
+
+/// On the keeper: opens a device and starts its queue.
+fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> Result<(usize, Thread), Error> {
+    system::pin_library(open as *const () as usize);
+    let Some(index) = core.free_device() else {
+        return Err(Error::Device { name: config.name.into(), why: format!("there are {MAX_DEVICES} already") });
+    };
+    let mut others = vec![];
+    core.for_each_device(|dev| others.push(dev.driver.info().clone()));
+    let driver = open(&config, &others)?;
+    let dev = OwnBox::new(c"uhmm device", Device::new(index, driver)?).map_err(|e| Error::System("reserve address space", e))?;
+    let seat = OwnBox::new(c"uhmm seat", Seat { core, dev: dev.leak() }).map_err(|e| Error::System("reserve address space", e))?.leak();
+    /// # Safety
+    /// The argument is a leaked `Seat`.
+    unsafe extern "C" fn queue(seat: *mut ()) {
+        // SAFETY: by the contract; the box is this thread's now.
+        let seat = unsafe { OwnBox::<Seat>::reclaim(seat.cast()) };
+        seat.dev().desk().serve(&*seat);
+    }
+    // SAFETY: the device is dropped after its queue was joined, in `end`.
+    let thread = unsafe { own::spawn(c"uhmm-queue", STACK, queue, seat.cast()) }.map_err(|e| Error::System("start a thread", e))?;
+    // SAFETY: leaked above, and alive.
+    core.set_device(index, unsafe { (*seat).dev });
+    Ok((index, thread))
+}
+
+/// Everything comes home, threads end, memory goes.
+fn end(running: Running) {
+    let Running { core, desk, keeper, queues, monitor, .. } = running;
+    core.for_each_device(|dev| dev.desk().close());
+    queues.into_iter().flatten().for_each(Thread::join);
+    let at = &raw const *core as usize;
+    // SAFETY: the keeper serves with (), and the core outlives the question. Bringing pages home needs uhmm's descriptors, and the monitor.
+    unsafe {
+        desk.ask(move |(): &()| {
+            let core = &*(at as *const Core);
+            core.evict_all();
+            for index in 0..MAX_DEVICES {
+                if let Some(dev) = core.take_device(index) {
+                    drop(OwnBox::<Device>::reclaim(dev));
+                }
+            }
+            let _ = core.stop.signal();
+        })
+    };
+    signal::uninstall();
+    CURRENT.store(NONE, Ordering::Release);
+    monitor.join();
+    // The core's descriptors are in the keeper's table: it must close them.
+    // SAFETY: the keeper serves with ().
+    unsafe { desk.ask(move |(): &()| drop(core)) };
+    desk.close();
+    keeper.join();
+}
