@@ -55,21 +55,12 @@ fn pointer_on_both_sides(device: &Device) -> Result<Pointer> {
     let look = |ctx: &Ctx<'_>| {
         let number = ctx.value::<usize>(2);
         let data = ctx.inp::<f32>(1);
-        let found = core::ptr::eq(ctx.ptr(number as *const f32), data.as_ptr())
-            && data.iter().all(|&value| value == 42.0);
-        ctx.out::<usize>(0)
-            .chunk(2)
-            .copy_from_slice(&[number, usize::from(found)]);
+        let found = core::ptr::eq(ctx.ptr(number as *const f32), data.as_ptr()) && data.iter().all(|&value| value == 42.0);
+        ctx.out::<usize>(0).chunk(2).copy_from_slice(&[number, usize::from(found)]);
     };
     device.run(&look, 1, args![out(&mut seen), inp(&data), cpu])?;
-    ensure!(
-        seen[1] == 1,
-        "the kernel did not find the data at the program's pointer {cpu:#x}"
-    );
-    Ok(Pointer {
-        cpu,
-        device: seen[0],
-    })
+    ensure!(seen[1] == 1, "the kernel did not find the data at the program's pointer {cpu:#x}");
+    Ok(Pointer { cpu, device: seen[0] })
 }
 
 /// Each image named like the one that is nearest to it.
@@ -92,23 +83,11 @@ fn neighbours(device: &Device, problem: &Problem) -> Result<Neighbours> {
     let labels = digits::labels()?;
     let images = labels.len();
     let mut gram = vec![0f32; images * images];
-    launch(
-        device,
-        problem.shape,
-        &mut gram,
-        problem.a.as_slice(),
-        problem.b.as_slice(),
-    )?;
-    let mut result = Neighbours {
-        images,
-        right: 0,
-        wrong: None,
-    };
+    launch(device, problem.shape, &mut gram, problem.a.as_slice(), problem.b.as_slice())?;
+    let mut result = Neighbours { images, right: 0, wrong: None };
     for (i, row) in gram.chunks(images).enumerate() {
         let distance = |j: usize| gram[j * images + j] - 2.0 * row[j];
-        let nearest = (0..images)
-            .filter(|&j| j != i)
-            .min_by(|&one, &other| distance(one).total_cmp(&distance(other)));
+        let nearest = (0..images).filter(|&j| j != i).min_by(|&one, &other| distance(one).total_cmp(&distance(other)));
         match nearest {
             Some(nearest) if labels[nearest] == labels[i] => result.right += 1,
             Some(nearest) => result.wrong = result.wrong.or(Some((i, nearest))),
@@ -118,12 +97,7 @@ fn neighbours(device: &Device, problem: &Problem) -> Result<Neighbours> {
     Ok(result)
 }
 
-fn text(
-    problem: &Problem,
-    pointer: &Pointer,
-    measured: &Measured,
-    neighbours: &Neighbours,
-) -> Result<String> {
+fn text(problem: &Problem, pointer: &Pointer, measured: &Measured, neighbours: &Neighbours) -> Result<String> {
     let labels = digits::labels()?;
     let mut text = format!(
         "{} handwritten digits, {} pixels each, multiplied with each other on the device \"{}\".\n\n",
@@ -131,10 +105,7 @@ fn text(
     );
     text += &side_by_side(problem, &[0, 1, 2, 3], &labels);
     text += &format!("\n{}\n\n", "One pointer".bold());
-    text += &format!(
-        "  in the program   {:#x}\n  in the kernel    {:#x}\n",
-        pointer.cpu, pointer.device
-    );
+    text += &format!("  in the program   {:#x}\n  in the kernel    {:#x}\n", pointer.cpu, pointer.device);
     text += &format!("\n{}\n\n", "What the program has to write".bold());
     let row = |words: [&str; 5]| words.map(str::to_owned).to_vec();
     text += &report::table(&[
@@ -153,10 +124,7 @@ fn text(
         neighbours.images
     );
     if let Some((image, nearest)) = neighbours.wrong {
-        text += &format!(
-            "  one that is not, and its neighbour:\n\n{}",
-            side_by_side(problem, &[image, nearest], &labels)
-        );
+        text += &format!("  one that is not, and its neighbour:\n\n{}", side_by_side(problem, &[image, nearest], &labels));
     }
     Ok(text)
 }
@@ -164,22 +132,13 @@ fn text(
 /// Some images beside each other, each with the digit that it shows below.
 fn side_by_side(problem: &Problem, images: &[usize], labels: &[u8]) -> String {
     let pixels = problem.shape.k;
-    let drawings: Vec<Vec<String>> = images
-        .iter()
-        .map(|&image| digits::draw(&problem.a.as_slice()[image * pixels..][..pixels]))
-        .collect();
+    let drawings: Vec<Vec<String>> = images.iter().map(|&image| digits::draw(&problem.a.as_slice()[image * pixels..][..pixels])).collect();
     let mut text = String::new();
     for line in 0..digits::SIDE {
-        let parts: Vec<&str> = drawings
-            .iter()
-            .map(|drawing| drawing[line].as_str())
-            .collect();
+        let parts: Vec<&str> = drawings.iter().map(|drawing| drawing[line].as_str()).collect();
         text += &format!("  {}\n", parts.join("  ").trim_end());
     }
-    let names: Vec<String> = images
-        .iter()
-        .map(|&image| format!("{:^16}", labels[image]))
-        .collect();
+    let names: Vec<String> = images.iter().map(|&image| format!("{:^16}", labels[image])).collect();
     text += &format!("  {}\n", names.join("  ").trim_end());
     text
 }

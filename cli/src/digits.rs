@@ -29,12 +29,7 @@ pub(crate) fn labels() -> Result<Vec<u8>> {
 pub(crate) fn draw(image: &[f32]) -> Vec<String> {
     const SHADES: [char; 5] = [' ', '░', '▒', '▓', '█'];
     let shade = |&value: &f32| SHADES[((value / 16.0 * 4.0).round() as usize).min(4)];
-    let line = |row: &[f32]| {
-        row.iter()
-            .map(shade)
-            .flat_map(|shade| [shade, shade])
-            .collect()
-    };
+    let line = |row: &[f32]| row.iter().map(shade).flat_map(|shade| [shade, shade]).collect();
     image.chunks(SIDE).map(line).collect()
 }
 
@@ -45,29 +40,11 @@ mod tests {
     #[test]
     fn the_set_is_whole() {
         let (images, labels) = (images().unwrap(), labels().unwrap());
-        assert_eq!(
-            (images.rows(), images.columns(), labels.len()),
-            (1797, SIDE * SIDE, 1797)
-        );
-        assert!(
-            images
-                .as_slice()
-                .iter()
-                .all(|&value| (0.0..=16.0).contains(&value) && value.fract() == 0.0)
-        );
+        assert_eq!((images.rows(), images.columns(), labels.len()), (1797, SIDE * SIDE, 1797));
+        assert!(images.as_slice().iter().all(|&value| (0.0..=16.0).contains(&value) && value.fract() == 0.0));
         // The sums, so that a changed byte is noticed: made with Python's csv module from the source file.
-        assert_eq!(
-            images
-                .as_slice()
-                .iter()
-                .map(|&value| f64::from(value))
-                .sum::<f64>(),
-            IMAGE_SUM
-        );
-        assert_eq!(
-            labels.iter().map(|&label| u32::from(label)).sum::<u32>(),
-            LABEL_SUM
-        );
+        assert_eq!(images.as_slice().iter().map(|&value| f64::from(value)).sum::<f64>(), IMAGE_SUM);
+        assert_eq!(labels.iter().map(|&label| u32::from(label)).sum::<u32>(), LABEL_SUM);
     }
 
     const IMAGE_SUM: f64 = 561718.0;

@@ -11,11 +11,7 @@ use uhmm_os::uffd::{Features, Rights, probe};
 /// Runs the command.
 pub(crate) fn run(json: bool) -> Result<()> {
     let found = Found::look();
-    if json {
-        report::print_json(&found)
-    } else {
-        report::print(&found.text())
-    }
+    if json { report::print_json(&found) } else { report::print(&found.text()) }
 }
 
 #[derive(Serialize)]
@@ -56,11 +52,7 @@ struct Missing {
 
 impl Missing {
     fn new(what: &str, effect: &str, how_to_get: impl Into<String>) -> Missing {
-        Missing {
-            what: what.into(),
-            effect: effect.into(),
-            how_to_get: how_to_get.into(),
-        }
+        Missing { what: what.into(), effect: effect.into(), how_to_get: how_to_get.into() }
     }
 }
 
@@ -95,38 +87,21 @@ impl Found {
         text += &format!(
             "{} {}\n",
             "userfaultfd features".bold(),
-            if self.features.is_empty() {
-                "none".into()
-            } else {
-                self.features.join(" ")
-            }
+            if self.features.is_empty() { "none".into() } else { self.features.join(" ") }
         );
-        let sysctl = self
-            .rights
-            .unprivileged_userfaultfd
-            .map_or("no such setting", yes);
+        let sysctl = self.rights.unprivileged_userfaultfd.map_or("no such setting", yes);
         text += &format!(
             "{} CAP_SYS_PTRACE {}, vm.unprivileged_userfaultfd {sysctl}, /dev/userfaultfd {}\n",
             "rights".bold(),
             yes(self.rights.cap_sys_ptrace),
             yes(self.rights.dev_userfaultfd)
         );
-        text += &format!(
-            "{} {}\n{}",
-            "huge pages".bold(),
-            self.huge_pages,
-            "devices".bold()
-        );
+        text += &format!("{} {}\n{}", "huge pages".bold(), self.huge_pages, "devices".bold());
         if self.devices.is_empty() {
             text += " none";
         }
         for device in &self.devices {
-            text += &format!(
-                "\n  {}  {} of memory, {} threads",
-                device.name,
-                report::bytes(device.memory as u64),
-                device.threads
-            );
+            text += &format!("\n  {}  {} of memory, {} threads", device.name, report::bytes(device.memory as u64), device.threads);
         }
         text.push('\n');
         if self.missing.is_empty() {
@@ -134,12 +109,7 @@ impl Found {
         }
         text += &format!("{}\n", "missing".yellow().bold());
         for missing in &self.missing {
-            text += &format!(
-                "  {}: {}\n    {}\n",
-                missing.what.bold(),
-                missing.effect,
-                missing.how_to_get
-            );
+            text += &format!("  {}: {}\n    {}\n", missing.what.bold(), missing.effect, missing.how_to_get);
         }
         text
     }
@@ -158,11 +128,7 @@ fn mode(missing: &mut Vec<Missing>) -> (&'static str, Features) {
             ("user-mode-only", features)
         }
         Err(error) => {
-            missing.push(Missing::new(
-                "userfaultfd",
-                "uhmm does not start: pages cannot be migrated",
-                error.to_string(),
-            ));
+            missing.push(Missing::new("userfaultfd", "uhmm does not start: pages cannot be migrated", error.to_string()));
             ("none", Features::empty())
         }
     }
@@ -170,24 +136,9 @@ fn mode(missing: &mut Vec<Missing>) -> (&'static str, Features) {
 
 fn missing_features(found: Features, mode: &str) -> Vec<Missing> {
     let needed = [
-        (
-            Features::MOVE,
-            "UFFDIO_MOVE",
-            "pages are copied home by the kernel, at a fraction of the speed",
-            "use Linux 6.8 or newer",
-        ),
-        (
-            Features::WP_ASYNC,
-            "UFFD_FEATURE_WP_ASYNC",
-            "scattered writes and file mappings are not tracked",
-            "use Linux 6.7 or newer",
-        ),
-        (
-            Features::POISON,
-            "UFFDIO_POISON",
-            "a lost page cannot be marked as lost",
-            "use Linux 6.6 or newer",
-        ),
+        (Features::MOVE, "UFFDIO_MOVE", "pages are copied home by the kernel, at a fraction of the speed", "use Linux 6.8 or newer"),
+        (Features::WP_ASYNC, "UFFD_FEATURE_WP_ASYNC", "scattered writes and file mappings are not tracked", "use Linux 6.7 or newer"),
+        (Features::POISON, "UFFDIO_POISON", "a lost page cannot be marked as lost", "use Linux 6.6 or newer"),
         (
             Features::EVENT_FORK,
             "UFFD_EVENT_FORK",
@@ -195,29 +146,16 @@ fn missing_features(found: Features, mode: &str) -> Vec<Missing> {
             "run with CAP_SYS_PTRACE, for example as root",
         ),
     ];
-    let relevant = needed
-        .into_iter()
-        .filter(|(feature, ..)| mode == "full" || *feature != Features::EVENT_FORK);
-    relevant
-        .filter(|(feature, ..)| !found.contains(*feature))
-        .map(|(_, what, effect, how)| Missing::new(what, effect, how))
-        .collect()
+    let relevant = needed.into_iter().filter(|(feature, ..)| mode == "full" || *feature != Features::EVENT_FORK);
+    relevant.filter(|(feature, ..)| !found.contains(*feature)).map(|(_, what, effect, how)| Missing::new(what, effect, how)).collect()
 }
 
 fn missing_huge_pages(mode: &str) -> Option<Missing> {
     let effect = "memory moves in pages of 4 KiB only";
     match mode {
         "always" | "madvise" => None,
-        "never" => Some(Missing::new(
-            "huge pages",
-            effect,
-            "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-        )),
-        _ => Some(Missing::new(
-            "huge pages",
-            effect,
-            "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",
-        )),
+        "never" => Some(Missing::new("huge pages", effect, "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")),
+        _ => Some(Missing::new("huge pages", effect, "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y")),
     }
 }
 
@@ -228,27 +166,15 @@ fn devices(missing: &mut Vec<Missing>) -> Vec<FoundDevice> {
         // Said already, by `mode`.
         Err(uhmm::Error::NoUserfaultfd(_)) if !missing.is_empty() => return vec![],
         Err(error) => {
-            missing.push(Missing::new(
-                "devices",
-                "uhmm does not start, so none can be used",
-                error.to_string(),
-            ));
+            missing.push(Missing::new("devices", "uhmm does not start, so none can be used", error.to_string()));
             return vec![];
         }
     };
     let mut devices = vec![];
     for kind in uhmm::KINDS {
         match hmm.device(kind) {
-            Ok(device) => devices.push(FoundDevice {
-                name: device.name().into(),
-                memory: device.memory(),
-                threads: device.threads(),
-            }),
-            Err(error) => missing.push(Missing::new(
-                kind,
-                "this device cannot be used",
-                error.to_string(),
-            )),
+            Ok(device) => devices.push(FoundDevice { name: device.name().into(), memory: device.memory(), threads: device.threads() }),
+            Err(error) => missing.push(Missing::new(kind, "this device cannot be used", error.to_string())),
         }
     }
     devices

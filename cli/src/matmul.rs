@@ -31,53 +31,20 @@ pub(crate) fn scratch_len(n: usize, k: usize) -> usize {
 ///
 /// # Panics
 /// If the lengths do not fit each other, or `scratch` has less than [`scratch_len`] elements.
-pub(crate) fn mul_rows(
-    r: &mut [f32],
-    a: &[f32],
-    b: &[f32],
-    n: usize,
-    k: usize,
-    scratch: &mut [f32],
-) {
+pub(crate) fn mul_rows(r: &mut [f32], a: &[f32], b: &[f32], n: usize, k: usize, scratch: &mut [f32]) {
     if r.is_empty() {
         return;
     }
     let rows = r.len() / n;
-    assert!(
-        rows * n == r.len(),
-        "{} elements of the result are not whole rows of {n}",
-        r.len()
-    );
-    assert!(
-        a.len() == rows * k,
-        "{rows} rows of {k} have {} elements, not {}",
-        rows * k,
-        a.len()
-    );
-    assert!(
-        b.len() == k * n,
-        "{k} rows of {n} have {} elements, not {}",
-        k * n,
-        b.len()
-    );
-    assert!(
-        scratch.len() >= scratch_len(n, k),
-        "the scratch memory has {} elements, {} are needed",
-        scratch.len(),
-        scratch_len(n, k)
-    );
+    assert!(rows * n == r.len(), "{} elements of the result are not whole rows of {n}", r.len());
+    assert!(a.len() == rows * k, "{rows} rows of {k} have {} elements, not {}", rows * k, a.len());
+    assert!(b.len() == k * n, "{k} rows of {n} have {} elements, not {}", k * n, b.len());
+    assert!(scratch.len() >= scratch_len(n, k), "the scratch memory has {} elements, {} are needed", scratch.len(), scratch_len(n, k));
     if k == 0 {
         r.fill(0.0);
         return;
     }
-    Arch::new().dispatch(MulRows {
-        r,
-        a,
-        b,
-        n,
-        k,
-        scratch,
-    });
+    Arch::new().dispatch(MulRows { r, a, b, n, k, scratch });
 }
 
 struct MulRows<'a> {
@@ -94,33 +61,16 @@ impl WithSimd for MulRows<'_> {
 
     #[inline(always)] // so that the loops are compiled with the target features that `dispatch` found
     fn with_simd<S: Simd>(self, simd: S) {
-        let MulRows {
-            r,
-            a,
-            b,
-            n,
-            k,
-            scratch,
-        } = self;
+        let MulRows { r, a, b, n, k, scratch } = self;
         let (a_pack, b_pack) = scratch.split_at_mut(MC * k.min(KC));
         for left in (0..n).step_by(NC) {
             let columns = left..(left + NC).min(n);
             for top in (0..k).step_by(KC) {
                 let depth = top..(top + KC).min(k);
-                let b_pack = pack_b::<S>(
-                    b_pack,
-                    &b[depth.start * n..depth.end * n],
-                    n,
-                    columns.clone(),
-                );
+                let b_pack = pack_b::<S>(b_pack, &b[depth.start * n..depth.end * n], n, columns.clone());
                 for (r, a) in r.chunks_mut(MC * n).zip(a.chunks(MC * k)) {
                     let a_pack = pack_a(a_pack, a, k, depth.clone());
-                    let tiles = Tiles {
-                        n,
-                        columns: columns.clone(),
-                        depth: depth.len(),
-                        first: top == 0,
-                    };
+                    let tiles = Tiles { n, columns: columns.clone(), depth: depth.len(), first: top == 0 };
                     tiles.multiply(simd, r, a_pack, b_pack);
                 }
             }
@@ -131,19 +81,11 @@ impl WithSimd for MulRows<'_> {
 /// Packs `columns` of some rows of B into panels of one tile's width, each row by row; what is beyond the last column is zero
 /// (it is multiplied and thrown away; leftovers could be subnormal and slow).
 #[inline(always)]
-fn pack_b<'a, S: Simd>(
-    pack: &'a mut [f32],
-    b: &[f32],
-    n: usize,
-    columns: core::ops::Range<usize>,
-) -> &'a [S::f32s] {
+fn pack_b<'a, S: Simd>(pack: &'a mut [f32], b: &[f32], n: usize, columns: core::ops::Range<usize>) -> &'a [S::f32s] {
     let width = VECTORS * S::F32_LANES;
     let depth = b.len() / n;
     let pack = &mut pack[..depth * columns.len().next_multiple_of(width)];
-    for (panel, left) in pack
-        .chunks_exact_mut(depth * width)
-        .zip(columns.clone().step_by(width))
-    {
+    for (panel, left) in pack.chunks_exact_mut(depth * width).zip(columns.clone().step_by(width)) {
         let used = (columns.end - left).min(width);
         for (to, from) in panel.chunks_exact_mut(width).zip(b.chunks_exact(n)) {
             to[..used].copy_from_slice(&from[left..left + used]);
@@ -156,18 +98,10 @@ fn pack_b<'a, S: Simd>(
 /// Packs columns `depth` of some rows of A into panels of [`MR`] rows, each column by column; missing rows are zero,
 /// for the same reason.
 #[inline(always)]
-fn pack_a<'a>(
-    pack: &'a mut [f32],
-    a: &[f32],
-    k: usize,
-    depth: core::ops::Range<usize>,
-) -> &'a [f32] {
+fn pack_a<'a>(pack: &'a mut [f32], a: &[f32], k: usize, depth: core::ops::Range<usize>) -> &'a [f32] {
     let rows = a.len() / k;
     let pack = &mut pack[..rows.next_multiple_of(MR) * depth.len()];
-    for (panel, rows) in pack
-        .chunks_exact_mut(MR * depth.len())
-        .zip(a.chunks(MR * k))
-    {
+    for (panel, rows) in pack.chunks_exact_mut(MR * depth.len()).zip(a.chunks(MR * k)) {
         for i in 0..MR {
             let to = panel.iter_mut().skip(i).step_by(MR);
             match rows.get(i * k + depth.start..i * k + depth.end) {
@@ -192,15 +126,9 @@ impl Tiles {
     #[inline(always)]
     fn multiply<S: Simd>(&self, simd: S, r: &mut [f32], a: &[f32], b: &[S::f32s]) {
         let width = VECTORS * S::F32_LANES;
-        for (b, left) in b
-            .chunks_exact(self.depth * VECTORS)
-            .zip(self.columns.clone().step_by(width))
-        {
+        for (b, left) in b.chunks_exact(self.depth * VECTORS).zip(self.columns.clone().step_by(width)) {
             let right = (left + width).min(self.columns.end);
-            for (a, r) in a
-                .chunks_exact(MR * self.depth)
-                .zip(r.chunks_mut(MR * self.n))
-            {
+            for (a, r) in a.chunks_exact(MR * self.depth).zip(r.chunks_mut(MR * self.n)) {
                 let sums = tile(simd, a, b);
                 for (r, sums) in r.chunks_exact_mut(self.n).zip(&sums) {
                     self.store(simd, &mut r[left..right], sums);
@@ -212,11 +140,7 @@ impl Tiles {
     #[inline(always)]
     fn store<S: Simd>(&self, simd: S, r: &mut [f32], sums: &[S::f32s; VECTORS]) {
         for (part, &sum) in r.chunks_mut(S::F32_LANES).zip(sums) {
-            let old = if self.first {
-                simd.splat_f32s(0.0)
-            } else {
-                simd.partial_load_f32s(part)
-            };
+            let old = if self.first { simd.splat_f32s(0.0) } else { simd.partial_load_f32s(part) };
             simd.partial_store_f32s(part, simd.add_f32s(old, sum));
         }
     }
@@ -266,29 +190,15 @@ mod tests {
     /// Compared with sums in f64, for sizes around every blocking factor.
     #[test]
     fn products_are_right() {
-        for (m, n, k) in [
-            (1, 1, 1),
-            (6, 16, 256),
-            (7, 17, 257),
-            (97, 33, 5),
-            (5, 1025, 3),
-            (13, 64, 600),
-            (100, 1040, 260),
-            (3, 2, 1000),
-        ] {
+        for (m, n, k) in [(1, 1, 1), (6, 16, 256), (7, 17, 257), (97, 33, 5), (5, 1025, 3), (13, 64, 600), (100, 1040, 260), (3, 2, 1000)] {
             let (a, b) = (Matrix::random(m, k, 1), Matrix::random(k, n, 2));
             let (a, b) = (a.as_slice(), b.as_slice());
             let (mut r, mut scratch) = (vec![f32::NAN; m * n], vec![f32::NAN; scratch_len(n, k)]);
             mul_rows(&mut r, a, b, n, k, &mut scratch);
             for (at, &got) in r.iter().enumerate() {
                 let (row, column) = (at / n, at % n);
-                let want: f64 = (0..k)
-                    .map(|i| f64::from(a[row * k + i]) * f64::from(b[i * n + column]))
-                    .sum();
-                assert!(
-                    (f64::from(got) - want).abs() < 1e-4,
-                    "{m} x {n} x {k}: element {row}, {column} is {got}, not {want}"
-                );
+                let want: f64 = (0..k).map(|i| f64::from(a[row * k + i]) * f64::from(b[i * n + column])).sum();
+                assert!((f64::from(got) - want).abs() < 1e-4, "{m} x {n} x {k}: element {row}, {column} is {got}, not {want}");
             }
         }
     }
@@ -303,25 +213,12 @@ mod tests {
     #[test]
     #[should_panic(expected = "2 rows of 3 have 6 elements, not 5")]
     fn lengths_must_fit() {
-        mul_rows(
-            &mut [0.0; 8],
-            &[0.0; 5],
-            &[0.0; 12],
-            4,
-            3,
-            &mut [0.0; 10_000],
-        );
+        mul_rows(&mut [0.0; 8], &[0.0; 5], &[0.0; 12], 4, 3, &mut [0.0; 10_000]);
     }
 
     #[test]
     fn groups_are_even_and_cover_all_rows() {
-        for (m, threads, want) in [
-            (1797, 2, 300),
-            (1024, 2, 258),
-            (2048, 2, 342),
-            (1, 8, 6),
-            (100, 3, 36),
-        ] {
+        for (m, threads, want) in [(1797, 2, 300), (1024, 2, 258), (2048, 2, 342), (1, 8, 6), (100, 3, 36)] {
             let rows = rows_per_group(m, threads);
             assert_eq!(rows, want, "{m} rows on {threads} threads");
             assert!(rows * m.div_ceil(rows) >= m);

@@ -46,11 +46,7 @@ impl Matrix {
         }
         let mapping = map_file(&file)?;
         match check(&mapping)? {
-            Checked::InPlace(rows, columns) => Ok(Matrix {
-                rows,
-                columns,
-                data: Data::Mapped(mapping),
-            }),
+            Checked::InPlace(rows, columns) => Ok(Matrix { rows, columns, data: Data::Mapped(mapping) }),
             Checked::Copied(matrix) => Ok(matrix),
         }
     }
@@ -58,11 +54,7 @@ impl Matrix {
     /// The matrix in the bytes of a `.npy` file that is part of the program.
     pub(crate) fn bundled(bytes: &'static [u8]) -> Result<Matrix> {
         match check(bytes)? {
-            Checked::InPlace(rows, columns) => Ok(Matrix {
-                rows,
-                columns,
-                data: Data::Bundled(bytes),
-            }),
+            Checked::InPlace(rows, columns) => Ok(Matrix { rows, columns, data: Data::Bundled(bytes) }),
             Checked::Copied(matrix) => Ok(matrix),
         }
     }
@@ -71,24 +63,14 @@ impl Matrix {
     pub(crate) fn random(rows: usize, columns: usize, seed: u64) -> Matrix {
         let mut random = fastrand::Rng::with_seed(seed);
         let data = (0..rows * columns).map(|_| random.f32() - 0.5).collect();
-        Matrix {
-            rows,
-            columns,
-            data: Data::Owned(data),
-        }
+        Matrix { rows, columns, data: Data::Owned(data) }
     }
 
     /// This matrix with rows and columns exchanged, in ordinary memory.
     pub(crate) fn transposed(&self) -> Matrix {
         let from = self.as_slice();
-        let data = (0..self.columns)
-            .flat_map(|column| (0..self.rows).map(move |row| from[row * self.columns + column]))
-            .collect();
-        Matrix {
-            rows: self.columns,
-            columns: self.rows,
-            data: Data::Owned(data),
-        }
+        let data = (0..self.columns).flat_map(|column| (0..self.rows).map(move |row| from[row * self.columns + column])).collect();
+        Matrix { rows: self.columns, columns: self.rows, data: Data::Owned(data) }
     }
 
     /// Rows.
@@ -114,18 +96,14 @@ impl Matrix {
 
     /// The elements as the known library wants them.
     pub(crate) fn view(&self) -> Result<ArrayView2<'_, f32>> {
-        Ok(ArrayView2::from_shape(
-            (self.rows, self.columns),
-            self.as_slice(),
-        )?)
+        Ok(ArrayView2::from_shape((self.rows, self.columns), self.as_slice())?)
     }
 }
 
 /// Writes `rows` rows to the file `path`. A file that is there already is replaced as a whole, never overwritten: it may be one of
 /// the matrices that are mapped.
 pub(crate) fn write(path: &Path, rows: usize, columns: usize, data: &[f32]) -> Result<()> {
-    write_whole(path, ArrayView2::from_shape((rows, columns), data)?)
-        .with_context(|| format!("writing {}", path.display()))
+    write_whole(path, ArrayView2::from_shape((rows, columns), data)?).with_context(|| format!("writing {}", path.display()))
 }
 
 fn write_whole(path: &Path, matrix: ArrayView2<'_, f32>) -> Result<()> {
@@ -133,14 +111,9 @@ fn write_whole(path: &Path, matrix: ArrayView2<'_, f32>) -> Result<()> {
         // A pipe or a device: nothing to replace.
         return Ok(matrix.write_npy(BufWriter::new(File::options().write(true).open(path)?))?);
     }
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let permissions = Permissions::from_mode(0o666); // less the umask, as for any new file
-    let mut file = tempfile::Builder::new()
-        .permissions(permissions)
-        .tempfile_in(folder)?;
+    let mut file = tempfile::Builder::new().permissions(permissions).tempfile_in(folder)?;
     matrix.write_npy(BufWriter::new(file.as_file_mut()))?;
     file.persist(path)?;
     Ok(())
@@ -165,11 +138,7 @@ fn check(bytes: &[u8]) -> Result<Checked> {
         Err(ViewNpyError::MisalignedData) => {
             let array = Array2::<f32>::read_npy(bytes)?;
             let (rows, columns) = dimensions(array.dim(), array.is_standard_layout())?;
-            Ok(Checked::Copied(Matrix {
-                rows,
-                columns,
-                data: Data::Owned(array.into_raw_vec_and_offset().0),
-            }))
+            Ok(Checked::Copied(Matrix { rows, columns, data: Data::Owned(array.into_raw_vec_and_offset().0) }))
         }
         Err(error) => Err(explain(error)),
     }
@@ -180,15 +149,10 @@ fn dimensions((rows, columns): (usize, usize), c_order: bool) -> Result<(usize, 
         bail!("the matrix has {rows} rows and {columns} columns: both must be at least 1");
     }
     if u32::try_from(rows).is_err() || u32::try_from(columns).is_err() {
-        bail!(
-            "the matrix has {rows} rows and {columns} columns: at most {} of each are supported",
-            u32::MAX
-        );
+        bail!("the matrix has {rows} rows and {columns} columns: at most {} of each are supported", u32::MAX);
     }
     if !c_order {
-        bail!(
-            "the elements are in Fortran order (column after column): save numpy.ascontiguousarray(a) instead"
-        );
+        bail!("the elements are in Fortran order (column after column): save numpy.ascontiguousarray(a) instead");
     }
     Ok((rows, columns))
 }
@@ -197,22 +161,20 @@ fn dimensions((rows, columns): (usize, usize), c_order: bool) -> Result<(usize, 
 fn explain(error: ViewNpyError) -> anyhow::Error {
     match error {
         ViewNpyError::WrongDescriptor(found) => {
-            anyhow!(
-                "the elements have type {found}, '<f4' (f32, little-endian) is needed: save a.astype('<f4') instead"
-            )
+            anyhow!("the elements have type {found}, '<f4' (f32, little-endian) is needed: save a.astype('<f4') instead")
         }
         ViewNpyError::NonNativeEndian => {
             anyhow!("the elements are big-endian, '<f4' is needed: save a.astype('<f4') instead")
         }
-        ViewNpyError::WrongNdim(_, found) => anyhow!(
-            "the array has {found} dimensions, a matrix of 2 is needed: save a.reshape(rows, columns) instead"
-        ),
+        ViewNpyError::WrongNdim(_, found) => {
+            anyhow!("the array has {found} dimensions, a matrix of 2 is needed: save a.reshape(rows, columns) instead")
+        }
         ViewNpyError::MissingBytes(bytes) => {
             anyhow!("the file is cut short: {bytes} bytes of the elements are missing")
         }
-        ViewNpyError::ExtraBytes(bytes) => anyhow!(
-            "{bytes} bytes follow the last element: the file is damaged, or holds more than one array"
-        ),
+        ViewNpyError::ExtraBytes(bytes) => {
+            anyhow!("{bytes} bytes follow the last element: the file is damaged, or holds more than one array")
+        }
         ViewNpyError::LengthOverflow => {
             anyhow!("the shape is too large: its size in bytes does not fit a number")
         }
@@ -222,11 +184,7 @@ fn explain(error: ViewNpyError) -> anyhow::Error {
         ViewNpyError::ParseHeader(error) => {
             // What follows the first line is a drawing of the place.
             let error = error.to_string();
-            let first = error
-                .split(" -->")
-                .next()
-                .and_then(|text| text.lines().next())
-                .unwrap_or_default();
+            let first = error.split(" -->").next().and_then(|text| text.lines().next()).unwrap_or_default();
             anyhow!("the header cannot be read: {first}")
         }
         other => anyhow!("the file cannot be read: {other}"),

@@ -5,11 +5,7 @@ use std::path::PathBuf;
 
 /// Heterogeneous memory management in user space: ordinary pointers, valid on a device too.
 #[derive(Debug, Parser)]
-#[command(
-    name = "uhmm",
-    version,
-    after_help = "Exit status: 0 if all went well, 1 if not, 2 if the command line is wrong."
-)]
+#[command(name = "uhmm", version, after_help = "Exit status: 0 if all went well, 1 if not, 2 if the command line is wrong.")]
 pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -103,9 +99,6 @@ mod tests {
     fn a_file_needs_a_second_one_and_excludes_a_size() {
         assert!(Cli::try_parse_from(["uhmm", "mul-mat", "a.npy"]).is_err());
         assert!(Cli::try_parse_from(["uhmm", "mul-mat", "a.npy", "b.npy", "--size", "3"]).is_err());
-        assert!(
-            Cli::try_parse_from(["uhmm", "mul-mat", "a.npy", "b.npy", "-o", "r.npy", "--json"])
-                .is_ok()
-        );
+        assert!(Cli::try_parse_from(["uhmm", "mul-mat", "a.npy", "b.npy", "-o", "r.npy", "--json"]).is_ok());
     }
 }

@@ -27,16 +27,8 @@ impl Figure {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let (middle, odd) = (values.len() / 2, values.len() % 2 == 1);
-        let median = if odd {
-            values[middle]
-        } else {
-            (values[middle - 1] + values[middle]) / 2.0
-        };
-        Figure {
-            median,
-            low: values[0],
-            high: values[values.len() - 1],
-        }
+        let median = if odd { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
+        Figure { median, low: values[0], high: values[values.len() - 1] }
     }
 
     /// The figure of some times, in seconds.
@@ -46,11 +38,7 @@ impl Figure {
 
     /// The figure of the quotients of runs that belong together.
     pub(crate) fn of_ratios(over: &[Duration], under: &[Duration]) -> Figure {
-        Figure::of(
-            over.iter()
-                .zip(under)
-                .map(|(over, under)| over.as_secs_f64() / under.as_secs_f64()),
-        )
+        Figure::of(over.iter().zip(under).map(|(over, under)| over.as_secs_f64() / under.as_secs_f64()))
     }
 }
 
@@ -101,23 +89,13 @@ pub(crate) fn bytes(bytes: u64) -> String {
 /// Rows of words as aligned columns, the first to the left and the others to the right, two spaces before each line.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        rows.iter()
-            .filter_map(|row| row.get(column))
-            .map(|word| word.chars().count())
-            .max()
-            .unwrap_or(0)
-    };
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|word| word.chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut text = String::new();
     for row in rows {
         let mut line = String::from(" ");
         for (column, (word, &width)) in row.iter().zip(&widths).enumerate() {
-            line += &if column == 0 {
-                format!(" {word:<width$}")
-            } else {
-                format!("   {word:>width$}")
-            };
+            line += &if column == 0 { format!(" {word:<width$}") } else { format!("   {word:>width$}") };
         }
         text += line.trim_end();
         text.push('\n');
@@ -131,58 +109,28 @@ mod tests {
 
     #[test]
     fn the_median_is_the_middle() {
-        assert_eq!(
-            Figure::of([3.0, 1.0, 2.0]),
-            Figure {
-                median: 2.0,
-                low: 1.0,
-                high: 3.0
-            }
-        );
+        assert_eq!(Figure::of([3.0, 1.0, 2.0]), Figure { median: 2.0, low: 1.0, high: 3.0 });
         assert_eq!(Figure::of([4.0, 1.0, 2.0, 3.0]).median, 2.5);
         let [one, two, four] = [1, 2, 4].map(Duration::from_secs);
-        assert_eq!(
-            Figure::of_ratios(&[two, four, one], &[one, one, one]).median,
-            2.0
-        );
+        assert_eq!(Figure::of_ratios(&[two, four, one], &[one, one, one]).median, 2.0);
     }
 
     #[test]
     fn a_cause_is_named_once() {
         let inner = || anyhow::anyhow!("no such file");
-        assert_eq!(
-            message(&inner().context("opening a.npy")),
-            "opening a.npy: no such file"
-        );
-        assert_eq!(
-            message(&inner().context("opening a.npy: no such file")),
-            "opening a.npy: no such file"
-        );
+        assert_eq!(message(&inner().context("opening a.npy")), "opening a.npy: no such file");
+        assert_eq!(message(&inner().context("opening a.npy: no such file")), "opening a.npy: no such file");
     }
 
     #[test]
     fn units_fit_the_size() {
-        assert_eq!(
-            [time(12.3e-6), time(0.00342), time(2.5)],
-            ["12.3 us", "3.42 ms", "2.50 s"]
-        );
-        assert_eq!(
-            [
-                bytes(12),
-                bytes(4096),
-                bytes(12_900_000),
-                bytes(2_500_000_000)
-            ],
-            ["12 B", "4.1 kB", "12.9 MB", "2.50 GB"]
-        );
+        assert_eq!([time(12.3e-6), time(0.00342), time(2.5)], ["12.3 us", "3.42 ms", "2.50 s"]);
+        assert_eq!([bytes(12), bytes(4096), bytes(12_900_000), bytes(2_500_000_000)], ["12 B", "4.1 kB", "12.9 MB", "2.50 GB"]);
     }
 
     #[test]
     fn columns_are_aligned() {
-        let rows = [
-            vec!["a".into(), "10".into()],
-            vec!["bcd".into(), "5".into()],
-        ];
+        let rows = [vec!["a".into(), "10".into()], vec!["bcd".into(), "5".into()]];
         assert_eq!(table(&rows), "  a     10\n  bcd    5\n");
     }
 }

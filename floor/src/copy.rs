@@ -28,12 +28,7 @@ impl Copy {
     /// # Errors
     /// If `size`, in bytes, is not a positive multiple of 2 MiB, or memory is short.
     pub fn prepare(size: usize, kind: CopyKind) -> Result<Self> {
-        Ok(Copy {
-            kind,
-            from: Region::full(size, Pages::Huge)?,
-            to: Region::full(size, Pages::Huge)?,
-            salt: 0,
-        })
+        Ok(Copy { kind, from: Region::full(size, Pages::Huge)?, to: Region::full(size, Pages::Huge)?, salt: 0 })
     }
 
     /// Copies everything once.
@@ -91,12 +86,7 @@ unsafe fn stream_avx2(to: *mut u8, from: *const u8, len: usize) {
     for at in (0..len).step_by(128) {
         for part in [0, 32, 64, 96] {
             // SAFETY: `at + part + 32 <= len`, and both are aligned to 32 because they are to a page.
-            unsafe {
-                _mm256_stream_si256(
-                    to.add(at + part).cast::<__m256i>(),
-                    _mm256_load_si256(from.add(at + part).cast()),
-                )
-            };
+            unsafe { _mm256_stream_si256(to.add(at + part).cast::<__m256i>(), _mm256_load_si256(from.add(at + part).cast())) };
         }
     }
     _mm_sfence();

@@ -59,10 +59,7 @@ pub(crate) struct Core {
 impl Core {
     /// Brings the chunk home that holds `address`; `false` if it is not in the range. Safe in a signal handler.
     pub(crate) fn serve(&self, address: usize) -> bool {
-        let Some(at) = address
-            .checked_sub(self.host.at(0) as usize)
-            .filter(|&at| at < self.host.size())
-        else {
+        let Some(at) = address.checked_sub(self.host.at(0) as usize).filter(|&at| at < self.host.size()) else {
             return false;
         };
         let at = at - at % self.chunk;
@@ -129,21 +126,9 @@ impl Fault {
     ///
     /// # Panics
     /// If `chunk` is none of those sizes, or smaller than the pages.
-    pub fn prepare(
-        size: usize,
-        server: Server,
-        method: Method,
-        chunk: usize,
-        pages: Pages,
-    ) -> Result<Self> {
-        assert!(
-            chunk.is_power_of_two() && (PAGE..=BLOCK).contains(&chunk),
-            "a chunk has 4 KiB to 2 MiB, a power of two"
-        );
-        assert!(
-            pages == Pages::Small || chunk == BLOCK,
-            "huge pages come in chunks of 2 MiB"
-        );
+    pub fn prepare(size: usize, server: Server, method: Method, chunk: usize, pages: Pages) -> Result<Self> {
+        assert!(chunk.is_power_of_two() && (PAGE..=BLOCK).contains(&chunk), "a chunk has 4 KiB to 2 MiB, a power of two");
+        assert!(pages == Pages::Small || chunk == BLOCK, "huge pages come in chunks of 2 MiB");
         let staging = match method {
             Method::Move => Region::full(size, pages)?,
             Method::Copy => Region::empty(size, pages)?,
@@ -160,10 +145,7 @@ impl Fault {
         };
         core.uffd.watch(&core.host)?;
         core.uffd.watch(&core.staging)?;
-        Ok(Fault {
-            core: Box::new(core),
-            server,
-        })
+        Ok(Fault { core: Box::new(core), server })
     }
 
     /// The number of faults in one run.
@@ -177,8 +159,7 @@ impl Fault {
     /// If the kernel refuses a request, or wrong bytes come home. The floor is of no more use then.
     pub fn run(&mut self) -> Result<Duration> {
         let core = &*self.core;
-        core.device
-            .mark(core.salt.fetch_add(1, Ordering::Relaxed).wrapping_add(1));
+        core.device.mark(core.salt.fetch_add(1, Ordering::Relaxed).wrapping_add(1));
         let result = match self.server {
             Server::Handler => with_handler(core),
             Server::HandlerSameCore => {
@@ -225,10 +206,7 @@ fn with_handler(core: &Core) -> Result<Duration> {
 
 fn two_themselves(core: &Core) -> Result<Duration> {
     let half = (core.host.size() / 2).next_multiple_of(core.chunk);
-    together(
-        || core.check(0, half),
-        || core.check(half, core.host.size()),
-    )
+    together(|| core.check(0, half), || core.check(half, core.host.size()))
 }
 
 /// This thread on one of the cores it may use; dropping it gives the others back.
@@ -239,17 +217,14 @@ struct Pinned {
 impl Pinned {
     fn to_one_core() -> Result<Self> {
         // SAFETY: all zeros is the empty set.
-        let (mut before, mut one): (libc::cpu_set_t, libc::cpu_set_t) =
-            unsafe { (core::mem::zeroed(), core::mem::zeroed()) };
+        let (mut before, mut one): (libc::cpu_set_t, libc::cpu_set_t) = unsafe { (core::mem::zeroed(), core::mem::zeroed()) };
         let size = size_of::<libc::cpu_set_t>();
         // SAFETY: `before` has `size` bytes.
         if unsafe { libc::sched_getaffinity(0, size, &raw mut before) } != 0 {
             return Err(Error::last("sched_getaffinity"));
         }
         // SAFETY: these macros stay within the set for numbers below CPU_SETSIZE.
-        let core = (0..libc::CPU_SETSIZE as usize)
-            .find(|&core| unsafe { libc::CPU_ISSET(core, &before) })
-            .unwrap_or(0);
+        let core = (0..libc::CPU_SETSIZE as usize).find(|&core| unsafe { libc::CPU_ISSET(core, &before) }).unwrap_or(0);
         // SAFETY: as above.
         unsafe { libc::CPU_SET(core, &mut one) };
         // SAFETY: `one` has `size` bytes.

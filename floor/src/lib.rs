@@ -44,17 +44,11 @@ pub enum Error {
 
 impl Error {
     fn last(call: &'static str) -> Self {
-        Error::System {
-            call,
-            source: std::io::Error::last_os_error(),
-        }
+        Error::System { call, source: std::io::Error::last_os_error() }
     }
 
     fn of(call: &'static str, errno: i32) -> Self {
-        Error::System {
-            call,
-            source: std::io::Error::from_raw_os_error(errno),
-        }
+        Error::System { call, source: std::io::Error::from_raw_os_error(errno) }
     }
 
     /// Whether this user or kernel has no userfaultfd, or none that can move pages: nothing is wrong with the floor, it cannot be
@@ -63,10 +57,7 @@ impl Error {
         match self {
             Error::System { call, source } => {
                 matches!(*call, "userfaultfd" | "UFFDIO_API")
-                    && matches!(
-                        source.raw_os_error(),
-                        Some(libc::EPERM | libc::EACCES | libc::ENOSYS | libc::EINVAL)
-                    )
+                    && matches!(source.raw_os_error(), Some(libc::EPERM | libc::EACCES | libc::ENOSYS | libc::EINVAL))
             }
             _ => false,
         }

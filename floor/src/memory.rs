@@ -44,8 +44,7 @@ impl Region {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
-        let mapping =
-            unsafe { libc::mmap(core::ptr::null_mut(), mapped, protection, flags, -1, 0) };
+        let mapping = unsafe { libc::mmap(core::ptr::null_mut(), mapped, protection, flags, -1, 0) };
         if mapping == libc::MAP_FAILED {
             return Err(Error::last("mmap"));
         }
@@ -55,27 +54,17 @@ impl Region {
         let skip = mapping.as_ptr().align_offset(BLOCK);
         // SAFETY: `skip` is less than BLOCK, and `size + BLOCK` bytes were mapped.
         let start = unsafe { mapping.add(skip) };
-        let region = Region {
-            mapping,
-            mapped,
-            start,
-            size,
-        };
+        let region = Region { mapping, mapped, start, size };
         let advice = match pages {
             Pages::Huge => libc::MADV_HUGEPAGE,
             Pages::Small => libc::MADV_NOHUGEPAGE,
         };
         // SAFETY: advice about page sizes on our own mapping; it changes no contents.
-        if unsafe { libc::madvise(region.start.as_ptr().cast(), size, advice) } != 0
-            && pages == Pages::Huge
-        {
+        if unsafe { libc::madvise(region.start.as_ptr().cast(), size, advice) } != 0 && pages == Pages::Huge {
             // A kernel without transparent huge pages: the floor is then that of small pages.
             let error = std::io::Error::last_os_error();
             if error.raw_os_error() != Some(libc::EINVAL) {
-                return Err(Error::System {
-                    call: "madvise",
-                    source: error,
-                });
+                return Err(Error::System { call: "madvise", source: error });
             }
         }
         Ok(region)
@@ -96,10 +85,7 @@ impl Region {
     pub(crate) fn mark(&self, salt: u8) {
         for (number, at) in (0..self.size).step_by(PAGE).enumerate() {
             // SAFETY: within the region; floors mark a region only while they have it for themselves and its pages are there.
-            unsafe {
-                self.at(at)
-                    .write_volatile((number as u8).wrapping_add(salt))
-            };
+            unsafe { self.at(at).write_volatile((number as u8).wrapping_add(salt)) };
         }
     }
 

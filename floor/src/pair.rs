@@ -5,10 +5,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Runs `second` on a thread that is waiting for the start, and `first` on this one; the time until both have ended.
-pub(crate) fn together(
-    first: impl FnOnce() -> Result<()>,
-    second: impl FnOnce() -> Result<()> + Send,
-) -> Result<Duration> {
+pub(crate) fn together(first: impl FnOnce() -> Result<()>, second: impl FnOnce() -> Result<()> + Send) -> Result<Duration> {
     let (ready, go) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let second = scope.spawn(|| {
@@ -27,9 +24,7 @@ pub(crate) fn together(
         go.store(true, Ordering::Release);
         let first = first();
         let first_end = Instant::now();
-        let (second, second_end) = second
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let (second, second_end) = second.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         first.and(second)?;
         Ok(first_end.max(second_end) - start)
     })

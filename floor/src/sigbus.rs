@@ -43,11 +43,7 @@ pub(crate) fn install(floor: &Core) -> Result<Installed<'_>> {
         CURRENT.store(core::ptr::null_mut(), Ordering::Release);
         return Err(Error::last("sigaction"));
     }
-    Ok(Installed {
-        before,
-        _floor: floor,
-        _one_at_a_time: guard,
-    })
+    Ok(Installed { before, _floor: floor, _one_at_a_time: guard })
 }
 
 impl Drop for Installed<'_> {
@@ -69,10 +65,7 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut
             return;
         }
     }
-    let [handler, flags] = [
-        BEFORE[0].load(Ordering::Relaxed),
-        BEFORE[1].load(Ordering::Relaxed),
-    ];
+    let [handler, flags] = [BEFORE[0].load(Ordering::Relaxed), BEFORE[1].load(Ordering::Relaxed)];
     match handler {
         libc::SIG_DFL | libc::SIG_IGN => {
             // The touch is made again and ends the process, as it would have without us.
@@ -81,8 +74,7 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut
         }
         handler if flags & libc::SA_SIGINFO as usize != 0 => {
             // SAFETY: it was installed with SA_SIGINFO, so this is its signature.
-            let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
-                unsafe { core::mem::transmute(handler) };
+            let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = unsafe { core::mem::transmute(handler) };
             handler(signal, info, context);
         }
         handler => {

@@ -51,11 +51,7 @@ impl Uffd {
     pub(crate) fn open(sigbus: bool) -> Result<Self> {
         let uffd = Uffd { fd: open_any()? };
         let features = raw::UFFD_FEATURE_MOVE | if sigbus { raw::UFFD_FEATURE_SIGBUS } else { 0 };
-        let mut api = raw::uffdio_api {
-            api: raw::UFFD_API.into(),
-            features: features.into(),
-            ioctls: 0,
-        };
+        let mut api = raw::uffdio_api { api: raw::UFFD_API.into(), features: features.into(), ioctls: 0 };
         // SAFETY: UFFDIO_API reads and writes one `uffdio_api`.
         match unsafe { uffd.ioctl(ioctl::UFFDIO_API as libc::Ioctl, &raw mut api) } {
             0 => Ok(uffd),
@@ -79,10 +75,7 @@ impl Uffd {
     /// Watches a region for missing pages.
     pub(crate) fn watch(&self, region: &Region) -> Result<()> {
         let mut request = raw::uffdio_register {
-            range: raw::uffdio_range {
-                start: region.at(0) as u64,
-                len: region.size() as u64,
-            },
+            range: raw::uffdio_range { start: region.at(0) as u64, len: region.size() as u64 },
             mode: raw::UFFDIO_REGISTER_MODE_MISSING.into(),
             ioctls: 0,
         };
@@ -95,10 +88,7 @@ impl Uffd {
 
     /// Stops watching: whoever waits for a page of the range, or touches one later, reads zeros.
     pub(crate) fn unregister(&self, start: *mut u8, len: usize) {
-        let mut range = raw::uffdio_range {
-            start: start as u64,
-            len: len as u64,
-        };
+        let mut range = raw::uffdio_range { start: start as u64, len: len as u64 };
         // SAFETY: as for registering. An error leaves the range watched, which the caller cannot better.
         unsafe { self.ioctl(ioctl::UFFDIO_UNREGISTER as libc::Ioctl, &raw mut range) };
     }
@@ -108,20 +98,9 @@ impl Uffd {
     /// # Safety
     /// Both ranges lie in live regions of this crate, `to` in one that this descriptor watches, and nobody relies on `from` keeping
     /// its contents.
-    pub(crate) unsafe fn move_pages(
-        &self,
-        mut to: *mut u8,
-        mut from: *mut u8,
-        mut len: usize,
-    ) -> core::result::Result<(), c_int> {
+    pub(crate) unsafe fn move_pages(&self, mut to: *mut u8, mut from: *mut u8, mut len: usize) -> core::result::Result<(), c_int> {
         while len > 0 {
-            let mut request = raw::uffdio_move {
-                dst: to as u64,
-                src: from as u64,
-                len: len as u64,
-                mode: 0,
-                move_: 0,
-            };
+            let mut request = raw::uffdio_move { dst: to as u64, src: from as u64, len: len as u64, mode: 0, move_: 0 };
             // SAFETY: by the contract.
             match unsafe { self.ioctl(UFFDIO_MOVE, &raw mut request) } {
                 0 => return Ok(()),
@@ -139,27 +118,15 @@ impl Uffd {
     pub(crate) fn move_region(&self, to: &Region, from: &Region) -> Result<()> {
         assert_eq!(to.size(), from.size(), "regions of one floor have one size");
         // SAFETY: both are live regions; if this descriptor does not watch `to`, the kernel answers with an error.
-        unsafe { self.move_pages(to.at(0), from.at(0), to.size()) }
-            .map_err(|errno| Error::of("UFFDIO_MOVE", errno))
+        unsafe { self.move_pages(to.at(0), from.at(0), to.size()) }.map_err(|errno| Error::of("UFFDIO_MOVE", errno))
     }
 
     /// Copies pages into place.
     ///
     /// # Safety
     /// Both ranges lie in live regions of this crate, `to` in one that this descriptor watches.
-    pub(crate) unsafe fn copy(
-        &self,
-        to: *mut u8,
-        from: *const u8,
-        len: usize,
-    ) -> core::result::Result<(), c_int> {
-        let mut request = raw::uffdio_copy {
-            dst: to as u64,
-            src: from as u64,
-            len: len as u64,
-            mode: 0,
-            copy: 0,
-        };
+    pub(crate) unsafe fn copy(&self, to: *mut u8, from: *const u8, len: usize) -> core::result::Result<(), c_int> {
+        let mut request = raw::uffdio_copy { dst: to as u64, src: from as u64, len: len as u64, mode: 0, copy: 0 };
         // SAFETY: by the contract.
         match unsafe { self.ioctl(ioctl::UFFDIO_COPY as libc::Ioctl, &raw mut request) } {
             0 => Ok(()),
@@ -175,8 +142,7 @@ impl Uffd {
             // SAFETY: `message` has room for `size` bytes.
             let got = unsafe { libc::read(self.fd.as_raw_fd(), message.as_mut_ptr().cast(), size) };
             if got != size as isize {
-                let interrupted = got < 0
-                    && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted;
+                let interrupted = got < 0 && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted;
                 if interrupted {
                     continue;
                 }

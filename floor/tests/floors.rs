@@ -23,35 +23,15 @@ fn main() {
     for pages in [Pages::Huge, Pages::Small] {
         for threads in [1, 2] {
             let name = format!("round_trip_{pages:?}_{threads}");
-            trials.push(
-                Trial::test(name, move || round_trip(pages, threads)).with_ignored_flag(missing),
-            );
+            trials.push(Trial::test(name, move || round_trip(pages, threads)).with_ignored_flag(missing));
         }
-        trials.push(
-            Trial::test(format!("clean_return_{pages:?}"), move || {
-                clean_return(pages)
-            })
-            .with_ignored_flag(missing),
-        );
+        trials.push(Trial::test(format!("clean_return_{pages:?}"), move || clean_return(pages)).with_ignored_flag(missing));
     }
-    for server in [
-        Server::Handler,
-        Server::HandlerSameCore,
-        Server::Itself,
-        Server::TwoThemselves,
-    ] {
+    for server in [Server::Handler, Server::HandlerSameCore, Server::Itself, Server::TwoThemselves] {
         for method in [Method::Copy, Method::Move] {
-            for (chunk, pages) in [
-                (4096, Pages::Small),
-                (65536, Pages::Small),
-                (2 << 20, Pages::Small),
-                (2 << 20, Pages::Huge),
-            ] {
+            for (chunk, pages) in [(4096, Pages::Small), (65536, Pages::Small), (2 << 20, Pages::Small), (2 << 20, Pages::Huge)] {
                 let name = format!("fault_{server:?}_{method:?}_{}k_{pages:?}", chunk >> 10);
-                trials.push(
-                    Trial::test(name, move || fault(server, method, chunk, pages))
-                        .with_ignored_flag(missing),
-                );
+                trials.push(Trial::test(name, move || fault(server, method, chunk, pages)).with_ignored_flag(missing));
             }
         }
     }
@@ -61,11 +41,7 @@ fn main() {
 type Outcome = Result<(), libtest_mimic::Failed>;
 
 fn took_time(taken: Duration) -> Outcome {
-    if taken > Duration::ZERO {
-        Ok(())
-    } else {
-        Err("the clock did not move".into())
-    }
+    if taken > Duration::ZERO { Ok(()) } else { Err("the clock did not move".into()) }
 }
 
 fn copy(kind: CopyKind) -> Outcome {

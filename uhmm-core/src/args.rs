@@ -79,7 +79,7 @@ impl RawArg {
 }
 
 /// One argument of a launch; it borrows what it names for as long as the launch runs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Arg<'a> {
     raw: RawArg,
     borrow: PhantomData<&'a mut u8>,
@@ -164,7 +164,7 @@ macro_rules! numbers {
 numbers!(u8 u16 u32 u64 u128 usize i8 i16 i32 i64 i128 isize f32 f64);
 
 /// The arguments of a launch, in order. Made by [`args!`](crate::args!).
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Args<'a> {
     raw: [RawArg; MAX_ARGS],
     count: usize,
@@ -198,4 +198,3 @@ impl<'a> Args<'a> {
 macro_rules! args {
     ($($arg:expr),* $(,)?) => { $crate::args::Args::new([$($crate::args::IntoArg::into_arg($arg)),*]) };
 }
-

@@ -1,8 +1,8 @@
 //! What is looked at before a launch: every error that can be found before the kernel starts is found here, and nothing has changed yet.
 
+use crate::args::{Access, RawArg};
 use crate::core::{Core, Device};
 use crate::error::Error;
-use crate::args::{Access, RawArg};
 use crate::kernel::Grid;
 use crate::page::{Span, Va};
 use crate::space;
@@ -63,7 +63,11 @@ fn range(core: &Core, dev: &Device, index: usize, start: Va, end: Va, access: Ac
     Ok(())
 }
 
-fn overlap(args: &[RawArg]) -> Result<(), Error> {
+/// Whether written arguments overlap others.
+///
+/// # Errors
+/// [`Error::Overlap`] with the first two that do.
+pub fn overlap(args: &[RawArg]) -> Result<(), Error> {
     let ranges = |arg: &RawArg| match *arg {
         RawArg::Slice { start, count, size, access, .. } if count * size > 0 => Some((start, start + count * size, access)),
         _ => None,

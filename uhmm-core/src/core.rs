@@ -1,9 +1,10 @@
 //! The core and its devices: what the mechanism works on, and what is asked of a device from outside.
 //!
-//! Threads of the program never use uhmm's descriptors: what needs them is left at the device's [`Desk`], whose queue thread does it, one piece
+//! Threads of the program never use uhmm's descriptors: what needs them is left at the device's desk, whose queue thread does it, one piece
 //! of work after the other.
 #![allow(unsafe_code)] // one pointer for the signal handler, and devices that stay until the core goes
 
+use crate::args::{Args, MAX_ARGS, RawArg};
 use crate::bits::Bits;
 use crate::counters::{Counters, Stats};
 use crate::desk::Desk;
@@ -12,7 +13,6 @@ use crate::directory::{Directory, Frame};
 use crate::driver::{DeviceInfo, Dma, Driver};
 use crate::error::Error;
 use crate::home;
-use crate::args::{Args, MAX_ARGS, RawArg};
 use crate::kernel::{Entry, Grid};
 use crate::launch::{self, Ledger, Request};
 use crate::migrate::Batch;
@@ -88,18 +88,20 @@ impl Seat {
 impl Core {
     /// On the keeper.
     pub(crate) fn new() -> Result<Self, Error> {
-        let reserve = |e| Error::System("reserve address space", e);
+        let reserve = |e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
         let memory = system::total_memory() as usize;
         let blocks = memory / BLOCK;
         let space = Space::open()?;
-        let pool = Pool::new(&space, blocks.max(64), memory / 8 / PAGE)?;
+        let pool = Pool::new(blocks.max(64), memory / 8 / PAGE)?;
         let batch = || Batch::new().map(Mutex::new);
         let mut made = Vec::with_capacity(BATCHES);
         for _ in 0..BATCHES {
             made.push(batch().map_err(reserve)?);
         }
-        let batches: [Mutex<Batch>; BATCHES] = made.try_into().map_err(|_| Error::System("reserve address space", Errno::NOMEM))?;
-        Ok(Core {
+        let batches: [Mutex<Batch>; BATCHES] = made
+            .try_into()
+            .map_err(|_| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", Errno::NOMEM))?;
+        let core = Core {
             dir: Directory::new((2 * blocks).max(1024)).map_err(reserve)?,
             pool,
             policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
@@ -110,7 +112,10 @@ impl Core {
             next_launch: AtomicU64::new(1),
             stop: EventFd::new().map_err(|e| Error::System("open an eventfd", e))?,
             space,
-        })
+        };
+        // Last, for unmapping what is registered waits for a monitor.
+        core.pool.register(&core.space).map_err(reserve)?;
+        Ok(core)
     }
 
     /// Device number `index`.
@@ -185,7 +190,7 @@ impl Core {
 impl Device {
     /// A device with its memory's descriptors, not known to anybody yet.
     pub(crate) fn new(index: usize, driver: OwnBox<dyn Driver>) -> Result<Self, Error> {
-        let reserve = |e| Error::System("reserve address space", e);
+        let reserve = |e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
         let memory = driver.info().memory;
         Ok(Device {
             index,
@@ -255,6 +260,13 @@ impl DeviceRef {
     }
 
     fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> R + Send) -> Result<R, Error> {
+        // A worker would wait for the end of its own launch.
+        let tid = thread::gettid();
+        let mut worker = false;
+        self.hold.core().for_each_device(|dev| worker |= dev.driver.owns_thread(tid));
+        if worker {
+            return Err(Error::Reentrant);
+        }
         // SAFETY: queues serve with a Seat.
         let answer = unsafe { self.dev().desk.ask(move |seat: &Seat| job(seat.core, seat.dev())) };
         answer.ok_or(Error::System("reach the device's queue", Errno::SRCH))

@@ -8,6 +8,7 @@ use crate::bits::Bits;
 use crate::core::{self, Core, Device};
 use crate::counters::count;
 use crate::driver::KernelFault;
+use crate::error::Error;
 use crate::migrate::{Ask, Intent};
 use crate::notifier;
 use crate::page::{Span, Va};
@@ -78,25 +79,29 @@ pub(crate) fn serve(core: &Core, dev: &Device, va: Va, write: bool) -> Result<()
                 return Ok(()); // another worker was first
             }
             if ours && state.resident().has(page) {
-                // Here, but not mapped, or not for writing.
-                let intent = if state.duplicated().has(page) && !write { Intent::Duplicate } else { Intent::Move };
-                (Bits::one(page), intent)
+                // Here, but not mapped, or not for writing. What both have becomes the device's alone: entering a page read-only takes two steps while kernels
+                // run, and a write between them would be lost.
+                (Bits::one(page), Intent::Move)
             } else {
                 drop(state);
                 if !space::movable(&vma) {
                     return Err(unreachable);
                 }
-                let candidates = part.bits() - ThreadBlocks::now().pages(part);
-                if !candidates.has(page) {
+                let threads = ThreadBlocks::of(&vma, part);
+                if threads.blocks.has(page) {
                     return Err(unreachable);
                 }
+                // The kernel's own captures lie on a stack too: only what it touches there through the window is fetched.
+                let candidates = part.bits() - threads.blocks - (threads.stacks - Bits::one(page));
                 let ask = policy::DeviceFault { page, write, candidates };
                 ((core.policy.device_fault(&ask) & self::present_or(core, part, page)) & candidates | Bits::one(page), Intent::Move)
             }
         };
         let ask = Ask { part, want, intent, pinned: false, seq: Some(seq) };
-        if core.make_block_resident(dev, &ask).is_err() {
-            return Err(unreachable);
+        match core.make_block_resident(dev, &ask) {
+            Ok(_) => {}
+            Err(Error::NoRoom { .. }) => return Err(KernelFault::NoRoom { address: va }),
+            Err(_) => return Err(unreachable),
         }
         let state = block.lock();
         if state.device == dev.id() && state.win.has(page) && !(write && state.duplicated().has(page)) {

@@ -76,7 +76,11 @@ impl Units {
 
     fn unlink(&mut self, list: fn(&mut Units) -> &mut List, unit: usize) {
         let Unit { prev, next, .. } = self.unit[unit];
-        if prev == 0 { list(self).head = next } else { self.unit[prev as usize - 1].next = next }
+        if prev == 0 {
+            list(self).head = next
+        } else {
+            self.unit[prev as usize - 1].next = next
+        }
         if next != 0 {
             self.unit[next as usize - 1].prev = prev;
         }
@@ -113,10 +117,7 @@ impl Units {
         if self.populated == self.capacity {
             // What is populated and free is of the other kind: its memory changes sides.
             let other = self.pop(Self::free_list(1 - kind)).ok_or(Full)?;
-            driver.release(other);
-            self.unit[other].populated = false;
-            self.populated -= 1;
-            self.push(Self::released_list(1 - kind), other);
+            self.release(driver, other, 1 - kind);
         }
         let unit = match self.pop(Self::released_list(kind)) {
             Some(unit) => unit,
@@ -133,6 +134,14 @@ impl Units {
         self.unit[unit].populated = true;
         self.populated += 1;
         Ok(unit)
+    }
+
+    /// Takes the memory of an empty unit, which is on no list.
+    fn release(&mut self, driver: &dyn Driver, unit: usize, kind: usize) {
+        driver.release(unit);
+        self.unit[unit].populated = false;
+        self.populated -= 1;
+        self.push(Self::released_list(kind), unit);
     }
 
     fn give(&mut self, kind: usize, unit: usize) {
@@ -232,12 +241,13 @@ impl DeviceMemory {
                 units.unlink(Units::free_list(WHOLE), unit);
             } else {
                 units.unlink(Units::released_list(WHOLE), unit);
-                let spare = if units.populated == units.capacity { units.pop(Units::free_list(SMALL)) } else { None };
-                if let Some(spare) = spare {
-                    driver.release(spare);
-                    units.unit[spare].populated = false;
-                    units.populated -= 1;
-                    units.push(Units::released_list(SMALL), spare);
+                if units.populated == units.capacity {
+                    // An empty unit elsewhere gives its memory, of either kind.
+                    if let Some(spare) = units.pop(Units::free_list(SMALL)) {
+                        units.release(driver, spare, SMALL);
+                    } else if let Some(spare) = units.pop(Units::free_list(WHOLE)) {
+                        units.release(driver, spare, WHOLE);
+                    }
                 }
                 let ready = units.populated < units.capacity && driver.populate(unit).is_ok();
                 if !ready {

@@ -41,6 +41,8 @@ pub struct State {
     pub reg: Bits,
     /// Pages whose old contents are kept until the running launch ends: a touch by the CPU waits for that.
     pub parked: Bits,
+    /// Parked pages that came home all the same, because a worker of the launch touched them at their process address.
+    pub spoiled: Bits,
     /// The number of the migration that owns the busy pages; 0 if none.
     pub mover: u32,
     /// The address of the tray that holds the pages which the mover took out; 0 if none.

@@ -17,7 +17,7 @@ pub use crate::directory::Frame;
 /// What a device is, fixed when it is opened.
 #[derive(Clone, Debug)]
 pub struct DeviceInfo {
-    /// Its name: what [`crate::Core`] finds it by.
+    /// Its name: what it is found by.
     pub name: &'static str,
     /// The bytes of its memory, a multiple of 2 MiB.
     pub memory: usize,
@@ -97,6 +97,11 @@ pub enum KernelFault {
     },
     /// The kernel used a process address while the page was on the device: it forgot [`crate::kernel::Ctx::ptr`].
     HostAddress {
+        /// The process address.
+        address: usize,
+    },
+    /// The kernel touched memory for which the device has no room left.
+    NoRoom {
         /// The process address.
         address: usize,
     },

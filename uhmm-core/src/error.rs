@@ -1,7 +1,7 @@
 //! What can go wrong, in words for the one who called.
 
-use crate::driver::KernelFault;
 use crate::args::MAX_ARGS;
+use crate::driver::KernelFault;
 use uhmm_os::Errno;
 use uhmm_os::uffd::OpenError;
 
@@ -103,7 +103,9 @@ pub enum Error {
     #[error("a grid of {0:?} groups cannot run: each side needs at least 1, the product must fit a usize")]
     Grid([usize; 3]),
     /// One launch declares more than the device's memory holds.
-    #[error("the launch declares {needed} bytes (in blocks of 2 MiB), the memory of device {device} has {capacity}: divide the work, or open the device with more memory")]
+    #[error(
+        "the launch declares {needed} bytes (in blocks of 2 MiB), the memory of device {device} has {capacity}: divide the work, or open the device with more memory"
+    )]
     TooLarge {
         /// The device.
         device: &'static str,
@@ -113,7 +115,9 @@ pub enum Error {
         capacity: usize,
     },
     /// The device's memory is exhausted by memory that was allocated on it.
-    #[error("device {device} has no room for {needed} bytes more (memory: {capacity} bytes, allocated by the program or in use by a launch)")]
+    #[error(
+        "device {device} has no room for {needed} bytes more (memory: {capacity} bytes, allocated by the program or in use by a launch)"
+    )]
     NoRoom {
         /// The device.
         device: &'static str,
@@ -136,6 +140,9 @@ pub enum Error {
         /// The address.
         address: usize,
     },
+    /// A kernel asked for a launch.
+    #[error("a kernel cannot launch, allocate or move memory: do it after the launch has ended")]
+    Reentrant,
     /// The kernel failed on the device.
     #[error("kernel failed: {}", kernel_fault(.0))]
     Kernel(KernelFault),
@@ -160,6 +167,9 @@ fn kernel_fault(fault: &KernelFault) -> String {
         }
         KernelFault::HostAddress { address } => {
             format!("it touched process address {address:#x} while the page was on the device: follow stored pointers with ctx.ptr(p)")
+        }
+        KernelFault::NoRoom { address } => {
+            format!("it touched {address:#x}, and the device's memory is full of what may not leave: open the device with more memory")
         }
         KernelFault::Unreachable { address } => {
             format!("it touched {address:#x}, which is not anonymous private memory: declare it with inp, out or inout")

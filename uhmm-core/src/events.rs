@@ -9,21 +9,24 @@ use crate::core::Core;
 use crate::counters::count;
 use crate::directory::{Block, State};
 use crate::home;
+use crate::monitor::Change;
 use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
-use crate::ranges;
-use uhmm_os::uffd::Event;
+use crate::pool::Size;
+use crate::ranges::{self, MoveEnd};
 use uhmm_os::{BLOCK, Errno, PAGE, thread};
 
 /// Follows one event. `read` reads more of them into the monitor's queue, which lets calls go on that the kernel refuses meanwhile.
-pub(crate) fn follow(core: &Core, event: &Event, read: &mut dyn FnMut()) {
-    match *event {
-        Event::Unmap { start, end } => unmapped(core, Span { start, end }),
-        Event::Remove { start, end } => {
-            core.dir.for_each(Span { start, end }, |block, part| invalidate(core, block, part, false));
+pub(crate) fn follow(core: &Core, change: &Change, read: &mut dyn FnMut()) {
+    match *change {
+        Change::Unmap(span) => unmapped(core, span),
+        Change::Remove(span) => {
+            core.dir.for_each(span, |block, part| {
+                invalidate(core, block, part, false);
+                drop_now(core, block, part, read);
+            });
         }
-        Event::Remap { from, to, len } => remapped(core, from, to, len, read),
-        Event::Fork { .. } | Event::Fault { .. } => {}
+        Change::Remap { from, to } => remapped(core, from.start, to, from.len(), read),
     }
 }
 
@@ -45,6 +48,33 @@ fn unmapped(core: &Core, span: Span) {
     let whole = Span { start: span.start.next_multiple_of(BLOCK), end: span.end / BLOCK * BLOCK };
     if !whole.is_empty() {
         core.for_each_device(|dev| dev.driver.close_window(whole));
+    }
+}
+
+/// Takes the pages away that the program is dropping.
+///
+/// The kernel announces the drop, and does it some time after this was read. A migration in between would carry the old contents to a device, where the
+/// drop does not find them. So what the range holds goes here and now, while no migration can look; the kernel then finds it empty.
+fn drop_now(core: &Core, block: &Block, part: Span, read: &mut dyn FnMut()) {
+    let va = Span::block(part.start).start;
+    loop {
+        let state = block.lock();
+        let watched = part.bits() & (state.reg - state.busy());
+        let Ok(present) = core.space.present(part) else { return };
+        let pages = present.pages & watched;
+        if pages.is_empty() {
+            return;
+        }
+        let Some(mut tray) = core.pool.take_empty(Size::Small) else { return };
+        let (moved, end) = ranges::move_out(&core.space, va, pages, &tray, false);
+        tray.full = moved;
+        core.pool.put(tray);
+        if end != MoveEnd::Pending {
+            return;
+        }
+        drop(state);
+        read();
+        thread::yield_now();
     }
 }
 
@@ -75,6 +105,7 @@ fn forget(core: &Core, state: &mut State, va: Va, bits: Bits) {
     state.shift(shared, PageState::Duplicated, Cause::Unmap, PageState::System);
     state.shift(bounced, PageState::Bounced, Cause::Unmap, PageState::System);
     state.parked -= bits;
+    state.spoiled -= bits;
     ranges::give_frames(core, dev, state, va, private | shared | bounced);
 }
 
@@ -85,7 +116,8 @@ fn rescue(core: &Core, state: &State, moving: Bits, target: Va, read: &mut dyn F
     }
     let held = core.space.present(Span::block(state.tray)).map(|present| present.pages).unwrap_or_default();
     for page in (moving & held).pages() {
-        while home::copy_page(core, target + page * PAGE, state.tray + page * PAGE) == Err(Errno::AGAIN) && core.space.uffd.event_pending() {
+        // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread.
+        while home::copy_page(core, target + page * PAGE, state.tray + page * PAGE) == Err(Errno::AGAIN) {
             read();
             thread::yield_now();
         }
@@ -107,7 +139,8 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, read: &mut dyn FnMut()) {
                 let away = bits & state.private();
                 match home::bring_home_to(core, dev, &mut state, va, away, target) {
                     Ok(_) => break,
-                    Err(Errno::AGAIN) if core.space.uffd.event_pending() => read(),
+                    // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread.
+                    Err(Errno::AGAIN) => read(),
                     Err(_) => break, // the new place is gone too: its event stands in the queue
                 }
                 thread::yield_now();
@@ -115,7 +148,15 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, read: &mut dyn FnMut()) {
             rescue(core, &state, bits & state.busy() & state.gone(), target, read);
             let shared = bits & (state.duplicated() | (state.busy() - state.gone()));
             forget(core, &mut state, va, bits);
-            let _ = ranges::unprotect(core, target, shared);
+            for run in shared.runs() {
+                // Not by block: the new place may have another alignment.
+                while ranges::unprotect_span(core, Span { start: target + run.start * PAGE, end: target + run.end * PAGE })
+                    == Err(Errno::AGAIN)
+                {
+                    read();
+                    thread::yield_now();
+                }
+            }
         }
         state.reg -= bits;
     });

@@ -36,11 +36,8 @@ pub(crate) fn bring_home(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, 
 pub(crate) fn bring_home_to(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits, to: Va) -> Result<Bits, Errno> {
     let pages = pages & state.private();
     ranges::unmap(core, dev, state, va, pages);
-    let (arrived, result) = if pages.count() < COPY_BELOW {
-        copy_home(core, dev, state, pages, to)
-    } else {
-        move_home(core, dev, state, pages, to)
-    };
+    let (arrived, result) =
+        if pages.count() < COPY_BELOW { copy_home(core, dev, state, pages, to) } else { move_home(core, dev, state, pages, to) };
     state.shift(arrived, PageState::Private, Cause::Return, PageState::System);
     state.parked -= arrived;
     ranges::give_frames(core, dev, state, va, arrived);
@@ -60,7 +57,7 @@ fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
             // SAFETY: the frames are not mapped for the device and valid; the target pages are empty and watched, as the directory says.
             Some(source) => unsafe { core.space.uffd.copy(target, source, len, CopyMode::empty()) },
             None => {
-                let tray = core.pool.take_full(Size::Small, Bits::range(run.clone()));
+                let tray = core.pool.take_full(&core.space, Size::Small, Bits::range(run.clone()));
                 let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len }];
                 let fence = dev.driver.copy(&dma);
                 let _ = dev.driver.wait(fence, &dma);
@@ -86,18 +83,18 @@ pub(crate) fn copy_page(core: &Core, target: Va, source: usize) -> Result<(), Er
     unsafe { core.space.uffd.copy(target, source, PAGE, CopyMode::empty()) }.map_err(|partial| partial.errno)
 }
 
-/// What an error at `page` means: it arrived in another way, it has nowhere to go (its event will come), or an event is unread.
+/// What an error at `page` means: it arrived in another way, it has nowhere to go (`ENOENT`: its event will come), or an event is unread (`EAGAIN`).
 fn after(errno: Errno, arrived: &mut Bits, page: usize) -> Result<(), Errno> {
     if errno == Errno::EXIST {
         // Somebody filled the page meanwhile: what is there is newer.
         arrived.set(page);
     }
-    Err(Errno::AGAIN)
+    Err(if errno == Errno::NOENT { errno } else { Errno::AGAIN })
 }
 
 fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (Bits, Result<(), Errno>) {
     let huge = state.huge && state.whole && pages == Bits::ALL && to.is_multiple_of(uhmm_os::BLOCK);
-    let mut tray = core.pool.take_full(if huge { Size::Huge } else { Size::Small }, pages);
+    let mut tray = core.pool.take_full(&core.space, if huge { Size::Huge } else { Size::Small }, pages);
     let mut dma = [Dma { kind: DmaKind::ToHost, host: 0, frame: 0, offset: 0, len: 0 }; PIECES];
     let mut pieces = 0;
     let send = |list: &[Dma]| {
@@ -179,7 +176,6 @@ pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> 
         let Some(block) = core.dir.get(va) else { return Ok(()) };
         let mut state = block.lock();
         if state.device != dev.id() {
-            dev.mem.forget(&core.dir, va);
             return Ok(());
         }
         if state.mover != 0 {
@@ -190,7 +186,7 @@ pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> 
         let shared = state.duplicated();
         let mut result = drop_duplicates(core, dev, &mut state, va, shared);
         if result.is_ok() {
-            let away = state.private();
+            let away = state.private() - state.parked; // parked pages are the running launch's
             result = bring_home(core, dev, &mut state, va, away).map(|_| ());
         }
         drop((state, hold));

@@ -1,4 +1,4 @@
-//! What runs on a device: [`Kernel`], [`Ctx`], [`Grid`]. Its arguments are made in [`crate::args`].
+//! What runs on a device: [`Kernel`], [`Ctx`], [`Grid`]. Its arguments are made in [`mod@crate::args`].
 //!
 //! A kernel is an ordinary Rust function that is called once for each *group* of a grid, by several threads at once. It names its
 //! arguments by position. Rules:
@@ -222,7 +222,11 @@ impl<'a> Ctx<'a> {
         let from = self.local_used.get();
         let end = count.checked_mul(size_of::<T>()).and_then(|bytes| from.checked_add(bytes)).filter(|&end| end <= self.local.1);
         let Some(end) = end else {
-            panic!("{count} elements of {} bytes do not fit the {} bytes of scratch memory that are left", size_of::<T>(), self.local.1 - from)
+            panic!(
+                "{count} elements of {} bytes do not fit the {} bytes of scratch memory that are left",
+                size_of::<T>(),
+                self.local.1 - from
+            )
         };
         assert!(align_of::<T>() <= 64, "scratch memory is aligned to 64 bytes");
         self.local_used.set(end.next_multiple_of(64).min(self.local.1));

@@ -7,13 +7,13 @@
 //!
 //! A launch with the same arguments as the last one, after which nothing has changed on the device, skips the preparation.
 
+use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::bits::Bits;
 use crate::check;
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::driver::{KernelFault, Launch};
 use crate::error::Error;
-use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::kernel::{Bound, Entry, Grid};
 use crate::migrate::{Intent, Parked};
 use crate::own::{OwnSlice, Zeroed};
@@ -78,10 +78,9 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request) -> Result<(), Er
     let groups = check::launch(core, dev, request.grid, args)?;
     let mut ledger = dev.ledger.lock();
     let ledger = &mut *ledger;
-    let prepared = {
-        let _one = core.prepare.lock();
-        if unchanged(core, dev, ledger, args) { Ok(()) } else { prepare(core, dev, ledger, args) }
-    };
+    // One launch at a time in the process, whatever its device: two that hold snapshots in each other's blocks would wait for each other.
+    let _one = core.prepare.lock();
+    let prepared = if unchanged(core, dev, ledger, args) { Ok(()) } else { prepare(core, dev, ledger, args) };
     let mut result = match prepared {
         Ok(()) => execute(dev, request, groups).map_err(Error::Kernel),
         Err(e) => Err(e),
@@ -192,9 +191,9 @@ fn duplicate_edges(core: &Core, dev: &Device, start: Va, end: Va) -> Result<(), 
             continue;
         }
         let resident = core.dir.get(edge.start).is_some_and(|block| block.lock().resident().covers(edge.bits()));
-        let movable = core.space.mapping(edge.start).ok().flatten().is_some_and(|vma| crate::space::movable(&vma));
-        if movable {
-            let excluded = if resident { Bits::EMPTY } else { ThreadBlocks::now().pages(edge) };
+        let vma = core.space.mapping(edge.start).ok().flatten();
+        if let Some(vma) = vma.filter(crate::space::movable) {
+            let excluded = if resident { Bits::EMPTY } else { ThreadBlocks::of(&vma, edge).blocks };
             core.make_resident(dev, edge, Intent::Duplicate, &|_| excluded, &mut |parked| core.pool.put(parked.tray))?;
         }
     }
@@ -216,13 +215,9 @@ fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
 fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, span: Span, access: Access) -> Result<(), Error> {
     for part in span.blocks() {
         if usable(core, dev, part, access) != part.bits() {
-            core.make_resident(
-                dev,
-                part,
-                Intent::Snapshot,
-                &|part| usable(core, dev, part, access),
-                &mut |parked| core.pool.put(parked.tray),
-            )?;
+            core.make_resident(dev, part, Intent::Snapshot, &|part| usable(core, dev, part, access), &mut |parked| {
+                core.pool.put(parked.tray)
+            })?;
             let have = usable(core, dev, part, access);
             if let Some(page) = (part.bits() - have).next(0) {
                 return Err(Error::Gone { address: Span::block(part.start).start + page * PAGE });
@@ -279,6 +274,7 @@ fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], succe
 /// The kernel failed: the old pages replace what it left, so that every byte reads as before the launch.
 fn put_back(core: &Core, dev: &Device, parked: &Parked) {
     let mut rest = parked.pages;
+    restore_spoiled(core, parked);
     while !rest.is_empty() {
         {
             let _hold = core.space.hold();
@@ -310,12 +306,25 @@ fn put_back(core: &Core, dev: &Device, parked: &Parked) {
     }
 }
 
+/// Pages that had to come home for the failing kernel itself, with what it had written so far: their old contents are copied over that.
+fn restore_spoiled(core: &Core, parked: &Parked) {
+    let Some(block) = core.dir.get(parked.va) else { return };
+    let spoiled = block.lock().spoiled & parked.pages;
+    for page in spoiled.pages() {
+        let (target, source) = (parked.va + page * PAGE, parked.tray.slot(page));
+        #[allow(unsafe_code)]
+        // SAFETY: the page lies wholly in a written argument, which the launch has borrowed; the tray is ours. No lock is held, so it may fault.
+        let _ = unsafe { uhmm_os::copy::guarded(target as *mut u8, source as *const u8, PAGE) };
+    }
+}
+
 /// The launch has ended: touches of these pages need not wait any more.
 fn unpark(core: &Core, parked: &Parked) {
     let Some(block) = core.dir.get(parked.va) else { return };
     let mut state = block.lock();
-    state.parked = Bits::EMPTY;
-    if state.bounced().is_empty() {
+    state.parked -= parked.pages;
+    state.spoiled -= parked.pages;
+    if state.parked.is_empty() && state.bounced().is_empty() {
         block.keep.store(false, Ordering::Relaxed);
     }
     if state.mover == 0 && core::mem::take(&mut state.waiters) {
@@ -332,6 +341,8 @@ pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<
         return Err(Error::TooLarge { device: info.name, needed: inside.len(), capacity: info.memory });
     }
     let _one = core.prepare.lock();
+    dev.set_pin(core.next_launch());
+    dev.changed(); // the last launch's pins are gone
     check::pieces(core, start, end, |piece| {
         let part = inside.and(Span::touching(piece.start, piece.end));
         if piece.movable && !part.is_empty() {

@@ -16,7 +16,7 @@
 
 pub mod args;
 pub mod bits;
-mod check;
+pub mod check;
 pub mod core;
 pub mod counters;
 mod desk;

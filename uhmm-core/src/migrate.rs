@@ -188,7 +188,13 @@ impl Core {
         let mut again = false;
         let mut populated = false;
         loop {
-            let look = self.collect(dev, batch, ask, populated)?;
+            let look = match self.collect(dev, batch, ask, populated) {
+                Ok(look) => look,
+                Err(e) => {
+                    self.flush(dev, batch, park)?; // nothing may stay in transit
+                    return Err(e);
+                }
+            };
             if let Look::Taken { again: more } = look {
                 if batch.count == BATCH {
                     again |= self.flush(dev, batch, park)?;
@@ -228,7 +234,10 @@ impl Core {
     fn collect(&self, dev: &Device, batch: &mut Batch, ask: &Ask, populated: bool) -> Result<Look, Error> {
         let Ask { part, want, intent, pinned, seq } = *ask;
         let _hold = self.space.hold();
-        let block = self.dir.get_or_make(part.start).map_err(|e| Error::System("reserve the directory", e))?;
+        let block = self
+            .dir
+            .get_or_make(part.start)
+            .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
         if seq.is_some_and(|seq| notifier::read_retry(block, seq)) {
             return Ok(Look::Stale);
         }
@@ -245,7 +254,11 @@ impl Core {
         if state.device != 0 {
             dev.mem.touch(&self.dir, Span::block(part.start).start);
         }
-        match self.settle_resident(dev, &mut state, part.start, want, intent) {
+        let settled = self.settle_resident(dev, &mut state, part.start, want, intent);
+        if !state.bounced().is_empty() {
+            block.keep.store(true, Ordering::Relaxed);
+        }
+        match settled {
             Ok(()) => {}
             Err(Errno::AGAIN) => return Ok(Look::Settle),
             Err(e) => return Err(dev.failed(e)),
@@ -312,14 +325,16 @@ impl Core {
         let block = Span::block(va).start;
         let shared = want & state.duplicated();
         if intent != Intent::Duplicate && !shared.is_empty() {
-            if intent == Intent::Snapshot {
+            let taken = if intent == Intent::Snapshot {
                 ranges::unprotect(self, block, shared)?;
                 state.shift(shared, PageState::Duplicated, Cause::Bounce, PageState::Bounced);
+                Ok(())
             } else {
-                self.take_shared(state, block, shared)?;
-            }
+                self.take_shared(state, block, shared)
+            };
             let upgraded = shared - state.duplicated();
             ranges::with_runs(self, state, block, upgraded & state.win, true, |runs| dev.driver.allow_writes(runs));
+            taken?;
             // What would not move stays on the CPU's side alone: the caller takes a snapshot of it.
             let left = shared & state.duplicated();
             home::drop_duplicates(self, dev, state, block, left)?;
@@ -393,7 +408,9 @@ impl Core {
         let discard = if intent == Intent::Discard { moved } else { Bits::EMPTY };
         ranges::frame_runs(self, state, zeroed | discard, |run, frame| batch.push_dma(DmaKind::Zero, 0, frame, run.len()));
         if let Some(tray) = tray {
-            ranges::frame_runs(self, state, moved - discard, |run, frame| batch.push_dma(DmaKind::ToDevice, tray.slot(run.start), frame, run.len()));
+            ranges::frame_runs(self, state, moved - discard, |run, frame| {
+                batch.push_dma(DmaKind::ToDevice, tray.slot(run.start), frame, run.len())
+            });
         }
         ranges::frame_runs(self, state, copied, |run, frame| {
             batch.push_dma(DmaKind::GuardedToDevice, va + run.start * PAGE, frame, run.len());

@@ -11,31 +11,59 @@ use crate::counters::count;
 use crate::directory::BlockGuard;
 use crate::events;
 use crate::home;
+use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::policy::CpuFault;
 use crate::ranges;
-use uhmm_os::uffd::{Event, MsgBuf};
 use uhmm_os::EventFd;
+use uhmm_os::uffd::{Event, MsgBuf};
 use uhmm_os::{BLOCK, Errno, PAGE};
 
-/// Messages that wait: more are not read before these are served.
-const QUEUE: usize = 256;
+/// Faults that can wait. A thread waits for one at most, and faults are delivered before older events: with less room than there are threads, faults
+/// that wait for an event could keep it from being read. Linux has 32,768 threads by default; what does not fit is woken, to fault again.
+const FAULTS: usize = 65_536;
+/// Events that can wait: one a thread, and while one is followed only those that it needs are read.
+const EVENTS: usize = 65_536;
 
 /// A touch by the CPU.
 #[derive(Clone, Copy, Debug)]
 struct Fault {
     address: Va,
+    tid: u32,
     write: bool,
     protected: bool,
-    tid: u32,
+    /// The toucher is a worker of a device.
+    worker: bool,
 }
+
+/// A change of the program's mappings.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Change {
+    /// Pages will be dropped.
+    Remove(Span),
+    /// The mapping is gone.
+    Unmap(Span),
+    /// The mapping is at `to` now.
+    Remap { from: Span, to: Va },
+}
+
+#[allow(unsafe_code)]
+// SAFETY: zeroed entries are never read: the counts say how many were written.
+unsafe impl Zeroed for Option<Fault> {}
+#[allow(unsafe_code)]
+// SAFETY: as above.
+unsafe impl Zeroed for Option<Change> {}
 
 /// The monitor's own memory.
 #[derive(Debug)]
 pub(crate) struct Monitor {
     messages: MsgBuf,
-    queue: [Event; QUEUE],
-    queued: usize,
+    faults: OwnSlice<Option<Fault>>,
+    waiting: usize,
+    changes: OwnSlice<Option<Change>>,
+    /// Read, and followed so far.
+    read: usize,
+    followed: usize,
     /// The block that was last brought home whole.
     last: Va,
 }
@@ -46,15 +74,18 @@ enum Served {
 }
 
 impl Monitor {
-    pub(crate) fn new() -> Self {
-        let none = Event::Unmap { start: 0, end: 0 };
-        Monitor { messages: MsgBuf::new(), queue: [none; QUEUE], queued: 0, last: 0 }
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let faults = OwnSlice::new(c"uhmm faults", FAULTS)?;
+        let changes = OwnSlice::new(c"uhmm changes", EVENTS)?;
+        Ok(Monitor { messages: MsgBuf::new(), faults, waiting: 0, changes, read: 0, followed: 0, last: 0 })
     }
 
     /// Serves until `stop` is signalled.
     pub(crate) fn run(&mut self, core: &Core, stop: &EventFd) {
         loop {
-            let timeout = (self.queued > 0).then_some(0);
+            let timeout = (self.waiting > 0).then_some(0);
             let ready = uhmm_os::poll(&[core.space.uffd.as_fd(), stop.as_fd()], timeout).unwrap_or(0);
             if ready & 2 != 0 {
                 return;
@@ -68,51 +99,60 @@ impl Monitor {
         }
     }
 
-    /// Reads what there is room for.
-    pub(crate) fn read(&mut self, core: &Core) {
-        while self.queued + MsgBuf::CAPACITY <= QUEUE {
+    /// Reads all there is.
+    fn read(&mut self, core: &Core) {
+        while self.read + MsgBuf::CAPACITY <= EVENTS {
             match core.space.uffd.read(&mut self.messages) {
-                Ok(n) if n > 0 => {
-                    for event in self.messages.events() {
-                        self.queue[self.queued] = event;
-                        self.queued += 1;
-                    }
-                }
+                Ok(n) if n > 0 => {}
                 _ => return,
+            }
+            for event in self.messages.events() {
+                let change = match event {
+                    Event::Fault { address, write, wp, tid, .. } => {
+                        if self.waiting < FAULTS {
+                            self.faults[self.waiting] = Some(Fault { address, tid, write, protected: wp, worker: false });
+                            self.waiting += 1;
+                        } else {
+                            let _ = core.space.uffd.wake(address & !(PAGE - 1), PAGE);
+                        }
+                        continue;
+                    }
+                    Event::Remove { start, end } => Change::Remove(Span { start, end }),
+                    Event::Unmap { start, end } => Change::Unmap(Span { start, end }),
+                    Event::Remap { from, to, len } => Change::Remap { from: Span { start: from, end: from + len }, to },
+                    Event::Fork { .. } => continue, // not asked for
+                };
+                self.changes[self.read] = Some(change);
+                self.read += 1;
             }
         }
     }
 
-    /// Lets the directory follow the mapping events, in order. Following one may need that more are read, which join the queue.
+    /// Lets the directory follow the mapping changes, in order. Following one may need that more are read, which join the queue.
     fn follow(&mut self, core: &Core) {
-        let mut at = 0;
-        while at < self.queued {
-            let event = self.queue[at];
-            if matches!(event, Event::Fault { .. }) {
-                at += 1;
-                continue;
+        while self.followed < self.read {
+            let change = self.changes[self.followed];
+            self.followed += 1;
+            if let Some(change) = change {
+                events::follow(core, &change, &mut || self.read(core));
             }
-            self.queue.copy_within(at + 1..self.queued, at);
-            self.queued -= 1;
-            events::follow(core, &event, &mut || self.read(core));
         }
+        (self.read, self.followed) = (0, 0);
     }
 
     fn serve_all(&mut self, core: &Core) {
-        let faults = core::mem::take(&mut self.queued);
         let mut later = 0;
-        for at in 0..faults {
-            let Event::Fault { address, write, wp, tid, .. } = self.queue[at] else { continue };
-            let fault = Fault { address, write, protected: wp, tid };
-            if let Served::Later = self.serve(core, &fault) {
-                self.queue[later] = self.queue[at];
+        for at in 0..core::mem::take(&mut self.waiting) {
+            let Some(fault) = self.faults[at] else { continue };
+            if let Served::Later = self.serve(core, fault) {
+                self.faults[later] = Some(fault);
                 later += 1;
             }
         }
-        self.queued = later;
+        self.waiting = later;
     }
 
-    fn serve(&mut self, core: &Core, fault: &Fault) -> Served {
+    fn serve(&mut self, core: &Core, mut fault: Fault) -> Served {
         let va = Span::block(fault.address).start;
         let page = fault.address % BLOCK / PAGE;
         let Some(block) = core.dir.get(va) else { return fill(core, fault.address & !(PAGE - 1), 1) };
@@ -120,11 +160,12 @@ impl Monitor {
         if state.gone().has(page) {
             core.for_each_device(|dev| {
                 if dev.driver.owns_thread(fault.tid) {
+                    fault.worker = true;
                     dev.driver.host_touch(fault.tid, fault.address);
                 }
             });
         }
-        if fault.protected { self.serve_write(core, &mut state, va, page) } else { self.serve_missing(core, &mut state, va, page, fault) }
+        if fault.protected { self.serve_write(core, &mut state, va, page) } else { self.serve_missing(core, &mut state, va, page, &fault) }
     }
 
     /// A write to a page that is protected, or was when it was tried.
@@ -158,7 +199,7 @@ impl Monitor {
                 state.waiters = true;
                 Served::Done
             }
-            PageState::Private if state.mover != 0 || state.parked.has(page) => {
+            PageState::Private if state.mover != 0 || (state.parked.has(page) && !fault.worker) => {
                 state.waiters = true;
                 Served::Done
             }
@@ -179,7 +220,9 @@ impl Monitor {
 
     fn return_pages(&mut self, core: &Core, state: &mut BlockGuard<'_>, va: Va, page: usize, fault: &Fault) -> Served {
         let dev = core.device(state.device as usize - 1);
-        let away = state.private() - state.parked;
+        // A worker that waited for the end of its own launch would wait for ever.
+        let own = if fault.worker { state.parked & Bits::one(page) } else { Bits::EMPTY };
+        let away = state.private() - (state.parked - own);
         let ask = CpuFault {
             page,
             write: fault.write,
@@ -195,7 +238,10 @@ impl Monitor {
             self.last = va;
         }
         match home::bring_home(core, dev, state, va, pages) {
-            Ok(arrived) if arrived.has(page) => Served::Done,
+            Ok(arrived) if arrived.has(page) => {
+                state.spoiled |= own;
+                Served::Done
+            }
             _ => Served::Later,
         }
     }

@@ -25,6 +25,8 @@ use uhmm_os::{BLOCK, Errno, PAGE, thread};
 /// Spare trays of each kind: as many threads can bring pages home at once.
 const SPARES: usize = 32;
 const WASTE: usize = 4;
+/// Trays with fewer pages are emptied: smaller returns are copied by the kernel.
+const FEW: usize = 16;
 
 /// Small pages or huge ones.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,10 +96,9 @@ pub struct Pool {
     bound: AtomicUsize,
 }
 
-fn arena(space: &Space, trays: usize, size: Size) -> Result<Arena, Errno> {
+fn arena(trays: usize, size: Size) -> Result<Arena, Errno> {
     let memory = own::map(c"uhmm pool", trays * BLOCK)?;
     advise(&memory, size)?;
-    space.register(Span { start: memory.start(), end: memory.start() + trays * BLOCK })?;
     Ok(Arena { memory, slots: OwnSlice::new(c"uhmm pool slots", trays)?, fresh: 0, empty: 0, full: 0 })
 }
 
@@ -121,14 +122,14 @@ impl Pool {
     ///
     /// # Errors
     /// `ENOMEM` if address space cannot be reserved; those of userfaultfd.
-    pub fn new(space: &Space, trays: usize, bound: usize) -> Result<Self, crate::Error> {
-        let system = |e| crate::Error::System("reserve the page pools", e);
+    pub fn new(trays: usize, bound: usize) -> Result<Self, crate::Error> {
+        let system = |e| crate::Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
         let waste = Userfaultfd::open(Rights::Full, Features::MOVE)?;
         let waste_memory = own::map(c"uhmm pool", WASTE * BLOCK).map_err(system)?;
         advise(&waste_memory, Size::Small).map_err(system)?;
         waste.register(waste_memory.start(), WASTE * BLOCK, RegisterMode::MISSING).map_err(system)?;
         let inner = Inner {
-            arenas: [arena(space, trays, Size::Small).map_err(system)?, arena(space, trays, Size::Huge).map_err(system)?],
+            arenas: [arena(trays, Size::Small).map_err(system)?, arena(trays, Size::Huge).map_err(system)?],
             spares: [spares(Size::Small).map_err(system)?, spares(Size::Huge).map_err(system)?],
             pages: 0,
         };
@@ -141,30 +142,55 @@ impl Pool {
         })
     }
 
+    /// Registers the trays in the program's userfaultfd. Before that, none may be taken.
+    ///
+    /// # Errors
+    /// Those of userfaultfd; nothing is registered then.
+    pub fn register(&self, space: &Space) -> Result<(), Errno> {
+        let inner = self.inner.lock();
+        let [small, huge] = [0, 1].map(|size: usize| {
+            let start = inner.arenas[size].memory.start();
+            Span { start, end: start + inner.arenas[size].slots.len() * BLOCK }
+        });
+        space.register(small)?;
+        space.register(huge).inspect_err(|_| {
+            let _ = space.uffd.unregister(small.start, small.len());
+        })
+    }
+
     /// A registered tray without a page, for pages that leave the program. `None` if there is none left.
     pub fn take_empty(&self, size: Size) -> Option<Tray> {
-        let mut inner = self.inner.lock();
-        let arena = &mut inner.arenas[size as usize];
-        let index = match arena.empty.checked_sub(1) {
-            Some(index) => {
-                arena.empty = arena.slots[index as usize].next;
-                index
+        loop {
+            let mut inner = self.inner.lock();
+            if let Some(tray) = inner.take_empty(size) {
+                return Some(tray);
             }
-            None if arena.fresh < arena.slots.len() => {
-                arena.fresh += 1;
-                arena.fresh as u32 - 1
+            // All trays hold something that fitted nobody: the first one is emptied.
+            let mut tray = inner.pop_full(size)?;
+            drop(inner);
+            self.throw_away(&mut tray);
+            if tray.full.is_empty() {
+                return Some(tray);
             }
-            None => return None,
-        };
-        Some(Tray { start: arena.memory.start() + index as usize * BLOCK, full: Bits::EMPTY, size, spare: false, index })
+            self.put(tray);
+            thread::yield_now();
+        }
     }
 
     /// A tray whose slots `need` hold a page, or will when touched, for pages that come home.
-    pub fn take_full(&self, size: Size, need: Bits) -> Tray {
+    pub fn take_full(&self, space: &Space, size: Size, need: Bits) -> Tray {
         loop {
             let mut inner = self.inner.lock();
-            if let Some(tray) = inner.take_full(size, need) {
-                return tray;
+            if let Some(mut tray) = inner.take_full(size, need) {
+                drop(inner);
+                // A page that the program had given up with MADV_FREE may have been reclaimed since.
+                let there = space.present(Span::block(tray.start)).map(|present| present.pages).unwrap_or_default();
+                tray.full &= there;
+                if tray.full.covers(need) {
+                    return tray;
+                }
+                self.put(tray);
+                continue;
             }
             let spares = &mut inner.spares[size as usize];
             if spares.free != 0 {
@@ -185,7 +211,9 @@ impl Pool {
             inner.spares[tray.size as usize].free |= 1 << tray.index;
             return;
         }
-        if inner.pages + tray.full.count() > self.bound.load(Ordering::Relaxed) {
+        // A few pages would fit no return, which are larger or do without a tray.
+        let few = (1..FEW).contains(&tray.full.count());
+        if few || inner.pages + tray.full.count() > self.bound.load(Ordering::Relaxed) {
             drop(inner);
             self.throw_away(&mut tray);
             inner = self.inner.lock();
@@ -204,7 +232,8 @@ impl Pool {
 
     /// Frees the tray's pages, through memory that can be dropped without an event.
     fn throw_away(&self, tray: &mut Tray) {
-        let Ok(index) = self.waste_free.fetch_update(Ordering::Acquire, Ordering::Relaxed, |free| (free != 0).then(|| free & (free - 1))) else {
+        let Ok(index) = self.waste_free.fetch_update(Ordering::Acquire, Ordering::Relaxed, |free| (free != 0).then(|| free & (free - 1)))
+        else {
             return; // others are at it: this tray is kept for now
         };
         let index = index.trailing_zeros();
@@ -223,6 +252,35 @@ impl Pool {
 }
 
 impl Inner {
+    fn tray(&self, size: Size, index: u32, full: Bits) -> Tray {
+        Tray { start: self.arenas[size as usize].memory.start() + index as usize * BLOCK, full, size, spare: false, index }
+    }
+
+    fn take_empty(&mut self, size: Size) -> Option<Tray> {
+        let arena = &mut self.arenas[size as usize];
+        let index = match arena.empty.checked_sub(1) {
+            Some(index) => {
+                arena.empty = arena.slots[index as usize].next;
+                index
+            }
+            None if arena.fresh < arena.slots.len() => {
+                arena.fresh += 1;
+                arena.fresh as u32 - 1
+            }
+            None => return None,
+        };
+        Some(self.tray(size, index, Bits::EMPTY))
+    }
+
+    fn pop_full(&mut self, size: Size) -> Option<Tray> {
+        let arena = &mut self.arenas[size as usize];
+        let index = arena.full.checked_sub(1)?;
+        let Slot { full, next } = arena.slots[index as usize];
+        arena.full = next;
+        self.pages -= full.count();
+        Some(self.tray(size, index, full))
+    }
+
     /// The first of a few full trays that covers `need`.
     fn take_full(&mut self, size: Size, need: Bits) -> Option<Tray> {
         let arena = &mut self.arenas[size as usize];
@@ -231,9 +289,13 @@ impl Inner {
             let index = at.checked_sub(1)?;
             let Slot { full, next } = arena.slots[index as usize];
             if full.covers(need) {
-                if before == 0 { arena.full = next } else { arena.slots[before as usize - 1].next = next }
+                if before == 0 {
+                    arena.full = next
+                } else {
+                    arena.slots[before as usize - 1].next = next
+                }
                 self.pages -= full.count();
-                return Some(Tray { start: arena.memory.start() + index as usize * BLOCK, full, size, spare: false, index });
+                return Some(self.tray(size, index, full));
             }
             (before, at) = (at, next);
         }

@@ -4,7 +4,7 @@
 //! # Threads
 //! * The *keeper* comes first. It gives itself a descriptor table of its own, opens uhmm's descriptors there, starts the others (which share
 //!   the table), and does what must be done on such a thread.
-//! * The *monitor* serves CPU faults and follows the program's mapping changes ([`crate::monitor`]).
+//! * The *monitor* serves CPU faults and follows the program's mapping changes.
 //! * Each device has a *queue* thread that runs its launches, and whatever threads its driver starts.
 //!
 //! # How copies meet
@@ -77,7 +77,7 @@ fn lock() -> Result<Held, Error> {
         match page(LOCK) {
             Ok(()) => return Ok(Held),
             Err(Errno::EXIST) => std::thread::sleep(core::time::Duration::from_micros(50)),
-            Err(e) => return Err(Error::System("reserve address space", e)),
+            Err(e) => return Err(Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e)),
         }
     }
 }
@@ -118,12 +118,12 @@ impl Held {
                 let meeting = unsafe { (MEETING as *const Meeting).read() };
                 if meeting.identity == identity() { Ok(Some(meeting.running)) } else { Err(Error::OtherVersion) }
             }
-            Err(e) => Err(Error::System("reserve address space", e)),
+            Err(e) => Err(Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e)),
         }
     }
 
     fn publish(&self, running: OwnBox<Running>) -> Result<*mut Running, Error> {
-        page(MEETING).map_err(|e| Error::System("reserve address space", e))?;
+        page(MEETING).map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
         let running = running.leak();
         // SAFETY: the page was just mapped; the lock is held.
         unsafe { (MEETING as *mut Meeting).write(Meeting { identity: identity(), running }) };
@@ -152,7 +152,8 @@ impl CoreRef {
         let running = match held.running()? {
             Some(running) => running,
             None => {
-                let running = OwnBox::new(c"uhmm process", start()?).map_err(|e| Error::System("reserve address space", e))?;
+                let running = OwnBox::new(c"uhmm process", start()?)
+                    .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
                 held.publish(running)?
             }
         };
@@ -233,7 +234,8 @@ impl Drop for CoreRef {
 /// Starts the keeper, which starts the rest.
 fn start() -> Result<Running, Error> {
     system::pin_library(start as *const () as usize);
-    let desk = OwnBox::new(c"uhmm desk", Desk::new()).map_err(|e| Error::System("reserve address space", e))?;
+    let desk = OwnBox::new(c"uhmm desk", Desk::new())
+        .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
     /// # Safety
     /// The argument is a `&Desk` that outlives the thread.
     unsafe extern "C" fn keep(desk: *mut ()) {
@@ -258,15 +260,24 @@ fn start() -> Result<Running, Error> {
 /// On the keeper.
 fn start_core() -> Result<(OwnBox<Core>, Thread), Error> {
     thread::unshare_files().map_err(|e| Error::System("get a descriptor table of its own", e))?;
-    let core = OwnBox::new(c"uhmm core", Core::new()?).map_err(|e| Error::System("reserve address space", e))?;
-    /// # Safety
-    /// The argument is a `&Core` that outlives the thread.
-    unsafe extern "C" fn monitor(core: *mut ()) {
-        // SAFETY: by the contract.
-        let core = unsafe { &*core.cast::<Core>() };
-        Monitor::new().run(core, &core.stop);
+    let core = OwnBox::new(c"uhmm core", Core::new()?)
+        .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
+    struct Post {
+        core: *const Core,
+        monitor: Monitor,
     }
-    let argument = (&raw const *core).cast_mut().cast();
+    /// # Safety
+    /// The argument is a leaked `Post`, whose core outlives the thread.
+    unsafe extern "C" fn monitor(post: *mut ()) {
+        // SAFETY: by the contract; the box is this thread's now.
+        let mut post = unsafe { OwnBox::<Post>::reclaim(post.cast()) }.into_inner();
+        // SAFETY: by the contract.
+        let core = unsafe { &*post.core };
+        post.monitor.run(core, &core.stop);
+    }
+    let reserve = |e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
+    let post = Post { core: &raw const *core, monitor: Monitor::new().map_err(reserve)? };
+    let argument = OwnBox::new(c"uhmm monitor", post).map_err(reserve)?.leak().cast();
     // SAFETY: the core is dropped after the monitor was joined, in `end`.
     let monitor = unsafe { own::spawn(c"uhmm-monitor", STACK, monitor, argument) }.map_err(|e| Error::System("start a thread", e))?;
     CURRENT.store(&raw const *core as usize, Ordering::Release);
@@ -288,8 +299,11 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
     let mut others = vec![];
     core.for_each_device(|dev| others.push(dev.driver.info().clone()));
     let driver = open(&config, &others)?;
-    let dev = OwnBox::new(c"uhmm device", Device::new(index, driver)?).map_err(|e| Error::System("reserve address space", e))?;
-    let seat = OwnBox::new(c"uhmm seat", Seat { core, dev: dev.leak() }).map_err(|e| Error::System("reserve address space", e))?.leak();
+    let dev = OwnBox::new(c"uhmm device", Device::new(index, driver)?)
+        .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
+    let seat = OwnBox::new(c"uhmm seat", Seat { core, dev: dev.leak() })
+        .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?
+        .leak();
     /// # Safety
     /// The argument is a leaked `Seat`.
     unsafe extern "C" fn queue(seat: *mut ()) {

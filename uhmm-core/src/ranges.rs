@@ -12,7 +12,7 @@ use crate::pool::Tray;
 use crate::space::Space;
 use core::ops::Range;
 use uhmm_os::uffd::MoveMode;
-use uhmm_os::{Errno, PAGE};
+use uhmm_os::{Errno, PAGE, thread};
 
 /// Runs that are handed to a driver at once.
 const RUNS: usize = 64;
@@ -66,7 +66,10 @@ pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bo
             match partial.errno {
                 Errno::AGAIN if done > 0 => {}
                 Errno::AGAIN if space.uffd.event_pending() => return (moved, MoveEnd::Pending),
-                Errno::AGAIN if contended < 1000 => contended += 1,
+                Errno::AGAIN if contended < 1000 => {
+                    contended += 1;
+                    thread::yield_now();
+                }
                 Errno::NOENT => return (moved, MoveEnd::Vanished),
                 Errno::INVAL if n > 1 => most = n.div_ceil(2),
                 _ => {
@@ -90,15 +93,16 @@ pub(crate) fn protect(core: &Core, span: Span) -> Result<(), Errno> {
 
 /// Lets the program write pages again, and wakes who waits for that.
 pub(crate) fn unprotect(core: &Core, va: Va, bits: Bits) -> Result<(), Errno> {
-    for run in bits.runs() {
-        let span = pages(Span::block(va), run);
-        // SAFETY: as in `protect`.
-        match unsafe { core.space.uffd.write_protect(span.start, span.len(), false) } {
-            Err(Errno::NOENT) | Ok(()) => {} // unmapped: its event will come
-            Err(e) => return Err(e),
-        }
+    bits.runs().try_for_each(|run| unprotect_span(core, pages(Span::block(va), run)))
+}
+
+/// As [`unprotect`], at addresses.
+pub(crate) fn unprotect_span(core: &Core, span: Span) -> Result<(), Errno> {
+    // SAFETY: as in `protect`.
+    match unsafe { core.space.uffd.write_protect(span.start, span.len(), false) } {
+        Err(Errno::NOENT) => Ok(()), // unmapped: its event will come
+        other => other,
     }
-    Ok(())
 }
 
 /// Calls `f` for every run of pages whose frames follow each other.

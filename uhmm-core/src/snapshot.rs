@@ -5,12 +5,12 @@
 //! other bytes from changing, those are brought up to date on the device, and the page is Private. So a second launch moves nothing.
 #![allow(unsafe_code)] // writes bytes of arguments, which the launch has borrowed, into the program
 
+use crate::args::RawArg;
 use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::BlockGuard;
 use crate::driver::{Dma, DmaKind};
-use crate::args::RawArg;
 use crate::launch::{LARGE, Ledger};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::{Size, Tray};
@@ -18,6 +18,7 @@ use crate::ranges::{self, MoveEnd};
 use crate::space::{self, ThreadBlocks};
 use crate::sync::*;
 use core::ops::Range;
+use uhmm_os::maps::Vma;
 use uhmm_os::{PAGE, copy, thread};
 
 /// Ends all snapshots of the launch that has just ended: how many pages did not stay on the device.
@@ -62,8 +63,8 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
         let at = va + page * PAGE;
         let span = Span { start: at, end: at + PAGE };
         let large = written(args, at).any(|(_, len)| len >= LARGE);
-        let movable = || core.space.mapping(at).ok().flatten().is_some_and(|vma| space::movable(&vma) && vma.start <= at);
-        if !large || !movable() || !ThreadBlocks::now().pages(span).is_empty() {
+        let may = |vma: &Vma| space::movable(vma) && ThreadBlocks::of(vma, span).blocks.is_empty();
+        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| may(&vma)) {
             continue;
         }
         if !state.reg.has(page) {
@@ -122,7 +123,7 @@ fn take(core: &Core, dev: &Device, va: Va) -> Option<(Bits, Tray)> {
             return None;
         }
         ranges::unmap(core, dev, &mut state, va, pages);
-        let tray = core.pool.take_full(Size::Small, pages);
+        let tray = core.pool.take_full(&core.space, Size::Small, pages);
         ranges::frame_runs(core, &state, pages, |run, frame| {
             let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len: run.len() * PAGE }];
             let fence = dev.driver.copy(&dma);

@@ -10,10 +10,10 @@
 use crate::bits::Bits;
 use crate::page::{Span, Va};
 use crate::sync::*;
-use uhmm_os::maps::{Maps, Vma};
+use uhmm_os::maps::{Maps, Vma, VmaKind};
 use uhmm_os::pagemap::{Category, Pagemap, Region, ScanArgs};
 use uhmm_os::uffd::{Features, RegisterMode, Rights, Userfaultfd};
-use uhmm_os::{Errno, PAGE, tasks, thread};
+use uhmm_os::{Errno, tasks, thread};
 
 /// What the userfaultfd must be able to do.
 pub const NEEDED: Features = Features::PAGEFAULT_FLAG_WP
@@ -126,39 +126,38 @@ pub fn movable(vma: &Vma) -> bool {
     vma.is_private_anonymous() && vma.read && vma.write
 }
 
-/// The pages of each thread's thread block, which must not be away when the thread ends: the kernel clears a word there and walks the
-/// robust list while the task can take no userfault any more.
+/// Where threads have their stacks and thread blocks, in one block of the process.
 ///
-/// glibc's struct pthread holds the robust list's head, which get_robust_list(2) tells for every thread. The cleared word lies 16 bytes before it,
-/// the rseq area ends [`ThreadBlocks::AFTER`] bytes after it or (newer versions) lies before the block.
-#[derive(Debug)]
+/// A thread block must not be away when its thread ends: the kernel clears a word there and walks the robust list while the task can take no
+/// userfault any more. glibc's struct pthread holds the robust list's head, which get_robust_list(2) tells for every thread. The cleared word lies 16 bytes before it.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct ThreadBlocks {
-    heads: [Va; ThreadBlocks::MOST],
-    count: usize,
-    overflow: bool,
+    /// Pages that hold thread blocks.
+    pub blocks: Bits,
+    /// Pages of stacks: of the main thread's mapping, and what lies below a thread block in its mapping (a guard page ends that).
+    pub stacks: Bits,
 }
 
 impl ThreadBlocks {
-    const MOST: usize = 256;
-    /// From the head to the end of glibc's thread block (2.31 to 2.41).
+    /// From the start of glibc's thread block to the head, and from the head to its end, rseq area included (2.31 to 2.40).
+    const BEFORE: usize = 736;
     const AFTER: usize = 1632;
 
-    /// Of all threads that there are now.
-    pub fn now() -> Self {
-        let mut heads = [0; Self::MOST];
-        let count = tasks::robust_list_heads(&mut heads);
-        ThreadBlocks { heads, count: count.min(Self::MOST), overflow: count > Self::MOST }
-    }
-
-    /// The pages of `span`, which lies in one block, that hold a thread block (with more threads than can be told: all).
-    pub fn pages(&self, span: Span) -> Bits {
-        if self.overflow {
-            return span.bits();
+    /// In `span`, which lies in one block and in the mapping.
+    pub fn of(vma: &Vma, span: Span) -> Self {
+        let mut found = ThreadBlocks::default();
+        let listed = tasks::for_each_robust_list_head(|head| {
+            found.blocks |= Span::touching(head.saturating_sub(Self::BEFORE), head + Self::AFTER).and(span).bits();
+            if vma.start <= head && head < vma.end {
+                found.stacks |= Span::touching(vma.start, head).and(span).bits();
+            }
+        });
+        if !listed {
+            found.blocks = span.bits(); // they cannot be told: nothing is safe
         }
-        let mut bits = Bits::EMPTY;
-        for &head in &self.heads[..self.count] {
-            bits |= Span::touching(head.saturating_sub(PAGE), head + Self::AFTER).and(span).bits();
+        if vma.kind == VmaKind::Stack {
+            found.stacks = span.bits();
         }
-        bits
+        found
     }
 }

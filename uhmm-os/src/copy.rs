@@ -195,11 +195,7 @@ fn head(dst: *mut u8, len: usize) -> usize {
 pub unsafe fn guarded(dst: *mut u8, src: *const u8, len: usize) -> Result<(), usize> {
     // SAFETY: the loop writes and reads just those bytes, and is left at a fault; the caller vouches for the destination.
     let outcome = unsafe { uhmm_os_guarded(dst, src, len) };
-    if outcome.failed == 0 {
-        Ok(())
-    } else {
-        Err(outcome.address)
-    }
+    if outcome.failed == 0 { Ok(()) } else { Err(outcome.address) }
 }
 
 #[cfg(test)]
@@ -224,15 +220,8 @@ mod tests {
                         let mut dst = vec![0xEEu8; 1200];
                         // SAFETY: both vectors are larger than the ranges.
                         unsafe { copy(dst.as_mut_ptr().add(to), src.as_ptr().add(from), len) };
-                        assert_eq!(
-                            &dst[to..to + len],
-                            &src[from..from + len],
-                            "to {to} from {from} len {len}"
-                        );
-                        assert!(
-                            dst[..to].iter().chain(&dst[to + len..]).all(|&b| b == 0xEE),
-                            "to {to} len {len}"
-                        );
+                        assert_eq!(&dst[to..to + len], &src[from..from + len], "to {to} from {from} len {len}");
+                        assert!(dst[..to].iter().chain(&dst[to + len..]).all(|&b| b == 0xEE), "to {to} len {len}");
                     }
                 }
             }
@@ -246,14 +235,8 @@ mod tests {
                 let mut dst = vec![0xEEu8; 1200];
                 // SAFETY: the vector is larger than the range.
                 unsafe { stream_zero(dst.as_mut_ptr().add(to), len) };
-                assert!(
-                    dst[to..to + len].iter().all(|&b| b == 0),
-                    "to {to} len {len}"
-                );
-                assert!(
-                    dst[..to].iter().chain(&dst[to + len..]).all(|&b| b == 0xEE),
-                    "to {to} len {len}"
-                );
+                assert!(dst[to..to + len].iter().all(|&b| b == 0), "to {to} len {len}");
+                assert!(dst[..to].iter().chain(&dst[to + len..]).all(|&b| b == 0xEE), "to {to} len {len}");
             }
         }
     }

@@ -29,9 +29,7 @@
 #![allow(unsafe_code)] // system calls, signal handlers and assembly live here so that they need not live elsewhere
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-compile_error!(
-    "uhmm-os supports Linux on x86-64 only: its system calls, signal frames and copy loops are written for that"
-);
+compile_error!("uhmm-os supports Linux on x86-64 only: its system calls, signal frames and copy loops are written for that");
 
 pub mod copy;
 pub mod maps;

@@ -80,11 +80,7 @@ pub struct Vma {
 impl Vma {
     /// Whether its pages are private anonymous ones: those that userfaultfd can move.
     pub fn is_private_anonymous(&self) -> bool {
-        !self.shared
-            && matches!(
-                self.kind,
-                VmaKind::Anonymous | VmaKind::Stack | VmaKind::Heap
-            )
+        !self.shared && matches!(self.kind, VmaKind::Anonymous | VmaKind::Stack | VmaKind::Heap)
     }
 
     fn holds(&self, va: usize) -> bool {
@@ -105,15 +101,8 @@ impl Maps {
     /// # Errors
     /// Those of open(2): `ENOENT` without /proc.
     pub fn open() -> Result<Self, Errno> {
-        let fd = rustix::fs::open(
-            "/proc/self/maps",
-            OFlags::RDONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        let mut maps = Maps {
-            fd,
-            text_only: false,
-        };
+        let fd = rustix::fs::open("/proc/self/maps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let mut maps = Maps { fd, text_only: false };
         maps.text_only = maps.query(0, OR_NEXT, &mut []) == Err(Errno::NOTTY);
         Ok(maps)
     }
@@ -123,10 +112,7 @@ impl Maps {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_text_only() -> Result<Self, Errno> {
-        Ok(Maps {
-            text_only: true,
-            ..Self::open()?
-        })
+        Ok(Maps { text_only: true, ..Self::open()? })
     }
 
     /// Whether this kernel has the `PROCMAP_QUERY` ioctl; without it a look-up reads the text from its start.
@@ -140,9 +126,7 @@ impl Maps {
     /// Those of reading the file: `EBADF` on a thread that does not have the descriptor, `ESRCH` while the process exits.
     pub fn find(&self, va: usize) -> Result<Option<Vma>, Errno> {
         if self.text_only {
-            return Ok(self
-                .read_until(va, &mut [0; BRACKETED])?
-                .map(|line| line.vma()));
+            return Ok(self.read_until(va, &mut [0; BRACKETED])?.map(|line| line.vma()));
         }
         let mut name = [0; BRACKETED];
         let found = match self.query(va, OR_NEXT, &mut name) {
@@ -202,11 +186,7 @@ impl Maps {
         // SAFETY: the name's address and size are a slice of ours (or 0: no name wanted).
         unsafe { ioctl(self.fd.as_fd(), QUERY, &mut arg) }?;
         // The kernel counts the final zero.
-        let name_len = if name.is_empty() {
-            0
-        } else {
-            (arg.vma_name_size as usize).saturating_sub(1)
-        };
+        let name_len = if name.is_empty() { 0 } else { (arg.vma_name_size as usize).saturating_sub(1) };
         Ok(Answer { arg, name_len })
     }
 
@@ -277,9 +257,6 @@ mod tests {
         assert_eq!(kind("[stack:17]"), VmaKind::Stack);
         assert_eq!(kind("[heap]"), VmaKind::Heap);
         assert_eq!(kind("[vvar_vclock]"), VmaKind::Special);
-        assert_eq!(
-            VmaKind::new(7, (0, 1), b"/dev/zero (deleted)"),
-            VmaKind::File
-        );
+        assert_eq!(VmaKind::new(7, (0, 1), b"/dev/zero (deleted)"), VmaKind::File);
     }
 }

@@ -114,10 +114,7 @@ impl Drop for Mapping {
 /// `EAGAIN`: memory is locked (mlockall) and the limit for that is reached.
 pub fn map(reserve: &Reserve<'_>) -> Result<Mapping, Errno> {
     let align = reserve.align.max(PAGE);
-    let len = reserve
-        .len
-        .checked_next_multiple_of(PAGE)
-        .ok_or(Errno::INVAL)?;
+    let len = reserve.len.checked_next_multiple_of(PAGE).ok_or(Errno::INVAL)?;
     if len == 0 || !align.is_power_of_two() {
         return Err(Errno::INVAL);
     }
@@ -138,16 +135,10 @@ pub fn map(reserve: &Reserve<'_>) -> Result<Mapping, Errno> {
 
 fn place(reserve: &Reserve<'_>, len: usize, align: usize) -> Result<Mapping, Errno> {
     if reserve.exact {
-        return if reserve.hint.is_multiple_of(align) {
-            map_at(reserve.hint, len)
-        } else {
-            Err(Errno::INVAL)
-        };
+        return if reserve.hint.is_multiple_of(align) { map_at(reserve.hint, len) } else { Err(Errno::INVAL) };
     }
     if reserve.hint != 0 {
-        let step = len
-            .checked_next_multiple_of(STEP.max(align))
-            .ok_or(Errno::NOMEM)?;
+        let step = len.checked_next_multiple_of(STEP.max(align)).ok_or(Errno::NOMEM)?;
         let mut at = reserve.hint.checked_next_multiple_of(align);
         for _ in 0..TRIES {
             let Some(here) = at else { break };
@@ -164,11 +155,7 @@ fn place(reserve: &Reserve<'_>, len: usize, align: usize) -> Result<Mapping, Err
 fn map_at(start: usize, len: usize) -> Result<Mapping, Errno> {
     let mapping = mmap(start, len, abi::MAP_FIXED_NOREPLACE)?;
     // Kernels before 4.17 take the address as a hint only.
-    if mapping.start == start {
-        Ok(mapping)
-    } else {
-        Err(Errno::EXIST)
-    }
+    if mapping.start == start { Ok(mapping) } else { Err(Errno::EXIST) }
 }
 
 fn map_anywhere(len: usize, align: usize) -> Result<Mapping, Errno> {
@@ -191,35 +178,16 @@ fn map_anywhere(len: usize, align: usize) -> Result<Mapping, Errno> {
 fn mmap(start: usize, len: usize, flags: u32) -> Result<Mapping, Errno> {
     let flags = flags | abi::MAP_PRIVATE | abi::MAP_ANONYMOUS | abi::MAP_NORESERVE;
     // SAFETY: without MAP_FIXED nothing that is mapped is replaced.
-    let start = unsafe {
-        call(
-            abi::__NR_mmap,
-            [start, len, Prot::None.bits(), flags as usize, usize::MAX, 0],
-        )
-    }?;
+    let start = unsafe { call(abi::__NR_mmap, [start, len, Prot::None.bits(), flags as usize, usize::MAX, 0]) }?;
     Ok(Mapping { start, len })
 }
 
 /// Names anonymous memory in `/proc/self/maps`; does nothing where the kernel cannot (before 5.17, or without
 /// `CONFIG_ANON_VMA_NAME`).
 pub fn name(start: usize, len: usize, name: &CStr) {
-    let (option, what) = (
-        linux_raw_sys::prctl::PR_SET_VMA,
-        linux_raw_sys::prctl::PR_SET_VMA_ANON_NAME,
-    );
+    let (option, what) = (linux_raw_sys::prctl::PR_SET_VMA, linux_raw_sys::prctl::PR_SET_VMA_ANON_NAME);
     // SAFETY: a name changes no memory; the string ends in a zero.
-    let _ = unsafe {
-        call(
-            abi::__NR_prctl,
-            [
-                option as usize,
-                what as usize,
-                start,
-                len,
-                name.as_ptr() as usize,
-            ],
-        )
-    };
+    let _ = unsafe { call(abi::__NR_prctl, [option as usize, what as usize, start, len, name.as_ptr() as usize]) };
 }
 
 /// What madvise(2) is told.
@@ -330,20 +298,9 @@ bitflags! {
 ///
 /// # Safety
 /// Nobody may use the old range any more as it was, and nobody owns what `FIXED` replaces.
-pub unsafe fn mremap(
-    old: usize,
-    old_len: usize,
-    new_len: usize,
-    flags: RemapFlags,
-    new: usize,
-) -> Result<usize, Errno> {
+pub unsafe fn mremap(old: usize, old_len: usize, new_len: usize, flags: RemapFlags, new: usize) -> Result<usize, Errno> {
     // SAFETY: the caller vouches for it.
-    unsafe {
-        call(
-            abi::__NR_mremap,
-            [old, old_len, new_len, flags.bits() as usize, new],
-        )
-    }
+    unsafe { call(abi::__NR_mremap, [old, old_len, new_len, flags.bits() as usize, new]) }
 }
 
 #[cfg(test)]

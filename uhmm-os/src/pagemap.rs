@@ -96,9 +96,7 @@ bitflags! {
 }
 
 /// The categories that page entries do not tell.
-const UNKNOWN_TO_ENTRIES: Category = Category::WPALLOWED
-    .union(Category::PFNZERO)
-    .union(Category::HUGE);
+const UNKNOWN_TO_ENTRIES: Category = Category::WPALLOWED.union(Category::PFNZERO).union(Category::HUGE);
 
 /// Which pages a scan reports, and what it says of them.
 ///
@@ -153,18 +151,11 @@ pub struct Region {
 
 impl Region {
     /// A region of nothing, to make room with.
-    pub const EMPTY: Region = Region {
-        start: 0,
-        end: 0,
-        categories: Category::empty(),
-    };
+    pub const EMPTY: Region = Region { start: 0, end: 0, categories: Category::empty() };
 }
 
 // The kernel writes `page_region` structures into an array of `Region`; any bits are a valid `Category`.
-const _: () = assert!(
-    size_of::<Region>() == size_of::<abi::page_region>()
-        && align_of::<Region>() == align_of::<abi::page_region>()
-);
+const _: () = assert!(size_of::<Region>() == size_of::<abi::page_region>() && align_of::<Region>() == align_of::<abi::page_region>());
 
 /// How far a scan came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,15 +179,8 @@ impl Pagemap {
     /// # Errors
     /// Those of open(2): `ENOENT` without /proc or without `CONFIG_PROC_PAGE_MONITOR`.
     pub fn open() -> Result<Self, Errno> {
-        let fd = rustix::fs::open(
-            "/proc/self/pagemap",
-            OFlags::RDONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        let mut pagemap = Pagemap {
-            fd,
-            entries_only: false,
-        };
+        let fd = rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let mut pagemap = Pagemap { fd, entries_only: false };
         let mut one = [Region::EMPTY];
         let tried = pagemap.scan_by_ioctl(0, PAGE, &ScanArgs::all_of(Category::PRESENT), &mut one);
         pagemap.entries_only = tried == Err(Errno::NOTTY);
@@ -208,10 +192,7 @@ impl Pagemap {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_entries_only() -> Result<Self, Errno> {
-        Ok(Pagemap {
-            entries_only: true,
-            ..Self::open()?
-        })
+        Ok(Pagemap { entries_only: true, ..Self::open()? })
     }
 
     /// Whether this kernel has the `PAGEMAP_SCAN` ioctl, which write-protecting scans need.
@@ -240,27 +221,11 @@ impl Pagemap {
     /// # Errors
     /// `EINVAL`: unaligned addresses, or contradicting arguments; `EPERM`: [`ScanFlags::CHECK_WPASYNC`]; `EOPNOTSUPP`: flags, or
     /// conditions on what page entries do not tell, on a kernel without the ioctl.
-    pub fn scan(
-        &self,
-        start: usize,
-        end: usize,
-        args: &ScanArgs,
-        regions: &mut [Region],
-    ) -> Result<Scan, Errno> {
-        if self.entries_only {
-            self.scan_by_entries(start, end, args, regions)
-        } else {
-            self.scan_by_ioctl(start, end, args, regions)
-        }
+    pub fn scan(&self, start: usize, end: usize, args: &ScanArgs, regions: &mut [Region]) -> Result<Scan, Errno> {
+        if self.entries_only { self.scan_by_entries(start, end, args, regions) } else { self.scan_by_ioctl(start, end, args, regions) }
     }
 
-    fn scan_by_ioctl(
-        &self,
-        start: usize,
-        end: usize,
-        args: &ScanArgs,
-        regions: &mut [Region],
-    ) -> Result<Scan, Errno> {
+    fn scan_by_ioctl(&self, start: usize, end: usize, args: &ScanArgs, regions: &mut [Region]) -> Result<Scan, Errno> {
         let mut arg = abi::pm_scan_arg {
             size: size_of::<abi::pm_scan_arg>() as u64,
             flags: args.flags.bits(),
@@ -278,44 +243,23 @@ impl Pagemap {
         // SAFETY: `vec` and `vec_len` are a slice of structures laid out as the kernel's (asserted above). Write-protecting, if it is
         // asked for, changes memory only where a registration of the program's own allows it.
         let filled = unsafe { ioctl(self.fd.as_fd(), SCAN, &mut arg) }?;
-        Ok(Scan {
-            filled,
-            walk_end: arg.walk_end as usize,
-        })
+        Ok(Scan { filled, walk_end: arg.walk_end as usize })
     }
 
-    fn scan_by_entries(
-        &self,
-        start: usize,
-        end: usize,
-        args: &ScanArgs,
-        regions: &mut [Region],
-    ) -> Result<Scan, Errno> {
+    fn scan_by_entries(&self, start: usize, end: usize, args: &ScanArgs, regions: &mut [Region]) -> Result<Scan, Errno> {
         if !args.flags.is_empty() || (args.mask | args.any_of).intersects(UNKNOWN_TO_ENTRIES) {
             return Err(Errno::OPNOTSUPP);
         }
         if !start.is_multiple_of(PAGE) || start > end {
             return Err(Errno::INVAL);
         }
-        let mut out = Output {
-            regions,
-            filled: 0,
-            pages_left: if args.max_pages == 0 {
-                usize::MAX
-            } else {
-                args.max_pages
-            },
-        };
+        let mut out = Output { regions, filled: 0, pages_left: if args.max_pages == 0 { usize::MAX } else { args.max_pages } };
         let mut raw = [[0u8; 8]; CHUNK];
         let mut at = start;
         while at < end {
             let count = (end - at).div_ceil(PAGE).min(CHUNK);
             let wanted = raw.get_mut(..count).ok_or(Errno::INVAL)?;
-            let read = pread(
-                self.fd.as_fd(),
-                wanted.as_flattened_mut(),
-                (at / PAGE * 8) as u64,
-            )? / 8;
+            let read = pread(self.fd.as_fd(), wanted.as_flattened_mut(), (at / PAGE * 8) as u64)? / 8;
             if read == 0 {
                 break; // the end of the address space
             }
@@ -323,18 +267,12 @@ impl Pagemap {
                 let page = Entry::from_raw(u64::from_ne_bytes(*entry)).categories();
                 let told = page & args.return_mask;
                 if args.matches(page) && !told.is_empty() && !out.push(at, told) {
-                    return Ok(Scan {
-                        filled: out.filled,
-                        walk_end: at,
-                    });
+                    return Ok(Scan { filled: out.filled, walk_end: at });
                 }
                 at += PAGE;
             }
         }
-        Ok(Scan {
-            filled: out.filled,
-            walk_end: end,
-        })
+        Ok(Scan { filled: out.filled, walk_end: end })
     }
 }
 
@@ -351,17 +289,11 @@ impl Output<'_> {
         if self.pages_left == 0 {
             return false;
         }
-        let (done, free) = self
-            .regions
-            .split_at_mut(self.filled.min(self.regions.len()));
+        let (done, free) = self.regions.split_at_mut(self.filled.min(self.regions.len()));
         match (done.last_mut(), free.first_mut()) {
             (Some(last), _) if last.end == at && last.categories == categories => last.end += PAGE,
             (_, Some(next)) => {
-                *next = Region {
-                    start: at,
-                    end: at + PAGE,
-                    categories,
-                };
+                *next = Region { start: at, end: at + PAGE, categories };
                 self.filled += 1;
             }
             _ => return false,
@@ -386,12 +318,8 @@ mod tests {
         assert!(args.matches(Category::PRESENT | Category::FILE) && !args.matches(Category::FILE));
         args.inverted = Category::FILE;
         args.mask = Category::PRESENT | Category::FILE;
-        assert!(
-            args.matches(Category::PRESENT) && !args.matches(Category::PRESENT | Category::FILE)
-        );
+        assert!(args.matches(Category::PRESENT) && !args.matches(Category::PRESENT | Category::FILE));
         args.any_of = Category::HUGE | Category::SWAPPED;
-        assert!(
-            !args.matches(Category::PRESENT) && args.matches(Category::PRESENT | Category::HUGE)
-        );
+        assert!(!args.matches(Category::PRESENT) && args.matches(Category::PRESENT | Category::HUGE));
     }
 }

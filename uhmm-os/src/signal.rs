@@ -90,11 +90,7 @@ struct Changing;
 
 impl Changing {
     fn begin() -> Self {
-        while STATE
-            .changing
-            .compare_exchange(NOT_OURS, OURS, Ordering::Acquire, Ordering::Relaxed)
-            .is_err()
-        {
+        while STATE.changing.compare_exchange(NOT_OURS, OURS, Ordering::Acquire, Ordering::Relaxed).is_err() {
             crate::thread::yield_now();
         }
         Changing
@@ -115,9 +111,7 @@ impl Drop for Changing {
 /// Those of sigaction(2), of which none is known for these signals.
 pub fn install(handler: FaultHandler) -> Result<(), Errno> {
     let _changing = Changing::begin();
-    STATE
-        .handler
-        .store(handler as *const () as *mut (), Ordering::Release);
+    STATE.handler.store(handler as *const () as *mut (), Ordering::Release);
     for (signal, previous) in SIGNALS.into_iter().zip(&STATE.previous) {
         if previous.installed.load(Ordering::Relaxed) == OURS {
             continue;
@@ -143,12 +137,9 @@ pub fn install(handler: FaultHandler) -> Result<(), Errno> {
 /// below it and only chains.
 pub fn uninstall() {
     let _changing = Changing::begin();
-    STATE
-        .handler
-        .store(no_handler as *const () as *mut (), Ordering::Release);
+    STATE.handler.store(no_handler as *const () as *mut (), Ordering::Release);
     for (signal, previous) in SIGNALS.into_iter().zip(&STATE.previous) {
-        let on_top = action(signal, None)
-            .is_ok_and(|now| now.sa_sigaction == on_fault as *const () as usize);
+        let on_top = action(signal, None).is_ok_and(|now| now.sa_sigaction == on_fault as *const () as usize);
         if previous.installed.load(Ordering::Relaxed) == OURS && on_top {
             // SAFETY: `install` wrote `whole`, and `changing` is held.
             let before = unsafe { (*previous.whole.get()).assume_init() };
@@ -164,15 +155,9 @@ fn action(signal: c_int, new: Option<&libc::sigaction>) -> Result<libc::sigactio
     let mut before = MaybeUninit::uninit();
     // SAFETY: `new` is null or an action whose handler has the form that its flags say; `before` is written on success.
     unsafe {
-        match libc::sigaction(
-            signal,
-            new.map_or(core::ptr::null(), |a| a),
-            before.as_mut_ptr(),
-        ) {
+        match libc::sigaction(signal, new.map_or(core::ptr::null(), |a| a), before.as_mut_ptr()) {
             0 => Ok(before.assume_init()),
-            _ => {
-                Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL))
-            }
+            _ => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)),
         }
     }
 }
@@ -194,12 +179,7 @@ impl Previous {
 /// The handler. *Fault path.*
 unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel hands over a siginfo and a ucontext that are ours until we return.
-    let (info_ref, registers) = unsafe {
-        (
-            &*info,
-            &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs,
-        )
-    };
+    let (info_ref, registers) = unsafe { (&*info, &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs) };
     let is_fault = info_ref.si_code > 0 && info_ref.si_code != BUS_MCEERR_AO;
     if is_fault {
         // SAFETY: a fault has an address.
@@ -213,16 +193,9 @@ unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, context
         // The error code means something for page faults only (exception 14); its bit 1 is set for writes.
         let page_fault = registers[libc::REG_TRAPNO as usize] == 14;
         let write = page_fault && registers[libc::REG_ERR as usize] & 2 != 0;
-        let fault = FaultInfo {
-            signal,
-            address,
-            write,
-            rip,
-            code: info_ref.si_code,
-        };
+        let fault = FaultInfo { signal, address, write, rip, code: info_ref.si_code };
         // SAFETY: only `FaultHandler`s are ever stored there.
-        let handler: FaultHandler =
-            unsafe { core::mem::transmute(STATE.handler.load(Ordering::Acquire)) };
+        let handler: FaultHandler = unsafe { core::mem::transmute(STATE.handler.load(Ordering::Acquire)) };
         if handler(&fault) {
             return;
         }
@@ -239,11 +212,7 @@ const BUS_MCEERR_AO: c_int = 5;
 /// # Safety
 /// The arguments must be those of a signal handler.
 unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, is_fault: bool) {
-    let previous = if signal == libc::SIGBUS {
-        &STATE.previous[0]
-    } else {
-        &STATE.previous[1]
-    };
+    let previous = if signal == libc::SIGBUS { &STATE.previous[0] } else { &STATE.previous[1] };
     let action = previous.action.load(Ordering::Acquire);
     match action {
         // A signal that was sent (kill(2)) is ignored; a fault cannot be: the kernel kills.
@@ -251,11 +220,7 @@ unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void,
         libc::SIG_DFL | libc::SIG_IGN => die(signal, is_fault),
         _ => {
             let flags = previous.flags.load(Ordering::Relaxed);
-            let own = if flags & libc::SA_NODEFER as u32 == 0 {
-                bit(signal)
-            } else {
-                0
-            };
+            let own = if flags & libc::SA_NODEFER as u32 == 0 { bit(signal) } else { 0 };
             if flags & libc::SA_RESETHAND as u32 != 0 {
                 previous.action.store(libc::SIG_DFL, Ordering::Relaxed);
             }
@@ -263,8 +228,7 @@ unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void,
             // SAFETY: the program registered this function with these flags, so it has this form.
             unsafe {
                 if flags & libc::SA_SIGINFO as u32 != 0 {
-                    let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
-                        core::mem::transmute(action);
+                    let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = core::mem::transmute(action);
                     handler(signal, info, context);
                 } else {
                     let handler: extern "C" fn(c_int) = core::mem::transmute(action);
@@ -287,24 +251,13 @@ struct KernelAction {
 
 /// Restores the default action; a fault then happens again and kills, a signal that was sent is sent again.
 fn die(signal: c_int, is_fault: bool) {
-    let default = KernelAction {
-        handler: libc::SIG_DFL,
-        flags: 0,
-        restorer: 0,
-        mask: 0,
-    };
+    let default = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
     // SAFETY: the structure is the kernel's; the default action needs no restorer. The thread signals itself.
     unsafe {
-        let _ = call(
-            abi::__NR_rt_sigaction,
-            [signal as usize, &raw const default as usize, 0, 8],
-        );
+        let _ = call(abi::__NR_rt_sigaction, [signal as usize, &raw const default as usize, 0, 8]);
         if !is_fault {
             let process = call(abi::__NR_getpid, []).unwrap_or(0);
-            let _ = call(
-                abi::__NR_tgkill,
-                [process, crate::thread::gettid() as usize, signal as usize],
-            );
+            let _ = call(abi::__NR_tgkill, [process, crate::thread::gettid() as usize, signal as usize]);
         }
     }
 }
@@ -314,12 +267,8 @@ const fn bit(signal: c_int) -> u64 {
 }
 
 /// Signals that stand for what the thread itself did. Blocking them would not stop them: the kernel would kill.
-const FAULTS: u64 = bit(libc::SIGBUS)
-    | bit(libc::SIGSEGV)
-    | bit(libc::SIGFPE)
-    | bit(libc::SIGILL)
-    | bit(libc::SIGTRAP)
-    | bit(libc::SIGABRT);
+const FAULTS: u64 =
+    bit(libc::SIGBUS) | bit(libc::SIGSEGV) | bit(libc::SIGFPE) | bit(libc::SIGILL) | bit(libc::SIGTRAP) | bit(libc::SIGABRT);
 /// What glibc sends to every thread and waits for (pthread_cancel, and setuid and its kin): a thread that blocks the second makes
 /// setuid hang.
 const GLIBC: u64 = bit(32) | bit(33);
@@ -338,23 +287,13 @@ pub(crate) fn block_most() -> u64 {
 /// Sets the calling thread's mask. *Fault path.*
 pub(crate) fn set_mask(mask: u64) {
     // SAFETY: eight bytes, as the kernel has 64 signals.
-    let _ = unsafe {
-        call(
-            abi::__NR_rt_sigprocmask,
-            [libc::SIG_SETMASK as usize, &raw const mask as usize, 0, 8],
-        )
-    };
+    let _ = unsafe { call(abi::__NR_rt_sigprocmask, [libc::SIG_SETMASK as usize, &raw const mask as usize, 0, 8]) };
 }
 
 /// Blocks more signals in the calling thread, and returns the mask before.
 fn block(more: u64) -> u64 {
     let mut before = 0u64;
-    let args = [
-        libc::SIG_BLOCK as usize,
-        &raw const more as usize,
-        &raw mut before as usize,
-        8,
-    ];
+    let args = [libc::SIG_BLOCK as usize, &raw const more as usize, &raw mut before as usize, 8];
     // SAFETY: eight bytes each, as the kernel has 64 signals.
     let _ = unsafe { call(abi::__NR_rt_sigprocmask, args) };
     before

@@ -35,11 +35,7 @@ pub(crate) unsafe fn call<const N: usize>(number: u32, args: [usize; N]) -> Resu
             options(nostack),
         );
     }
-    if (-4095..0).contains(&result) {
-        Err(Errno::from_raw_os_error(-result as i32))
-    } else {
-        Ok(result as usize)
-    }
+    if (-4095..0).contains(&result) { Err(Errno::from_raw_os_error(-result as i32)) } else { Ok(result as usize) }
 }
 
 /// ioctl(2) with a structure that the kernel reads and writes.
@@ -47,33 +43,15 @@ pub(crate) unsafe fn call<const N: usize>(number: u32, args: [usize; N]) -> Resu
 /// # Safety
 /// `request` must take a `T`, and what `T` names (addresses in it) must be valid for what the request does.
 #[inline(always)]
-pub(crate) unsafe fn ioctl<T>(
-    fd: BorrowedFd<'_>,
-    request: u32,
-    arg: &mut T,
-) -> Result<usize, Errno> {
+pub(crate) unsafe fn ioctl<T>(fd: BorrowedFd<'_>, request: u32, arg: &mut T) -> Result<usize, Errno> {
     // SAFETY: `arg` is valid for reads and writes of `T`; the caller vouches for the rest.
-    unsafe {
-        call(
-            abi::__NR_ioctl,
-            [
-                fd.as_raw_fd() as usize,
-                request as usize,
-                arg as *mut T as usize,
-            ],
-        )
-    }
+    unsafe { call(abi::__NR_ioctl, [fd.as_raw_fd() as usize, request as usize, arg as *mut T as usize]) }
 }
 
 /// pread(2) into `buffer`.
 #[inline]
 pub(crate) fn pread(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
-    let args = [
-        fd.as_raw_fd() as usize,
-        buffer.as_mut_ptr() as usize,
-        buffer.len(),
-        offset as usize,
-    ];
+    let args = [fd.as_raw_fd() as usize, buffer.as_mut_ptr() as usize, buffer.len(), offset as usize];
     // SAFETY: the buffer is valid for writes of its length.
     unsafe { call(abi::__NR_pread64, args) }
 }
@@ -102,11 +80,7 @@ mod tests {
         unsafe {
             let prot_read_write = 3;
             let private_anonymous = 0x22;
-            let at = call(
-                abi::__NR_mmap,
-                [0, 8192, prot_read_write, private_anonymous, usize::MAX, 0],
-            )
-            .unwrap();
+            let at = call(abi::__NR_mmap, [0, 8192, prot_read_write, private_anonymous, usize::MAX, 0]).unwrap();
             *(at as *mut u8).add(8191) = 1;
             call(abi::__NR_munmap, [at, 8192]).unwrap();
         }
@@ -114,13 +88,7 @@ mod tests {
 
     #[test]
     fn request_numbers() {
-        assert_eq!(
-            iowr::<abi::uffdio_copy>(0xAA, 3),
-            linux_raw_sys::ioctl::UFFDIO_COPY
-        );
-        assert_eq!(
-            iowr::<abi::uffdio_api>(0xAA, 0x3F),
-            linux_raw_sys::ioctl::UFFDIO_API
-        );
+        assert_eq!(iowr::<abi::uffdio_copy>(0xAA, 3), linux_raw_sys::ioctl::UFFDIO_COPY);
+        assert_eq!(iowr::<abi::uffdio_api>(0xAA, 0x3F), linux_raw_sys::ioctl::UFFDIO_API);
     }
 }

@@ -20,10 +20,7 @@ pub enum Overcommit {
 
 /// The kernel's release, as `uname -r`: "6.18.44".
 pub fn kernel_release() -> String {
-    rustix::system::uname()
-        .release()
-        .to_string_lossy()
-        .into_owned()
+    rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
 /// Its version, major and minor; (0, 0) if the release does not start with two numbers.
@@ -55,8 +52,7 @@ fn chosen(text: &str) -> Option<String> {
 
 /// Whether this thread has `CAP_SYS_PTRACE` (in effect): kernel faults and fork events.
 pub fn has_cap_sys_ptrace() -> bool {
-    rustix::thread::capabilities(None)
-        .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_PTRACE))
+    rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_PTRACE))
 }
 
 /// sysctl `vm.unprivileged_userfaultfd`: whether any user may handle kernel faults; `None` where the kernel has no such setting.
@@ -69,12 +65,7 @@ pub fn unprivileged_userfaultfd() -> Option<bool> {
 /// # Errors
 /// Why not: `ENOENT` (before Linux 6.1, or not passed into the container), `EACCES`.
 pub fn dev_userfaultfd() -> Result<(), Errno> {
-    rustix::fs::open(
-        "/dev/userfaultfd",
-        OFlags::RDWR | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map(drop)
+    rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map(drop)
 }
 
 /// How many mappings a process may have (`vm.max_map_count`).
@@ -93,11 +84,7 @@ pub fn overcommit() -> Option<Overcommit> {
 }
 
 fn sysctl(name: &str) -> Option<i64> {
-    read_to_string(format!("/proc/sys/vm/{name}"))
-        .ok()?
-        .trim()
-        .parse()
-        .ok()
+    read_to_string(format!("/proc/sys/vm/{name}")).ok()?.trim().parse().ok()
 }
 
 /// Registers functions that glibc's fork calls (pthread_atfork(3)): `prepare` before, in the forking thread; `parent` and `child`
@@ -108,15 +95,27 @@ fn sysctl(name: &str) -> Option<i64> {
 ///
 /// # Safety
 /// The functions must not unwind, and `child` must be async-signal-safe if the process has several threads.
-pub unsafe fn atfork(
-    prepare: extern "C" fn(),
-    parent: extern "C" fn(),
-    child: extern "C" fn(),
-) -> Result<(), Errno> {
+pub unsafe fn atfork(prepare: extern "C" fn(), parent: extern "C" fn(), child: extern "C" fn()) -> Result<(), Errno> {
     // SAFETY: three functions of the form it wants, which live as long as this code.
     match unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) } {
         0 => Ok(()),
         code => Err(Errno::from_raw_os_error(code)),
+    }
+}
+
+/// Keeps the library that holds the code at `address` in the process for good, as threads and handlers run in it (dlopen(3), `RTLD_NODELETE`). Does
+/// nothing for the program itself.
+pub fn pin_library(address: usize) {
+    let mut info = core::mem::MaybeUninit::<libc::Dl_info>::uninit();
+    // SAFETY: `info` is valid for the write; the name that it then holds is the loader's own, and stays while the library does, which the
+    // caller runs in.
+    unsafe {
+        if libc::dladdr(address as *const libc::c_void, info.as_mut_ptr()) != 0 {
+            let name = info.assume_init().dli_fname;
+            if !name.is_null() {
+                libc::dlopen(name, libc::RTLD_NOLOAD | libc::RTLD_NOW | libc::RTLD_NODELETE);
+            }
+        }
     }
 }
 
@@ -130,10 +129,7 @@ mod tests {
         assert_eq!(version_of("6.18.44-fc-v782"), Some((6, 18)));
         assert_eq!(version_of("7.0-rc1"), Some((7, 0)));
         assert_eq!(version_of("strange"), None);
-        assert_eq!(
-            chosen("always [madvise] never\n").as_deref(),
-            Some("madvise")
-        );
+        assert_eq!(chosen("always [madvise] never\n").as_deref(), Some("madvise"));
         assert_eq!(chosen("nothing"), None);
     }
 
@@ -147,10 +143,7 @@ mod tests {
         let kib: u64 = meminfo.split_whitespace().nth(1).unwrap().parse().unwrap();
         assert_eq!(total_memory(), kib * 1024);
         let status = read_to_string("/proc/thread-self/status").unwrap();
-        let effective = status
-            .lines()
-            .find_map(|l| l.strip_prefix("CapEff:"))
-            .unwrap();
+        let effective = status.lines().find_map(|l| l.strip_prefix("CapEff:")).unwrap();
         let effective = u64::from_str_radix(effective.trim(), 16).unwrap();
         assert_eq!(has_cap_sys_ptrace(), effective & 1 << 19 != 0);
         assert!(max_map_count().unwrap() > 1000);
@@ -179,11 +172,7 @@ mod tests {
             let before = PREPARED.load(Ordering::Relaxed);
             let pid = libc::fork();
             if pid == 0 {
-                libc::_exit(if CHILD.load(Ordering::Relaxed) == 1 {
-                    7
-                } else {
-                    1
-                });
+                libc::_exit(if CHILD.load(Ordering::Relaxed) == 1 { 7 } else { 1 });
             }
             let mut status = 0;
             assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
@@ -191,22 +180,6 @@ mod tests {
             assert!(PREPARED.load(Ordering::Relaxed) > before);
             assert_eq!(CHILD.load(Ordering::Relaxed), 0);
             assert!(PARENT.load(Ordering::Relaxed) > 0);
-        }
-    }
-}
-
-/// Keeps the library that holds the code at `address` in the process for good, as threads and handlers run in it (dlopen(3), `RTLD_NODELETE`). Does
-/// nothing for the program itself.
-pub fn pin_library(address: usize) {
-    let mut info = core::mem::MaybeUninit::<libc::Dl_info>::uninit();
-    // SAFETY: `info` is valid for the write; the name that it then holds is the loader's own, and stays while the library does, which the
-    // caller runs in.
-    unsafe {
-        if libc::dladdr(address as *const libc::c_void, info.as_mut_ptr()) != 0 {
-            let name = info.assume_init().dli_fname;
-            if !name.is_null() {
-                libc::dlopen(name, libc::RTLD_NOLOAD | libc::RTLD_NOW | libc::RTLD_NODELETE);
-            }
         }
     }
 }

@@ -3,55 +3,36 @@
 use crate::syscall::{abi, call};
 use core::mem::MaybeUninit;
 
-/// Fills `heads` with the address of every thread's robust list head (get_robust_list(2)); threads without one are left out.
+/// Calls `f` with the address of every thread's robust list head (get_robust_list(2)); threads without one are left out.
 ///
-/// A C library registers one for each thread it makes, in that thread's control block. Returns how many there are, which may be more than
-/// there was room for; `usize::MAX` if the threads cannot be listed.
-pub fn robust_list_heads(heads: &mut [usize]) -> usize {
+/// A C library registers one for each thread it makes, in that thread's control block. Returns false if the threads cannot be listed.
+pub fn for_each_robust_list_head(mut f: impl FnMut(usize)) -> bool {
     let path = c"/proc/self/task";
     let flags = abi::O_RDONLY | abi::O_DIRECTORY | abi::O_CLOEXEC;
     // SAFETY: a path that ends with a zero, and flags.
-    let opened = unsafe {
-        call(
-            abi::__NR_openat,
-            [
-                abi::AT_FDCWD as usize,
-                path.as_ptr() as usize,
-                flags as usize,
-                0,
-            ],
-        )
-    };
-    let Ok(fd) = opened else { return usize::MAX };
-    let mut count = 0;
+    let opened = unsafe { call(abi::__NR_openat, [abi::AT_FDCWD as usize, path.as_ptr() as usize, flags as usize, 0]) };
+    let Ok(fd) = opened else { return false };
+    let mut listed = true;
     let mut buffer = [0u64; 256];
     loop {
         // SAFETY: the buffer is valid for writes of its length and aligned for linux_dirent64.
-        let read = unsafe {
-            call(
-                abi::__NR_getdents64,
-                [fd, buffer.as_mut_ptr() as usize, size_of_val(&buffer)],
-            )
-        };
+        let read = unsafe { call(abi::__NR_getdents64, [fd, buffer.as_mut_ptr() as usize, size_of_val(&buffer)]) };
         match read {
             Ok(0) => break,
             Ok(len) => each_entry(&buffer, len, |tid| {
                 if let Some(head) = robust_list_head(tid) {
-                    if let Some(slot) = heads.get_mut(count) {
-                        *slot = head;
-                    }
-                    count += 1;
+                    f(head);
                 }
             }),
             Err(_) => {
-                count = usize::MAX;
+                listed = false;
                 break;
             }
         }
     }
     // SAFETY: opened above.
     let _ = unsafe { call(abi::__NR_close, [fd]) };
-    count
+    listed
 }
 
 /// Calls `f` for every entry of a directory listing (getdents64(2)) whose name is a number.
@@ -85,13 +66,7 @@ fn robust_list_head(tid: usize) -> Option<usize> {
     let mut head = MaybeUninit::<usize>::uninit();
     let mut len = MaybeUninit::<usize>::uninit();
     // SAFETY: both are valid for the writes of get_robust_list(2).
-    unsafe {
-        call(
-            abi::__NR_get_robust_list,
-            [tid, head.as_mut_ptr() as usize, len.as_mut_ptr() as usize],
-        )
-    }
-    .ok()?;
+    unsafe { call(abi::__NR_get_robust_list, [tid, head.as_mut_ptr() as usize, len.as_mut_ptr() as usize]) }.ok()?;
     // SAFETY: the call has succeeded and written it.
     Some(unsafe { head.assume_init() }).filter(|&head| head != 0)
 }
@@ -123,15 +98,14 @@ mod tests {
                 })
             })
             .collect();
-        let mut heads = [0; 256];
         for _ in 0..3 {
             let (tid, block) = begun.recv().unwrap();
-            let count = robust_list_heads(&mut heads);
+            let mut heads = vec![];
+            assert!(for_each_robust_list_head(|head| heads.push(head)));
             let head = robust_list_head(tid as usize).unwrap();
-            assert!(heads[..count].contains(&head));
+            assert!(heads.contains(&head));
             assert!((block..block + 4096).contains(&head), "{head:#x} {block:#x}");
         }
-        assert!(robust_list_heads(&mut []) >= 3, "the count does not depend on the room");
         drop(ends);
         threads.into_iter().for_each(|thread| thread.join().unwrap());
     }

@@ -68,21 +68,9 @@ unsafe impl Sync for Thread {}
 /// # Safety
 /// `f` must be sound to call with `arg` on another thread, must return (neither unwind nor end the thread otherwise), and what it
 /// uses must live until then.
-pub unsafe fn spawn(
-    name: &CStr,
-    stack_len: usize,
-    f: unsafe extern "C" fn(*mut ()),
-    arg: *mut (),
-) -> Result<Thread, Errno> {
+pub unsafe fn spawn(name: &CStr, stack_len: usize, f: unsafe extern "C" fn(*mut ()), arg: *mut ()) -> Result<Thread, Errno> {
     let len = Thread::memory_len(stack_len).ok_or(Errno::INVAL)?;
-    let memory = map(&Reserve {
-        hint: 0,
-        len,
-        align: PAGE,
-        name,
-        prot: Prot::ReadWrite,
-        exact: false,
-    })?;
+    let memory = map(&Reserve { hint: 0, len, align: PAGE, name, prot: Prot::ReadWrite, exact: false })?;
     // SAFETY: the same promise.
     unsafe { spawn_in(memory, name, f, arg) }
 }
@@ -94,22 +82,10 @@ pub unsafe fn spawn(
 ///
 /// # Safety
 /// As [`spawn`]; nothing else may use the memory.
-pub unsafe fn spawn_in(
-    memory: Mapping,
-    name: &CStr,
-    f: unsafe extern "C" fn(*mut ()),
-    arg: *mut (),
-) -> Result<Thread, Errno> {
+pub unsafe fn spawn_in(memory: Mapping, name: &CStr, f: unsafe extern "C" fn(*mut ()), arg: *mut ()) -> Result<Thread, Errno> {
     let len = memory.len();
-    let stack_len = len
-        .checked_sub(BELOW)
-        .filter(|&l| l >= SMALLEST)
-        .ok_or(Errno::INVAL)?;
-    let (control, alternate, stack) = (
-        memory.start(),
-        memory.start() + 2 * PAGE,
-        memory.start() + BELOW,
-    );
+    let stack_len = len.checked_sub(BELOW).filter(|&l| l >= SMALLEST).ok_or(Errno::INVAL)?;
+    let (control, alternate, stack) = (memory.start(), memory.start() + 2 * PAGE, memory.start() + BELOW);
     // SAFETY: our own memory, which nobody uses yet.
     unsafe {
         mprotect(control + PAGE, PAGE, Prot::None)?;
@@ -123,33 +99,17 @@ pub unsafe fn spawn_in(
     }
     let start = control as *mut Start;
     // SAFETY: the control page is ours, writable, aligned and large enough.
-    unsafe {
-        start.write(Start {
-            function: f,
-            arg,
-            name: short,
-            alternate,
-            tid: AtomicU32::new(0),
-        })
-    };
+    unsafe { start.write(Start { function: f, arg, name: short, alternate, tid: AtomicU32::new(0) }) };
     let pthread = create(stack, stack_len, start)?;
     // SAFETY: written above; the new thread changes only the atomic.
     let tid = wait_for(unsafe { &(*start).tid });
-    Ok(Thread {
-        pthread,
-        tid,
-        memory: ManuallyDrop::new(memory),
-    })
+    Ok(Thread { pthread, tid, memory: ManuallyDrop::new(memory) })
 }
 
 /// pthread_create(3) with all but fault signals blocked from the new thread's start.
 fn create(stack: usize, stack_len: usize, start: *mut Start) -> Result<libc::pthread_t, Errno> {
     let result = |code: i32| {
-        if code == 0 {
-            Ok(())
-        } else {
-            Err(Errno::from_raw_os_error(code))
-        }
+        if code == 0 { Ok(()) } else { Err(Errno::from_raw_os_error(code)) }
     };
     let mut attributes = MaybeUninit::uninit();
     let mut pthread = MaybeUninit::uninit();
@@ -157,15 +117,9 @@ fn create(stack: usize, stack_len: usize, start: *mut Start) -> Result<libc::pth
     // `start` lives as long.
     unsafe {
         result(libc::pthread_attr_init(attributes.as_mut_ptr()))?;
-        let created = result(libc::pthread_attr_setstack(
-            attributes.as_mut_ptr(),
-            stack as *mut c_void,
-            stack_len,
-        ))
-        .and_then(|()| {
+        let created = result(libc::pthread_attr_setstack(attributes.as_mut_ptr(), stack as *mut c_void, stack_len)).and_then(|()| {
             let before = block_most();
-            let code =
-                libc::pthread_create(pthread.as_mut_ptr(), attributes.as_ptr(), run, start.cast());
+            let code = libc::pthread_create(pthread.as_mut_ptr(), attributes.as_ptr(), run, start.cast());
             set_mask(before);
             result(code)
         });
@@ -180,27 +134,10 @@ extern "C" fn run(start: *mut c_void) -> *mut c_void {
     let start = unsafe { &*start.cast::<Start>() };
     set_alternate_stack(Some(start.alternate));
     // SAFETY: the name ends in a zero.
-    let _ = unsafe {
-        call(
-            abi::__NR_prctl,
-            [
-                linux_raw_sys::prctl::PR_SET_NAME as usize,
-                start.name.as_ptr() as usize,
-            ],
-        )
-    };
+    let _ = unsafe { call(abi::__NR_prctl, [linux_raw_sys::prctl::PR_SET_NAME as usize, start.name.as_ptr() as usize]) };
     start.tid.store(gettid(), Ordering::Release);
     // SAFETY: a wake-up; the word is the parent's to wait on.
-    let _ = unsafe {
-        call(
-            abi::__NR_futex,
-            [
-                start.tid.as_ptr() as usize,
-                abi::FUTEX_WAKE as usize | PRIVATE,
-                1,
-            ],
-        )
-    };
+    let _ = unsafe { call(abi::__NR_futex, [start.tid.as_ptr() as usize, abi::FUTEX_WAKE as usize | PRIVATE, 1]) };
     // SAFETY: the promise made to `spawn`.
     unsafe { (start.function)(start.arg) };
     set_alternate_stack(None);
@@ -216,17 +153,7 @@ fn wait_for(tid: &AtomicU32) -> u32 {
             return now;
         }
         // SAFETY: waits while the word is 0; no time limit.
-        let _ = unsafe {
-            call(
-                abi::__NR_futex,
-                [
-                    tid.as_ptr() as usize,
-                    abi::FUTEX_WAIT as usize | PRIVATE,
-                    0,
-                    0,
-                ],
-            )
-        };
+        let _ = unsafe { call(abi::__NR_futex, [tid.as_ptr() as usize, abi::FUTEX_WAIT as usize | PRIVATE, 0, 0]) };
     }
 }
 
@@ -245,10 +172,7 @@ impl Thread {
     /// Bytes of memory that a thread with a stack of `stack_len` takes (rounded up to pages, and to 64 KiB at least); `None` if
     /// that is no number.
     pub fn memory_len(stack_len: usize) -> Option<usize> {
-        stack_len
-            .max(SMALLEST)
-            .checked_next_multiple_of(PAGE)?
-            .checked_add(BELOW)
+        stack_len.max(SMALLEST).checked_next_multiple_of(PAGE)?.checked_add(BELOW)
     }
 
     /// The kernel's number of the thread.
@@ -318,29 +242,15 @@ pub fn set_affinity(cores: &[usize]) -> Result<(), Errno> {
         *mask.get_mut(core / 64).ok_or(Errno::INVAL)? |= 1 << (core % 64);
     }
     // SAFETY: the mask is read.
-    unsafe {
-        call(
-            abi::__NR_sched_setaffinity,
-            [0, size_of_val(&mask), mask.as_ptr() as usize],
-        )
-    }
-    .map(|_| ())
+    unsafe { call(abi::__NR_sched_setaffinity, [0, size_of_val(&mask), mask.as_ptr() as usize]) }.map(|_| ())
 }
 
 /// How many cores the calling thread may run on (sched_getaffinity(2)); 1 at least. *Fault path.*
 pub fn num_cores() -> usize {
     let mut mask: CoreMask = [0; _];
     // SAFETY: the mask is written, up to its size.
-    let _ = unsafe {
-        call(
-            abi::__NR_sched_getaffinity,
-            [0, size_of_val(&mask), mask.as_mut_ptr() as usize],
-        )
-    };
-    mask.iter()
-        .map(|word| word.count_ones() as usize)
-        .sum::<usize>()
-        .max(1)
+    let _ = unsafe { call(abi::__NR_sched_getaffinity, [0, size_of_val(&mask), mask.as_mut_ptr() as usize]) };
+    mask.iter().map(|word| word.count_ones() as usize).sum::<usize>().max(1)
 }
 
 const CLOSE_RANGE_UNSHARE: usize = 2; // close_range(2), not in the generated bindings
@@ -362,9 +272,7 @@ pub fn unshare_files() -> Result<(), Errno> {
         }
         call(abi::__NR_unshare, [abi::CLONE_FILES as usize])?;
         if call(abi::__NR_close_range, [first, last, 0]).is_err() {
-            let most = rustix::process::getrlimit(rustix::process::Resource::Nofile)
-                .current
-                .unwrap_or(1 << 20);
+            let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1 << 20);
             for fd in first..most as usize {
                 let _ = call(abi::__NR_close, [fd]);
             }

@@ -24,20 +24,12 @@ fn run_here<'a, F: FnMut() + Send>(name: &CStr, f: &'a mut F) -> Here<'a> {
         unsafe { (*f.cast::<F>())() }
     }
     // SAFETY: as above.
-    Here(
-        unsafe { spawn(name, 256 << 10, call_it::<F>, (f as *mut F).cast()) }.unwrap(),
-        PhantomData,
-    )
+    Here(unsafe { spawn(name, 256 << 10, call_it::<F>, (f as *mut F).cast()) }.unwrap(), PhantomData)
 }
 
 fn status(tid: u32, field: &str) -> String {
     let text = read_to_string(format!("/proc/self/task/{tid}/status")).unwrap();
-    text.lines()
-        .find_map(|l| l.strip_prefix(field))
-        .unwrap()
-        .trim_start_matches(':')
-        .trim()
-        .to_owned()
+    text.lines().find_map(|l| l.strip_prefix(field)).unwrap().trim_start_matches(':').trim().to_owned()
 }
 
 #[test]
@@ -48,31 +40,21 @@ fn is_set_up_as_promised() {
         let here = 0u8;
         local = &raw const here as usize;
         tid = gettid();
-        let mut stack = libc::stack_t {
-            ss_sp: core::ptr::null_mut(),
-            ss_flags: -1,
-            ss_size: 0,
-        };
+        let mut stack = libc::stack_t { ss_sp: core::ptr::null_mut(), ss_flags: -1, ss_size: 0 };
         // SAFETY: only asks.
         unsafe { libc::sigaltstack(core::ptr::null(), &mut stack) };
         alternate = (stack.ss_sp as usize, stack.ss_flags, stack.ss_size);
         (name, mask) = (status(tid, "Name"), status(tid, "SigBlk"));
     };
     let thread = run_here(c"uhmm-test-thread-long", &mut body);
-    let (known, memory) = (
-        thread.0.tid(),
-        thread.0.memory.start()..thread.0.memory.end(),
-    );
+    let (known, memory) = (thread.0.tid(), thread.0.memory.start()..thread.0.memory.end());
     thread.join();
     assert_eq!(tid, known);
     assert!(memory.contains(&local));
     assert_eq!(alternate, (memory.start + 2 * PAGE, 0, ALTERNATE));
     assert_eq!(name, "uhmm-test-threa");
     // Open: ILL 4, TRAP 5, ABRT 6, BUS 7, FPE 8, SEGV 11, and KILL 9, STOP 19, which cannot be blocked; 32 and 33 for glibc.
-    let open: u64 = [4, 5, 6, 7, 8, 11, 9, 19, 32, 33]
-        .iter()
-        .map(|n| 1u64 << (n - 1))
-        .sum();
+    let open: u64 = [4, 5, 6, 7, 8, 11, 9, 19, 32, 33].iter().map(|n| 1u64 << (n - 1)).sum();
     assert_eq!(u64::from_str_radix(&mask, 16).unwrap(), !open);
 }
 
@@ -88,35 +70,18 @@ fn nothing_is_left_after_join() {
     let mappings = || read_to_string("/proc/self/maps").unwrap().lines().count();
     let before = mappings();
     let mut bodies = [(); 20].map(|()| || ());
-    let threads: Vec<_> = bodies
-        .iter_mut()
-        .map(|body| run_here(c"uhmm-test-left", body))
-        .collect();
-    assert!(
-        mappings() >= before + 60,
-        "three accessible parts each, and the guards between them"
-    );
+    let threads: Vec<_> = bodies.iter_mut().map(|body| run_here(c"uhmm-test-left", body)).collect();
+    assert!(mappings() >= before + 60, "three accessible parts each, and the guards between them");
     threads.into_iter().for_each(Here::join);
     // The tests beside this one have mappings too.
-    assert!(
-        mappings() < before + 30,
-        "{} mappings, {before} before",
-        mappings()
-    );
+    assert!(mappings() < before + 30, "{} mappings, {before} before", mappings());
 }
 
 #[test]
 fn runs_in_memory_that_is_given() {
     let hint = 0x2000_0000_0000;
     let len = Thread::memory_len(128 << 10).unwrap();
-    let reserve = Reserve {
-        hint,
-        len,
-        align: PAGE,
-        name: c"uhmm-test-given",
-        prot: Prot::ReadWrite,
-        exact: true,
-    };
+    let reserve = Reserve { hint, len, align: PAGE, name: c"uhmm-test-given", prot: Prot::ReadWrite, exact: true };
     let mut ran = false;
     let mut body = || ran = true;
     unsafe extern "C" fn call_it<F: FnMut()>(f: *mut ()) {
@@ -127,15 +92,7 @@ fn runs_in_memory_that_is_given() {
     }
     fn run<F: FnMut()>(memory: Mapping, f: &mut F) -> Thread {
         // SAFETY: as above.
-        unsafe {
-            spawn_in(
-                memory,
-                c"uhmm-test-given",
-                call_it::<F>,
-                (f as *mut F).cast(),
-            )
-        }
-        .unwrap()
+        unsafe { spawn_in(memory, c"uhmm-test-given", call_it::<F>, (f as *mut F).cast()) }.unwrap()
     }
     run(map(&reserve).unwrap(), &mut body).join();
     assert!(ran);
@@ -150,10 +107,7 @@ fn guards_lie_below_both_stacks() {
     let start = thread.0.memory.start();
     for guard in [start + PAGE, start + 2 * PAGE + ALTERNATE] {
         let vma = maps.covering(guard).unwrap().unwrap();
-        assert_eq!(
-            (vma.start, vma.end, vma.read, vma.write),
-            (guard, guard + PAGE, false, false)
-        );
+        assert_eq!((vma.start, vma.end, vma.read, vma.write), (guard, guard + PAGE, false, false));
     }
     thread.join();
 }
@@ -162,9 +116,7 @@ fn guards_lie_below_both_stacks() {
 fn too_small_a_stack_is_enlarged() {
     unsafe extern "C" fn nothing(_: *mut ()) {}
     // SAFETY: a function that does nothing.
-    unsafe { spawn(c"uhmm-test-small", 1, nothing, core::ptr::null_mut()) }
-        .unwrap()
-        .join();
+    unsafe { spawn(c"uhmm-test-small", 1, nothing, core::ptr::null_mut()) }.unwrap().join();
 }
 
 #[test]
@@ -187,10 +139,7 @@ fn fork_beside_a_thread_works() {
     end.wait();
     thread.join();
     let well = |status: i32| libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 7;
-    assert!(
-        statuses.into_iter().all(well),
-        "children died: {statuses:x?}"
-    );
+    assert!(statuses.into_iter().all(well), "children died: {statuses:x?}");
 }
 
 #[test]
@@ -219,15 +168,8 @@ fn own_descriptors_survive_what_the_program_closes() {
     step.wait();
     thread.join();
     assert_eq!(link.unwrap().to_str(), Some("anon_inode:[eventfd]"));
-    assert_eq!(
-        (results.0, results.1, results.2),
-        (Ok(()), Err(Errno::BADF), Ok(()))
-    );
-    assert!(
-        results.3 <= 5,
-        "{} descriptors: 0, 1, 2, ours and the directory's",
-        results.3
-    );
+    assert_eq!((results.0, results.1, results.2), (Ok(()), Err(Errno::BADF), Ok(())));
+    assert!(results.3 <= 5, "{} descriptors: 0, 1, 2, ours and the directory's", results.3);
     assert_eq!(outside.signal(), Ok(()));
 }
 

@@ -79,18 +79,12 @@ impl std::error::Error for Partial {}
 
 /// The kernel's count field: bytes done, or a negative error number, or untouched (0) where it stopped before it looked.
 fn partial(result: Result<usize, Errno>, count: i64) -> Result<(), Partial> {
-    result.map(|_| ()).map_err(|errno| Partial {
-        done: count.max(0) as usize,
-        errno,
-    })
+    result.map(|_| ()).map_err(|errno| Partial { done: count.max(0) as usize, errno })
 }
 
 /// The one unsigned word that the ioctls want.
 fn range(start: usize, len: usize) -> abi::uffdio_range {
-    abi::uffdio_range {
-        start: start as u64,
-        len: len as u64,
-    }
+    abi::uffdio_range { start: start as u64, len: len as u64 }
 }
 
 /// A userfaultfd of this process; non-blocking, closed on exec.
@@ -119,11 +113,7 @@ impl Userfaultfd {
     /// the mode needs a feature; `EPERM`: a shared mapping of a file that the process may not write; `ENOMEM`: too many mappings
     /// (each registered range splits its mapping).
     pub fn register(&self, start: usize, len: usize, mode: RegisterMode) -> Result<(), Errno> {
-        let mut arg = abi::uffdio_register {
-            range: range(start, len),
-            mode: mode.bits(),
-            ioctls: 0,
-        };
+        let mut arg = abi::uffdio_register { range: range(start, len), mode: mode.bits(), ioctls: 0 };
         // SAFETY: registering changes no byte of memory; the kernel checks the range.
         unsafe { ioctl(self.as_fd(), REGISTER, &mut arg) }.map(|_| ())
     }
@@ -148,20 +138,8 @@ impl Userfaultfd {
     ///
     /// # Safety
     /// The program must expect the bytes of `src` at `dst`; the kernel reads `src` while other threads may write it.
-    pub unsafe fn copy(
-        &self,
-        dst: usize,
-        src: usize,
-        len: usize,
-        mode: CopyMode,
-    ) -> Result<(), Partial> {
-        let mut arg = abi::uffdio_copy {
-            dst: dst as u64,
-            src: src as u64,
-            len: len as u64,
-            mode: mode.bits(),
-            copy: 0,
-        };
+    pub unsafe fn copy(&self, dst: usize, src: usize, len: usize, mode: CopyMode) -> Result<(), Partial> {
+        let mut arg = abi::uffdio_copy { dst: dst as u64, src: src as u64, len: len as u64, mode: mode.bits(), copy: 0 };
         // SAFETY: the kernel checks both ranges; the caller vouches for the contents.
         let result = unsafe { ioctl(self.as_fd(), COPY, &mut arg) };
         partial(result, arg.copy)
@@ -179,20 +157,8 @@ impl Userfaultfd {
     ///
     /// # Safety
     /// Nobody may rely on the bytes at `src` from now on.
-    pub unsafe fn move_pages(
-        &self,
-        dst: usize,
-        src: usize,
-        len: usize,
-        mode: MoveMode,
-    ) -> Result<(), Partial> {
-        let mut arg = abi::uffdio_move {
-            dst: dst as u64,
-            src: src as u64,
-            len: len as u64,
-            mode: mode.bits(),
-            move_: 0,
-        };
+    pub unsafe fn move_pages(&self, dst: usize, src: usize, len: usize, mode: MoveMode) -> Result<(), Partial> {
+        let mut arg = abi::uffdio_move { dst: dst as u64, src: src as u64, len: len as u64, mode: mode.bits(), move_: 0 };
         // SAFETY: the kernel checks both ranges; the caller gives the source up.
         let result = unsafe { ioctl(self.as_fd(), MOVE, &mut arg) };
         partial(result, arg.move_)
@@ -203,11 +169,7 @@ impl Userfaultfd {
     /// # Errors
     /// In [`Partial`], as [`copy`](Self::copy).
     pub fn zeropage(&self, start: usize, len: usize) -> Result<(), Partial> {
-        let mut arg = abi::uffdio_zeropage {
-            range: range(start, len),
-            mode: 0,
-            zeropage: 0,
-        };
+        let mut arg = abi::uffdio_zeropage { range: range(start, len), mode: 0, zeropage: 0 };
         // SAFETY: only pages that are missing appear, as zeros, which is what a missing page of such a mapping holds.
         let result = unsafe { ioctl(self.as_fd(), ZEROPAGE, &mut arg) };
         partial(result, arg.zeropage)
@@ -221,17 +183,9 @@ impl Userfaultfd {
     /// # Safety
     /// Somebody must answer the faults of a protected range, and system calls that write there must be expected to fail where the
     /// descriptor handles no kernel faults. Lifting the protection lets writes through that its owner will not see.
-    pub unsafe fn write_protect(
-        &self,
-        start: usize,
-        len: usize,
-        protect: bool,
-    ) -> Result<(), Errno> {
+    pub unsafe fn write_protect(&self, start: usize, len: usize, protect: bool) -> Result<(), Errno> {
         let mode = u64::from(protect); // UFFDIO_WRITEPROTECT_MODE_WP, not in the generated bindings
-        let mut arg = abi::uffdio_writeprotect {
-            range: range(start, len),
-            mode,
-        };
+        let mut arg = abi::uffdio_writeprotect { range: range(start, len), mode };
         // SAFETY: the kernel checks the range; the caller vouches for the effect.
         unsafe { ioctl(self.as_fd(), WRITEPROTECT, &mut arg) }.map(|_| ())
     }
@@ -241,11 +195,7 @@ impl Userfaultfd {
     /// # Errors
     /// In [`Partial`], as [`copy`](Self::copy).
     pub fn poison(&self, start: usize, len: usize) -> Result<(), Partial> {
-        let mut arg = abi::uffdio_poison {
-            range: range(start, len),
-            mode: 0,
-            updated: 0,
-        };
+        let mut arg = abi::uffdio_poison { range: range(start, len), mode: 0, updated: 0 };
         // SAFETY: only pages that are missing change; what was there cannot be read through this process any more anyway.
         let result = unsafe { ioctl(self.as_fd(), POISON, &mut arg) };
         partial(result, arg.updated)
@@ -267,13 +217,7 @@ impl Userfaultfd {
     pub fn event_pending(&self) -> bool {
         // An empty move is never carried out, but the kernel looks for pending events before it looks at the length: EAGAIN against
         // EINVAL.
-        let mut arg = abi::uffdio_move {
-            dst: 0,
-            src: 0,
-            len: 0,
-            mode: 0,
-            move_: 0,
-        };
+        let mut arg = abi::uffdio_move { dst: 0, src: 0, len: 0, mode: 0, move_: 0 };
         // SAFETY: a move of no bytes.
         let answer = unsafe { ioctl(self.as_fd(), MOVE, &mut arg) };
         answer == Err(Errno::AGAIN)
@@ -287,12 +231,7 @@ impl Userfaultfd {
         buffer.clear();
         let (at, len) = buffer.space();
         // SAFETY: the buffer is valid for writes of `len` bytes.
-        match unsafe {
-            call(
-                abi::__NR_read,
-                [self.as_raw_fd() as usize, at as usize, len],
-            )
-        } {
+        match unsafe { call(abi::__NR_read, [self.as_raw_fd() as usize, at as usize, len]) } {
             Ok(bytes) => Ok(buffer.set_bytes(bytes)),
             Err(Errno::AGAIN) => Ok(0),
             Err(e) => Err(e),
@@ -330,19 +269,7 @@ mod tests {
     #[test]
     fn counts_become_progress() {
         assert_eq!(partial(Ok(0), 4096), Ok(()));
-        assert_eq!(
-            partial(Err(Errno::AGAIN), 4096),
-            Err(Partial {
-                done: 4096,
-                errno: Errno::AGAIN
-            })
-        );
-        assert_eq!(
-            partial(Err(Errno::EXIST), -17),
-            Err(Partial {
-                done: 0,
-                errno: Errno::EXIST
-            })
-        );
+        assert_eq!(partial(Err(Errno::AGAIN), 4096), Err(Partial { done: 4096, errno: Errno::AGAIN }));
+        assert_eq!(partial(Err(Errno::EXIST), -17), Err(Partial { done: 0, errno: Errno::EXIST }));
     }
 }

@@ -23,33 +23,17 @@ pub fn poll(fds: &[BorrowedFd<'_>], timeout_ms: Option<u32>) -> Result<u32, Errn
     if fds.len() > MAX_POLL {
         return Err(Errno::INVAL);
     }
-    let mut polled = [abi::pollfd {
-        fd: -1,
-        events: 0,
-        revents: 0,
-    }; MAX_POLL];
+    let mut polled = [abi::pollfd { fd: -1, events: 0, revents: 0 }; MAX_POLL];
     for (slot, fd) in polled.iter_mut().zip(fds) {
-        *slot = abi::pollfd {
-            fd: fd.as_raw_fd(),
-            events: abi::POLLIN as i16,
-            revents: 0,
-        };
+        *slot = abi::pollfd { fd: fd.as_raw_fd(), events: abi::POLLIN as i16, revents: 0 };
     }
     let mut time = timeout_ms.map(|ms| {
         let d = Duration::from_millis(ms.into());
-        abi::__kernel_timespec {
-            tv_sec: d.as_secs() as i64,
-            tv_nsec: d.subsec_nanos().into(),
-        }
+        abi::__kernel_timespec { tv_sec: d.as_secs() as i64, tv_nsec: d.subsec_nanos().into() }
     });
     let time_at = time.as_mut().map_or(0, |t| t as *mut _ as usize);
     // SAFETY: the array is valid for the `fds.len()` entries named, the time is a timespec or null.
-    let result = unsafe {
-        call(
-            abi::__NR_ppoll,
-            [polled.as_mut_ptr() as usize, fds.len(), time_at, 0, 0],
-        )
-    };
+    let result = unsafe { call(abi::__NR_ppoll, [polled.as_mut_ptr() as usize, fds.len(), time_at, 0, 0]) };
     match result {
         Ok(0) | Err(Errno::INTR) => return Ok(0),
         Ok(_) => {}
@@ -85,12 +69,7 @@ impl EventFd {
     pub fn signal(&self) -> Result<(), Errno> {
         let one = 1u64;
         // SAFETY: eight bytes are read from `one`.
-        match unsafe {
-            call(
-                abi::__NR_write,
-                [self.0.as_raw_fd() as usize, &raw const one as usize, 8],
-            )
-        } {
+        match unsafe { call(abi::__NR_write, [self.0.as_raw_fd() as usize, &raw const one as usize, 8]) } {
             Ok(_) | Err(Errno::AGAIN) => Ok(()),
             Err(e) => Err(e),
         }
@@ -103,12 +82,7 @@ impl EventFd {
     pub fn drain(&self) -> Result<u64, Errno> {
         let mut count = 0u64;
         // SAFETY: eight bytes are written to `count`.
-        match unsafe {
-            call(
-                abi::__NR_read,
-                [self.0.as_raw_fd() as usize, &raw mut count as usize, 8],
-            )
-        } {
+        match unsafe { call(abi::__NR_read, [self.0.as_raw_fd() as usize, &raw mut count as usize, 8]) } {
             Ok(_) => Ok(count),
             Err(Errno::AGAIN) => Ok(0),
             Err(e) => Err(e),

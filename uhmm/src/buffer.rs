@@ -4,8 +4,8 @@
 use bytemuck::Pod;
 use core::any::{TypeId, type_name};
 use core::marker::PhantomData;
-use uhmm_core::driver::{Dma, DmaKind, Frame};
 use uhmm_core::args::{Access, Arg, RawArg};
+use uhmm_core::driver::{Dma, DmaKind, Frame};
 use uhmm_core::{DeviceRef, Error};
 
 /// `len` elements in device memory. Freed when dropped.

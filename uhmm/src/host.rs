@@ -3,8 +3,8 @@
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
-use uhmm_core::driver::KernelFault;
 use uhmm_core::args::{Args, RawArg};
+use uhmm_core::driver::KernelFault;
 use uhmm_core::kernel::{Bound, Ctx, Entry, Grid, Kernel, LOCAL_BYTES};
 use uhmm_core::{Error, kernel};
 
@@ -31,6 +31,7 @@ impl Host {
         if let Some(index) = args.raw().iter().position(|arg| matches!(arg, RawArg::Slice { device: Some(_), .. })) {
             return Err(Error::OtherDevice { index });
         }
+        uhmm_core::check::overlap(args.raw())?;
         let bound = Bound::new(args.raw(), grid, 0);
         let entry = Entry::new(kernel);
         let next = AtomicUsize::new(0);
@@ -47,8 +48,7 @@ impl Host {
                         if group >= groups {
                             return;
                         }
-                        // SAFETY: safe arguments are borrowed for the run, written ones exclusively (and disjointly, for safe code cannot
-                        // borrow overlapping ones); group numbers are handed out once; the scratch memory is this thread's.
+                        // SAFETY: safe arguments are borrowed for the run, written ones exclusively, and were found not to overlap; group numbers are handed out once; the scratch memory is this thread's.
                         let ctx = unsafe { Ctx::new(&bound, group, aligned, LOCAL_BYTES) };
                         // SAFETY: the kernel is borrowed for the run.
                         if let Err(message) = unsafe { entry.call(&ctx) } {

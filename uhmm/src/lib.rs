@@ -34,9 +34,9 @@ pub use buffer::Buffer;
 pub use host::Host;
 pub use uhmm_core::Error;
 pub use uhmm_core::args;
+pub use uhmm_core::args::{Access, Arg, Args, IntoArg, MAX_ARGS, inout, inp, out, ptr, val};
 pub use uhmm_core::counters::Stats;
 pub use uhmm_core::driver::{DeviceInfo, KernelFault};
-pub use uhmm_core::args::{Access, Arg, Args, IntoArg, MAX_ARGS, inout, inp, out, ptr, val};
 pub use uhmm_core::kernel::{Ctx, Grid, Kernel, LOCAL_BYTES, Out};
 
 use bytemuck::Pod;

@@ -14,30 +14,16 @@ const LIBRARY_THREADS: usize = 4;
 
 /// Measures the rows of this group.
 pub(super) fn run(args: &options::Bench, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
-    let threads = std::thread::available_parallelism()?
-        .get()
-        .min(LIBRARY_THREADS);
+    let threads = std::thread::available_parallelism()?.get().min(LIBRARY_THREADS);
     for (name, size) in [("mul_mat_1024", 1024), ("mul_mat_2048", 2048)] {
-        let measure = Measure {
-            name,
-            unit: "GFLOP/s",
-            work: 2.0 * (size as f64).powi(3) / 1e9,
-            goal: 0.8,
-        };
+        let measure = Measure { name, unit: "GFLOP/s", work: 2.0 * (size as f64).powi(3) / 1e9, goal: 0.8 };
         let host = Host::new(threads);
         let (a, b) = (Matrix::random(size, size, 1), Matrix::random(size, size, 2));
         let rows = rows_per_group(size, threads);
         let mut r = vec![0f32; size * size];
         let ours = || {
             let start = Instant::now();
-            let args = args![
-                out(&mut r),
-                inp(a.as_slice()),
-                inp(b.as_slice()),
-                size as u32,
-                size as u32,
-                rows as u32
-            ];
+            let args = args![out(&mut r), inp(a.as_slice()), inp(b.as_slice()), size as u32, size as u32, rows as u32];
             host.run(&mul_mat, size.div_ceil(rows), args)?;
             Ok(start.elapsed())
         };

@@ -26,7 +26,10 @@ pub(super) fn run(args: &options::Bench, print: &mut impl FnMut(Row) -> Result<(
     for pages in [Pages::Huge, Pages::Small] {
         faults(&device, size, pages, args.pairs, print)?;
     }
-    lone_faults(&device, size, args.pairs, print)
+    for row in [("fault_4k", PAGE), ("fault_64k", 16 * PAGE)] {
+        lone_faults(&device, size, row, args.pairs, print)?;
+    }
+    Ok(())
 }
 
 fn named(pages: Pages, huge: &'static str, small: &'static str) -> &'static str {
@@ -34,41 +37,16 @@ fn named(pages: Pages, huge: &'static str, small: &'static str) -> &'static str 
 }
 
 /// All of a range to the device and home: `prefetch` and `evict`, then a launch of a kernel that does nothing.
-fn whole_ranges(
-    device: &Device,
-    size: usize,
-    pages: Pages,
-    pairs: u32,
-    print: &mut impl FnMut(Row) -> Result<()>,
-) -> Result<()> {
+fn whole_ranges(device: &Device, size: usize, pages: Pages, pairs: u32, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
     let mut floor = RoundTrip::prepare(size, pages, FLOOR_THREADS)?;
     let mut memory = Memory::new(size, pages)?;
-    let rate = |name| Measure {
-        name,
-        unit: "GB/s",
-        work: size as f64 / 1e9,
-        goal: 0.8,
-    };
-    let times = in_pairs(
-        pairs,
-        || round_trip(device, &mut memory),
-        || Ok(floor.run().map(|time| (time.to_device, time.home))?),
-    )?;
-    let to_device: Vec<_> = times
-        .iter()
-        .map(|(ours, floor)| (ours.0, floor.0))
-        .collect();
-    let home: Vec<_> = times
-        .iter()
-        .map(|(ours, floor)| (ours.1, floor.1))
-        .collect();
+    let rate = |name| Measure { name, unit: "GB/s", work: size as f64 / 1e9, goal: 0.8 };
+    let times = in_pairs(pairs, || round_trip(device, &mut memory), || Ok(floor.run().map(|time| (time.to_device, time.home))?))?;
+    let to_device: Vec<_> = times.iter().map(|(ours, floor)| (ours.0, floor.0)).collect();
+    let home: Vec<_> = times.iter().map(|(ours, floor)| (ours.1, floor.1)).collect();
     print(rate(named(pages, "migrate_to_device_2m", "migrate_to_device_4k")).row(&to_device))?;
     print(rate(named(pages, "migrate_home_2m", "migrate_home_4k")).row(&home))?;
-    let launched = in_pairs(
-        pairs,
-        || launch(device, &mut memory),
-        || Ok(floor.run()?.to_device),
-    )?;
+    let launched = in_pairs(pairs, || launch(device, &mut memory), || Ok(floor.run()?.to_device))?;
     print(rate(named(pages, "launch_2m", "launch_4k")).row(&launched))
 }
 
@@ -80,7 +58,7 @@ fn round_trip(device: &Device, memory: &mut Memory) -> Result<(Duration, Duratio
     let start = Instant::now();
     device.evict(memory.bytes())?;
     let home = start.elapsed();
-    memory.check(PAGE)?;
+    memory.check(PAGE, PAGE)?;
     Ok((to_device, home))
 }
 
@@ -91,63 +69,44 @@ fn launch(device: &Device, memory: &mut Memory) -> Result<Duration> {
     device.run(&nothing, 1, args![inout(memory.bytes_mut())])?;
     let taken = start.elapsed();
     device.evict(memory.bytes())?;
-    memory.check(PAGE)?;
+    memory.check(PAGE, PAGE)?;
     Ok(taken)
 }
 
 /// A range that is on the device, read by the CPU from its start to its end: one fault for each 2 MiB would do.
-fn faults(
-    device: &Device,
-    size: usize,
-    pages: Pages,
-    pairs: u32,
-    print: &mut impl FnMut(Row) -> Result<()>,
-) -> Result<()> {
+fn faults(device: &Device, size: usize, pages: Pages, pairs: u32, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
     let name = named(pages, "read_home_2m", "read_home_4k");
-    let measure = Measure {
-        name,
-        unit: "GB/s",
-        work: size as f64 / 1e9,
-        goal: 0.8,
-    };
+    let measure = Measure { name, unit: "GB/s", work: size as f64 / 1e9, goal: 0.8 };
     let mut floor = Fault::prepare(size, Server::Handler, Method::Move, BLOCK, pages)?;
     let mut memory = Memory::new(size, pages)?;
-    let ours = || touch(device, &mut memory, PAGE);
+    let ours = || touch(device, &mut memory, PAGE, PAGE);
     print(measure.row(&in_pairs(pairs, ours, || Ok(floor.run()?))?))
 }
 
-/// Touches that are far from each other, each of a page of 4 KiB that is on the device.
+/// Touches that are far from each other: one page of 4 KiB, or all of 64 KiB, in each 2 MiB that are on the device.
 fn lone_faults(
     device: &Device,
     size: usize,
+    (name, chunk): (&'static str, usize),
     pairs: u32,
     print: &mut impl FnMut(Row) -> Result<()>,
 ) -> Result<()> {
-    let mut floor = Fault::prepare(size, Server::Handler, Method::Copy, PAGE, Pages::Small)?;
+    let mut floor = Fault::prepare(size, Server::Handler, Method::Copy, chunk, Pages::Small)?;
     let faults = floor.faults() as f64;
     let mut memory = Memory::new(size, Pages::Small)?;
     let touches = (size / BLOCK) as f64;
-    let measure = Measure {
-        name: "fault_4k",
-        unit: "us",
-        work: touches / 1e6,
-        goal: 1.5,
-    };
+    let measure = Measure { name, unit: "us", work: touches / 1e6, goal: 1.5 };
     // The floor serves more faults than we make: its time is scaled to our number.
     let floor = || Ok(floor.run()?.mul_f64(touches / faults));
-    print(measure.row(&in_pairs(
-        pairs,
-        || touch(device, &mut memory, BLOCK),
-        floor,
-    )?))
+    print(measure.row(&in_pairs(pairs, || touch(device, &mut memory, BLOCK, chunk), floor)?))
 }
 
-/// Sends everything to the device, and then reads one byte every `step` bytes.
-fn touch(device: &Device, memory: &mut Memory, step: usize) -> Result<Duration> {
+/// Sends everything to the device, and then reads every page in the first `len` bytes of every `step` bytes.
+fn touch(device: &Device, memory: &mut Memory, step: usize, len: usize) -> Result<Duration> {
     memory.mark();
     device.prefetch(memory.bytes())?;
     let start = Instant::now();
-    memory.check(step)?;
+    memory.check(step, len)?;
     let taken = start.elapsed();
     device.evict(memory.bytes())?;
     Ok(taken)
@@ -164,20 +123,8 @@ impl Memory {
     fn new(size: usize, pages: Pages) -> Result<Memory> {
         let mapping = MmapMut::map_anon(size + BLOCK)?;
         let start = mapping.as_ptr().align_offset(BLOCK);
-        mapping.advise_range(
-            if pages == Pages::Huge {
-                Advice::HugePage
-            } else {
-                Advice::NoHugePage
-            },
-            start,
-            size,
-        )?;
-        Ok(Memory {
-            mapping,
-            range: start..start + size,
-            salt: 0,
-        })
+        mapping.advise_range(if pages == Pages::Huge { Advice::HugePage } else { Advice::NoHugePage }, start, size)?;
+        Ok(Memory { mapping, range: start..start + size, salt: 0 })
     }
 
     fn bytes(&self) -> &[u8] {
@@ -197,14 +144,12 @@ impl Memory {
         }
     }
 
-    /// Reads the first byte of a page every `step` bytes.
-    fn check(&self, step: usize) -> Result<()> {
-        for (number, part) in self.bytes().chunks(step).enumerate() {
-            let page = number * (step / PAGE);
-            ensure!(
-                part[0] == (page as u8).wrapping_add(self.salt),
-                "wrong data in page {page} after a migration"
-            );
+    /// Reads the first byte of every page in the first `len` bytes of every `step` bytes.
+    fn check(&self, step: usize, len: usize) -> Result<()> {
+        let first_pages = (0..self.range.len()).step_by(step);
+        for at in first_pages.flat_map(|start| (start..start + len).step_by(PAGE)) {
+            let page = at / PAGE;
+            ensure!(self.bytes()[at] == (page as u8).wrapping_add(self.salt), "wrong data in page {page} after a migration");
         }
         Ok(())
     }

@@ -17,11 +17,7 @@ use std::time::Duration;
 /// Runs the command.
 pub(crate) fn run(args: &options::Bench, json: bool) -> Result<()> {
     let mut print = |row: Row| {
-        if json {
-            report::print_json(&row)
-        } else {
-            report::print(&row.text())
-        }
+        if json { report::print_json(&row) } else { report::print(&row.text()) }
     };
     if matches!(args.group, Group::Memory | Group::All) {
         memory::run(args, &mut print)?;
@@ -53,21 +49,10 @@ struct Row {
 impl Row {
     fn text(&self) -> String {
         let sign = if is_rate(self.unit) { "≥" } else { "≤" };
-        let verdict = if self.met {
-            "met".green().to_string()
-        } else {
-            "missed".red().to_string()
-        };
+        let verdict = if self.met { "met".green().to_string() } else { "missed".red().to_string() };
         format!(
             "{:<26} {:>8.2} {:<7} floor {:>8.2}  ratio {:.2} ({:.2} to {:.2})  goal {sign} {:.2} {verdict}\n",
-            self.name,
-            self.value,
-            self.unit,
-            self.floor,
-            self.ratio,
-            self.ratio_low,
-            self.ratio_high,
-            self.goal
+            self.name, self.value, self.unit, self.floor, self.ratio, self.ratio_low, self.ratio_high, self.goal
         )
     }
 }
@@ -89,19 +74,12 @@ struct Measure {
 
 impl Measure {
     fn figure(&self, time: Duration) -> f64 {
-        if is_rate(self.unit) {
-            self.work / time.as_secs_f64()
-        } else {
-            time.as_secs_f64() / self.work
-        }
+        if is_rate(self.unit) { self.work / time.as_secs_f64() } else { time.as_secs_f64() / self.work }
     }
 
     /// The row of some pairs: times of uhmm and of its floor.
     fn row(&self, pairs: &[(Duration, Duration)]) -> Row {
-        let figures: Vec<(f64, f64)> = pairs
-            .iter()
-            .map(|&(ours, floor)| (self.figure(ours), self.figure(floor)))
-            .collect();
+        let figures: Vec<(f64, f64)> = pairs.iter().map(|&(ours, floor)| (self.figure(ours), self.figure(floor))).collect();
         let ratio = Figure::of(figures.iter().map(|(ours, floor)| ours / floor));
         Row {
             name: self.name,
@@ -112,22 +90,14 @@ impl Measure {
             ratio_low: ratio.low,
             ratio_high: ratio.high,
             goal: self.goal,
-            met: if is_rate(self.unit) {
-                ratio.median >= self.goal
-            } else {
-                ratio.median <= self.goal
-            },
+            met: if is_rate(self.unit) { ratio.median >= self.goal } else { ratio.median <= self.goal },
             pairs: pairs.len(),
         }
     }
 }
 
 /// Runs both sides in turn, changing who is first, after one pair that does not count.
-fn in_pairs<T>(
-    pairs: u32,
-    mut ours: impl FnMut() -> Result<T>,
-    mut floor: impl FnMut() -> Result<T>,
-) -> Result<Vec<(T, T)>> {
+fn in_pairs<T>(pairs: u32, mut ours: impl FnMut() -> Result<T>, mut floor: impl FnMut() -> Result<T>) -> Result<Vec<(T, T)>> {
     ours()?;
     floor()?;
     let pair = |number| {
@@ -149,28 +119,10 @@ mod tests {
     #[test]
     fn rates_want_a_high_ratio_and_times_a_low_one() {
         let pairs = [(Duration::from_secs(2), Duration::from_secs(1)); 3];
-        let rate = Measure {
-            name: "rate",
-            unit: "GB/s",
-            work: 10.0,
-            goal: 0.8,
-        }
-        .row(&pairs);
-        assert_eq!(
-            (rate.value, rate.floor, rate.ratio, rate.met),
-            (5.0, 10.0, 0.5, false)
-        );
-        let time = Measure {
-            name: "time",
-            unit: "us",
-            work: 4.0 / 1e6,
-            goal: 2.5,
-        }
-        .row(&pairs);
-        assert_eq!(
-            (time.value, time.floor, time.ratio, time.met),
-            (500_000.0, 250_000.0, 2.0, true)
-        );
+        let rate = Measure { name: "rate", unit: "GB/s", work: 10.0, goal: 0.8 }.row(&pairs);
+        assert_eq!((rate.value, rate.floor, rate.ratio, rate.met), (5.0, 10.0, 0.5, false));
+        let time = Measure { name: "time", unit: "us", work: 4.0 / 1e6, goal: 2.5 }.row(&pairs);
+        assert_eq!((time.value, time.floor, time.ratio, time.met), (500_000.0, 250_000.0, 2.0, true));
     }
 
     #[test]

@@ -23,13 +23,7 @@ pub(crate) fn run(args: &options::MulMat, json: bool) -> Result<()> {
     let problem = Problem::new(sides, device.threads())?;
     // The product by the very pointers of the matrices, mapped files or not; it is what -o writes.
     let mut r = vec![f32::NAN; problem.shape.m * problem.shape.n];
-    launch(
-        &device,
-        problem.shape,
-        &mut r,
-        problem.a.as_slice(),
-        problem.b.as_slice(),
-    )?;
+    launch(&device, problem.shape, &mut r, problem.a.as_slice(), problem.b.as_slice())?;
     let error = problem.check("uhmm", &r)?;
     if let Some(path) = &args.output {
         npy::write(path, problem.shape.m, problem.shape.n, &r)?;
@@ -37,11 +31,7 @@ pub(crate) fn run(args: &options::MulMat, json: bool) -> Result<()> {
     drop(r);
     let mut measured = measure(&device, &problem).context("timing the product")?;
     measured.max_rel_error = measured.max_rel_error.max(error);
-    if json {
-        report::print_json(&Json::of(&measured))
-    } else {
-        report::print(&text(&measured))
-    }
+    if json { report::print_json(&Json::of(&measured)) } else { report::print(&text(&measured)) }
 }
 
 /// The JSON object: times in seconds, medians of all rounds.
@@ -134,11 +124,7 @@ fn text(measured: &Measured) -> String {
         measured.rounds
     );
     let row = |name: &str, figure: crate::report::Figure| {
-        vec![
-            name.to_owned(),
-            time(figure.median),
-            format!("({} to {})", time(figure.low), time(figure.high)),
-        ]
+        vec![name.to_owned(), time(figure.median), format!("({} to {})", time(figure.low), time(figure.high))]
     };
     text += &report::table(&[
         row("native", measured.native),
@@ -147,12 +133,7 @@ fn text(measured: &Measured) -> String {
         row("kernel of it", measured.kernel),
     ]);
     let ratio = measured.ratio;
-    text += &format!(
-        "\n  uhmm / explicit: {} ({:.3} to {:.3})\n",
-        format!("{:.3}", ratio.median).bold(),
-        ratio.low,
-        ratio.high
-    );
+    text += &format!("\n  uhmm / explicit: {} ({:.3} to {:.3})\n", format!("{:.3}", ratio.median).bold(), ratio.low, ratio.high);
     let moved = &measured.moved;
     text += &format!(
         "  uhmm moved {} to the device and {} to the CPU, with {} CPU faults and {} device faults\n",
@@ -167,58 +148,26 @@ fn text(measured: &Measured) -> String {
     } else {
         format!("  largest relative error: {error:.1e}\n")
     };
-    text += &format!(
-        "\n{}\n\n{}",
-        "Launched again:".bold(),
-        launches(measured, false)
-    );
+    text += &format!("\n{}\n\n{}", "Launched again:".bold(), launches(measured, false));
     text
 }
 
 /// The launches as a table: time and bytes of explicit and of uhmm.
 pub(crate) fn launches(measured: &Measured, with_first: bool) -> String {
-    let explicit_bytes = format!(
-        "{} / {}",
-        bytes(measured.shape.bytes_in()),
-        bytes(measured.shape.bytes_out())
-    );
+    let explicit_bytes = format!("{} / {}", bytes(measured.shape.bytes_in()), bytes(measured.shape.bytes_out()));
     let row = |name: &str, explicit: f64, uhmm: f64, to_device: u64, to_cpu: u64| {
         let moved = format!("{} / {}", bytes(to_device), bytes(to_cpu));
-        vec![
-            name.to_owned(),
-            time(explicit),
-            explicit_bytes.clone(),
-            time(uhmm),
-            moved,
-        ]
+        vec![name.to_owned(), time(explicit), explicit_bytes.clone(), time(uhmm), moved]
     };
-    let again = |name, again: &Again| {
-        row(
-            name,
-            again.explicit.median,
-            again.uhmm.median,
-            again.moved.bytes_to_device,
-            again.moved.bytes_to_cpu,
-        )
-    };
-    let header = ["", "explicit", "there / back", "uhmm", "there / back"]
-        .map(str::to_owned)
-        .to_vec();
+    let again =
+        |name, again: &Again| row(name, again.explicit.median, again.uhmm.median, again.moved.bytes_to_device, again.moved.bytes_to_cpu);
+    let header = ["", "explicit", "there / back", "uhmm", "there / back"].map(str::to_owned).to_vec();
     let mut rows = vec![header];
     if with_first {
         let moved = &measured.moved;
-        rows.push(row(
-            "first, all of R read",
-            measured.explicit.median,
-            measured.uhmm.median,
-            moved.bytes_to_device,
-            moved.bytes_to_cpu,
-        ));
+        rows.push(row("first, all of R read", measured.explicit.median, measured.uhmm.median, moved.bytes_to_device, moved.bytes_to_cpu));
     }
     rows.push(again("nothing changed, R not read", &measured.unchanged));
-    rows.push(again(
-        "one row of A changed, one row of R read",
-        &measured.one_row,
-    ));
+    rows.push(again("one row of A changed, one row of R read", &measured.one_row));
     report::table(&rows)
 }

@@ -38,11 +38,7 @@ impl Sides {
             (Some(a), Some(b), _) => Sides::new(Matrix::open(a)?, Matrix::open(b)?, false),
             (_, _, Some(size)) => {
                 let size = size as usize;
-                Sides::new(
-                    Matrix::random(size, size, 1),
-                    Matrix::random(size, size, 2),
-                    false,
-                )
+                Sides::new(Matrix::random(size, size, 1), Matrix::random(size, size, 2), false)
             }
             _ => Sides::digits(),
         }
@@ -66,9 +62,7 @@ impl Sides {
             );
         }
         if !(largest(a.as_slice()) * largest(b.as_slice()) * a.columns() as f64).is_finite() {
-            bail!(
-                "the matrices hold infinite values or values that are no number: a product of them cannot be checked"
-            );
+            bail!("the matrices hold infinite values or values that are no number: a product of them cannot be checked");
         }
         Ok(Sides { a, b, exact })
     }
@@ -77,31 +71,15 @@ impl Sides {
 impl Problem {
     /// Computes what the product must be, and divides the work for `threads` threads.
     pub(crate) fn new(Sides { a, b, exact }: Sides, threads: usize) -> Result<Problem> {
-        let shape = Shape {
-            m: a.rows(),
-            k: a.columns(),
-            n: b.columns(),
-            rows: rows_per_group(a.rows(), threads),
-        };
+        let shape = Shape { m: a.rows(), k: a.columns(), n: b.columns(), rows: rows_per_group(a.rows(), threads) };
         let want = a.view()?.dot(&b.view()?);
         // Rounding errors of a sum of k products grow like k at worst, like the root of k in general; a wrong element or a stale
         // page is far beyond that.
         let depth = shape.k as f64;
         let unit = f64::from(f32::EPSILON) * largest(a.as_slice()) * largest(b.as_slice());
-        let tolerance = if exact {
-            0.0
-        } else {
-            unit * depth * depth.sqrt().max(8.0)
-        };
+        let tolerance = if exact { 0.0 } else { unit * depth * depth.sqrt().max(8.0) };
         let largest = want.as_slice().map_or(0.0, largest);
-        Ok(Problem {
-            a,
-            b,
-            shape,
-            want,
-            largest,
-            tolerance,
-        })
+        Ok(Problem { a, b, shape, want, largest, tolerance })
     }
 
     /// How far `r` is from the library's product: the largest difference, relative to the largest element of the product.
@@ -116,28 +94,16 @@ impl Problem {
                 worst = worst.max(difference);
             } else {
                 let (row, column) = (at / self.shape.n, at % self.shape.n);
-                bail!(
-                    "wrong product: {who} has {got} in row {row}, column {column}, the library has {want}"
-                );
+                bail!("wrong product: {who} has {got} in row {row}, column {column}, the library has {want}");
             }
         }
-        Ok(if self.largest > 0.0 {
-            worst / self.largest
-        } else {
-            worst
-        })
+        Ok(if self.largest > 0.0 { worst / self.largest } else { worst })
     }
 }
 
 /// The largest absolute value; infinite if one is no number.
 fn largest(data: &[f32]) -> f64 {
-    data.iter().fold(0.0, |largest, value| {
-        if value.is_nan() {
-            f64::INFINITY
-        } else {
-            f64::max(largest, f64::from(value.abs()))
-        }
-    })
+    data.iter().fold(0.0, |largest, value| if value.is_nan() { f64::INFINITY } else { f64::max(largest, f64::from(value.abs())) })
 }
 
 #[cfg(test)]
@@ -151,10 +117,7 @@ mod tests {
         assert_eq!(problem.check("it", &r).unwrap(), 0.0);
         r[1797 + 2] += 1.0;
         let message = problem.check("it", &r).unwrap_err().to_string();
-        assert!(
-            message.contains("it has") && message.contains("row 1, column 2"),
-            "{message}"
-        );
+        assert!(message.contains("it has") && message.contains("row 1, column 2"), "{message}");
         r[1797 + 2] = f32::NAN;
         assert!(problem.check("it", &r).is_err());
     }

@@ -54,36 +54,19 @@ impl Arrays {
     /// New vectors with the matrices of `problem`.
     pub(crate) fn fill(problem: &Problem) -> Arrays {
         let Shape { m, n, .. } = problem.shape;
-        Arrays {
-            r: vec![f32::NAN; m * n],
-            a: problem.a.as_slice().to_vec(),
-            b: problem.b.as_slice().to_vec(),
-        }
+        Arrays { r: vec![f32::NAN; m * n], a: problem.a.as_slice().to_vec(), b: problem.b.as_slice().to_vec() }
     }
 }
 
 /// Reads every element.
 pub(crate) fn read_all(data: &[f32]) {
-    black_box(
-        data.iter()
-            .fold(0u32, |sum, value| sum.wrapping_add(value.to_bits())),
-    );
+    black_box(data.iter().fold(0u32, |sum, value| sum.wrapping_add(value.to_bits())));
 }
 
 /// uhmm: one launch with ordinary slices.
-pub(crate) fn launch(
-    device: &Device,
-    shape: Shape,
-    r: &mut [f32],
-    a: &[f32],
-    b: &[f32],
-) -> Result<()> {
+pub(crate) fn launch(device: &Device, shape: Shape, r: &mut [f32], a: &[f32], b: &[f32]) -> Result<()> {
     let [n, k, rows] = [shape.n, shape.k, shape.rows].map(|size| size as u32);
-    Ok(device.run(
-        &mul_mat,
-        shape.groups(),
-        args![out(r), inp(a), inp(b), n, k, rows],
-    )?)
+    Ok(device.run(&mul_mat, shape.groups(), args![out(r), inp(a), inp(b), n, k, rows])?)
 }
 
 /// One round of uhmm.
@@ -98,18 +81,7 @@ pub(crate) fn uhmm(device: &Device, shape: Shape, arrays: &mut Arrays) -> Result
 pub(crate) fn native(host: &Host, shape: Shape, arrays: &mut Arrays) -> Result<Duration> {
     let [n, k, rows] = [shape.n, shape.k, shape.rows].map(|size| size as u32);
     let start = Instant::now();
-    host.run(
-        &mul_mat,
-        shape.groups(),
-        args![
-            out(&mut arrays.r),
-            inp(&arrays.a),
-            inp(&arrays.b),
-            n,
-            k,
-            rows
-        ],
-    )?;
+    host.run(&mul_mat, shape.groups(), args![out(&mut arrays.r), inp(&arrays.a), inp(&arrays.b), n, k, rows])?;
     read_all(&arrays.r);
     Ok(start.elapsed())
 }
@@ -127,13 +99,7 @@ impl<'d> Explicit<'d> {
     /// Allocates on the device.
     pub(crate) fn new(device: &'d Device, shape: Shape) -> Result<Self> {
         let Shape { m, k, n, .. } = shape;
-        Ok(Explicit {
-            device,
-            r: device.alloc(m * n)?,
-            a: device.alloc(m * k)?,
-            b: device.alloc(k * n)?,
-            shape,
-        })
+        Ok(Explicit { device, r: device.alloc(m * n)?, a: device.alloc(m * k)?, b: device.alloc(k * n)?, shape })
     }
 
     /// Copies both sides there, multiplies, and copies the product back.
@@ -141,11 +107,7 @@ impl<'d> Explicit<'d> {
         let [n, k, rows] = [self.shape.n, self.shape.k, self.shape.rows].map(|size| size as u32);
         self.a.upload(&arrays.a)?;
         self.b.upload(&arrays.b)?;
-        self.device.run(
-            &mul_mat,
-            self.shape.groups(),
-            args![self.r.out(), self.a.inp(), self.b.inp(), n, k, rows],
-        )?;
+        self.device.run(&mul_mat, self.shape.groups(), args![self.r.out(), self.a.inp(), self.b.inp(), n, k, rows])?;
         self.r.download(&mut arrays.r)?;
         Ok(())
     }

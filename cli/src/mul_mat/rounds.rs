@@ -15,14 +15,7 @@ const MOST: usize = 51;
 const ENOUGH: Duration = Duration::from_millis(1500);
 
 /// The orders of the three in a round, so that each comes after each of the others equally often.
-const ORDERS: [[u8; 3]; 6] = [
-    [0, 1, 2],
-    [2, 1, 0],
-    [1, 2, 0],
-    [0, 2, 1],
-    [2, 0, 1],
-    [1, 0, 2],
-];
+const ORDERS: [[u8; 3]; 6] = [[0, 1, 2], [2, 1, 0], [1, 2, 0], [0, 2, 1], [2, 0, 1], [1, 0, 2]];
 
 /// What was measured.
 pub(crate) struct Measured {
@@ -91,11 +84,7 @@ struct First {
     moved: Stats,
 }
 
-fn first_launches(
-    device: &Device,
-    problem: &Problem,
-    explicit: &mut Explicit<'_>,
-) -> Result<First> {
+fn first_launches(device: &Device, problem: &Problem, explicit: &mut Explicit<'_>) -> Result<First> {
     let host = Host::new(device.threads());
     let mut first = First::default();
     let start = Instant::now();
@@ -104,9 +93,7 @@ fn first_launches(
             let mut arrays = Arrays::fill(problem);
             let who = match who {
                 0 => {
-                    first
-                        .native
-                        .push(programs::native(&host, problem.shape, &mut arrays)?);
+                    first.native.push(programs::native(&host, problem.shape, &mut arrays)?);
                     "native"
                 }
                 1 => {
@@ -114,9 +101,7 @@ fn first_launches(
                     "explicit"
                 }
                 _ => {
-                    let (time, moved) = watch(device, || {
-                        programs::uhmm(device, problem.shape, &mut arrays)
-                    })?;
+                    let (time, moved) = watch(device, || programs::uhmm(device, problem.shape, &mut arrays))?;
                     first.uhmm.push(time);
                     first.kernel.push(moved.kernel_time());
                     first.moved = moved;
@@ -149,11 +134,7 @@ fn unchanged(device: &Device, problem: &Problem, explicit: &mut Explicit<'_>) ->
         last = moved;
     }
     problem.check("uhmm", &ours.r)?;
-    Ok(Again {
-        explicit: Figure::of_times(&explicit_times),
-        uhmm: Figure::of_times(&uhmm_times),
-        moved: last,
-    })
+    Ok(Again { explicit: Figure::of_times(&explicit_times), uhmm: Figure::of_times(&uhmm_times), moved: last })
 }
 
 /// Launches before which the CPU writes one row of A, and after which it reads one row of R.
@@ -164,10 +145,7 @@ fn one_row(device: &Device, problem: &Problem, explicit: &mut Explicit<'_>) -> R
     let (mut explicit_times, mut uhmm_times, mut last) = (vec![], vec![], Stats::default());
     for round in 0..LEAST {
         let row = round * shape.m / LEAST;
-        let (row_of_a, row_of_r) = (
-            row * shape.k..(row + 1) * shape.k,
-            row * shape.n..(row + 1) * shape.n,
-        );
+        let (row_of_a, row_of_r) = (row * shape.k..(row + 1) * shape.k, row * shape.n..(row + 1) * shape.n);
         let start = Instant::now();
         change(&mut theirs.a[row_of_a.clone()]);
         explicit.multiply(&mut theirs)?;
@@ -182,20 +160,10 @@ fn one_row(device: &Device, problem: &Problem, explicit: &mut Explicit<'_>) -> R
         })?;
         uhmm_times.push(time);
         last = moved;
-        ensure!(
-            ours.r[row_of_r.clone()] == theirs.r[row_of_r],
-            "wrong product: row {row} is not that of the row of A that was changed"
-        );
+        ensure!(ours.r[row_of_r.clone()] == theirs.r[row_of_r], "wrong product: row {row} is not that of the row of A that was changed");
     }
-    ensure!(
-        ours.r == theirs.r,
-        "wrong product: with single rows changed, uhmm's differs from that of explicit copies"
-    );
-    Ok(Again {
-        explicit: Figure::of_times(&explicit_times),
-        uhmm: Figure::of_times(&uhmm_times),
-        moved: last,
-    })
+    ensure!(ours.r == theirs.r, "wrong product: with single rows changed, uhmm's differs from that of explicit copies");
+    Ok(Again { explicit: Figure::of_times(&explicit_times), uhmm: Figure::of_times(&uhmm_times), moved: last })
 }
 
 /// Writes every element of a row, so that the row's products change.

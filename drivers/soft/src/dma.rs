@@ -18,13 +18,15 @@ pub const CHUNK: usize = 256 << 10;
 /// Batches from this size on are worth waking the engine's thread for.
 const WAKE: usize = 4 << 20;
 const SLOTS: usize = 64;
+/// Bits for an offset: one piece of a batch has at most 1 TiB.
+const OFFSET: u32 = 40;
 
 /// One batch in the queue.
 #[derive(Debug, Default)]
 struct Slot {
     list: AtomicPtr<Dma>,
     count: AtomicUsize,
-    /// The next unclaimed byte: number of the list's entry in the high half, offset in the low one.
+    /// The next unclaimed byte: the list's entry in the high 24 bits, the offset in the low [`OFFSET`].
     cursor: AtomicU64,
     done: AtomicUsize,
     total: AtomicUsize,
@@ -187,10 +189,10 @@ impl Slot {
     fn help(&self, memory: &Memory, batch: &[Dma]) {
         loop {
             let cursor = self.cursor.load(Ordering::Relaxed);
-            let (entry, offset) = ((cursor >> 32) as usize, (cursor & 0xffff_ffff) as usize);
+            let (entry, offset) = ((cursor >> OFFSET) as usize, (cursor & ((1 << OFFSET) - 1)) as usize);
             let Some(dma) = batch.get(entry) else { return };
             let len = CHUNK.min(dma.len - offset);
-            let next = if offset + len == dma.len { (entry as u64 + 1) << 32 } else { cursor + len as u64 };
+            let next = if offset + len == dma.len { (entry as u64 + 1) << OFFSET } else { cursor + len as u64 };
             if self.cursor.compare_exchange_weak(cursor, next, Ordering::Relaxed, Ordering::Relaxed).is_err() {
                 continue;
             }

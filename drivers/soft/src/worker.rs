@@ -143,7 +143,8 @@ impl Workers {
         if in_window {
             match uffd.zeropage(page, PAGE) {
                 Ok(()) => {}
-                Err(partial) => return partial.errno == Errno::EXIST || partial.errno == Errno::AGAIN,
+                // Somebody was first, or the window has just been closed: the access is repeated.
+                Err(partial) => return matches!(partial.errno, Errno::EXIST | Errno::AGAIN | Errno::NOENT),
             }
             scratch.push(page);
         } else {

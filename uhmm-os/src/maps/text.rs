@@ -70,12 +70,8 @@ impl<'a> Line<'a> {
             return true;
         }
         match self.field {
-            Field::Start => {
-                self.field = number(&mut self.start, 16, byte, b'-', Field::Start, Field::End)
-            }
-            Field::End => {
-                self.field = number(&mut self.end, 16, byte, b' ', Field::End, Field::Flags)
-            }
+            Field::Start => self.field = number(&mut self.start, 16, byte, b'-', Field::Start, Field::End),
+            Field::End => self.field = number(&mut self.end, 16, byte, b' ', Field::End, Field::Flags),
             Field::Flags if byte == b' ' => self.field = Field::Offset,
             Field::Flags => {
                 if let Some(flag) = self.flags.get_mut(self.flags_len) {
@@ -83,32 +79,10 @@ impl<'a> Line<'a> {
                     self.flags_len += 1;
                 }
             }
-            Field::Offset => {
-                self.field = number(
-                    &mut self.offset,
-                    16,
-                    byte,
-                    b' ',
-                    Field::Offset,
-                    Field::Major,
-                )
-            }
-            Field::Major => {
-                self.field = number(&mut self.major, 16, byte, b':', Field::Major, Field::Minor)
-            }
-            Field::Minor => {
-                self.field = number(&mut self.minor, 16, byte, b' ', Field::Minor, Field::Inode)
-            }
-            Field::Inode => {
-                self.field = number(
-                    &mut self.inode,
-                    10,
-                    byte,
-                    b' ',
-                    Field::Inode,
-                    Field::Padding,
-                )
-            }
+            Field::Offset => self.field = number(&mut self.offset, 16, byte, b' ', Field::Offset, Field::Major),
+            Field::Major => self.field = number(&mut self.major, 16, byte, b':', Field::Major, Field::Minor),
+            Field::Minor => self.field = number(&mut self.minor, 16, byte, b' ', Field::Minor, Field::Inode),
+            Field::Inode => self.field = number(&mut self.inode, 10, byte, b' ', Field::Inode, Field::Padding),
             Field::Padding if byte == b' ' => {}
             Field::Padding | Field::Name => {
                 self.field = Field::Name;
@@ -173,13 +147,7 @@ pub(super) struct Reader<'fd> {
 
 impl<'fd> Reader<'fd> {
     pub(super) fn new(fd: BorrowedFd<'fd>) -> Self {
-        Reader {
-            fd,
-            offset: 0,
-            piece: [0; PIECE],
-            at: 0,
-            len: 0,
-        }
+        Reader { fd, offset: 0, piece: [0; PIECE], at: 0, len: 0 }
     }
 
     /// Reads the next line into `line`; false at the end.
@@ -220,39 +188,19 @@ mod tests {
     #[test]
     fn a_file() {
         let mut name = [0; 64];
-        let line = parse(
-            "7f12a000-7f12c000 r-xs 0000f000 fd:1a 131                     /a b/c (deleted)\n",
-            &mut name,
-        );
+        let line = parse("7f12a000-7f12c000 r-xs 0000f000 fd:1a 131                     /a b/c (deleted)\n", &mut name);
         let vma = line.vma();
-        assert_eq!(
-            (vma.start, vma.end, vma.offset, vma.inode, vma.dev),
-            (0x7f12_a000, 0x7f12_c000, 0xf000, 131, (0xfd, 0x1a))
-        );
-        assert_eq!(
-            (vma.read, vma.write, vma.exec, vma.shared, vma.kind),
-            (true, false, true, true, VmaKind::File)
-        );
+        assert_eq!((vma.start, vma.end, vma.offset, vma.inode, vma.dev), (0x7f12_a000, 0x7f12_c000, 0xf000, 131, (0xfd, 0x1a)));
+        assert_eq!((vma.read, vma.write, vma.exec, vma.shared, vma.kind), (true, false, true, true, VmaKind::File));
         assert_eq!(line.name(), b"/a b/c (deleted)");
     }
 
     #[test]
     fn no_name_and_a_long_one() {
         let mut name = [0; 7];
-        assert_eq!(
-            parse("1000-2000 ---p 00000000 00:00 0 \n", &mut name)
-                .vma()
-                .kind,
-            VmaKind::Anonymous
-        );
-        let line = parse(
-            "1000-2000 rw-p 00000000 00:00 0    [anon:uhmm]\n",
-            &mut name,
-        );
+        assert_eq!(parse("1000-2000 ---p 00000000 00:00 0 \n", &mut name).vma().kind, VmaKind::Anonymous);
+        let line = parse("1000-2000 rw-p 00000000 00:00 0    [anon:uhmm]\n", &mut name);
         assert!(line.truncated());
-        assert_eq!(
-            (line.vma().kind, line.name()),
-            (VmaKind::Anonymous, b"[anon:u".as_slice())
-        );
+        assert_eq!((line.vma().kind, line.name()), (VmaKind::Anonymous, b"[anon:u".as_slice()));
     }
 }

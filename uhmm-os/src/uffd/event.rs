@@ -67,18 +67,13 @@ impl MsgBuf {
 
     /// An empty buffer.
     pub const fn new() -> Self {
-        MsgBuf {
-            messages: [const { MaybeUninit::uninit() }; Self::CAPACITY],
-            count: 0,
-        }
+        MsgBuf { messages: [const { MaybeUninit::uninit() }; Self::CAPACITY], count: 0 }
     }
 
     /// What the last read brought, oldest first. A message of a kind that this version does not know is left out.
     pub fn events(&self) -> Events<'_> {
         // INVARIANT of `count` makes this the initialised part; `get` cannot fail, and does not panic.
-        Events {
-            left: self.messages.get(..self.count).unwrap_or(&[]).iter(),
-        }
+        Events { left: self.messages.get(..self.count).unwrap_or(&[]).iter() }
     }
 
     pub(super) fn clear(&mut self) {
@@ -87,10 +82,7 @@ impl MsgBuf {
 
     /// Where to write, and how many bytes.
     pub(super) fn space(&mut self) -> (*mut u8, usize) {
-        (
-            self.messages.as_mut_ptr().cast(),
-            size_of_val(&self.messages),
-        )
+        (self.messages.as_mut_ptr().cast(), size_of_val(&self.messages))
     }
 
     /// Notes that the kernel wrote that many bytes, and returns the number of messages.
@@ -148,22 +140,10 @@ fn decode(message: &abi::uffd_msg) -> Option<Event> {
                     tid: fault.feat.ptid,
                 }
             }
-            abi::UFFD_EVENT_FORK => Event::Fork {
-                fd: arg.fork.ufd as RawFd,
-            },
-            abi::UFFD_EVENT_REMAP => Event::Remap {
-                from: arg.remap.from as usize,
-                to: arg.remap.to as usize,
-                len: arg.remap.len as usize,
-            },
-            abi::UFFD_EVENT_REMOVE => Event::Remove {
-                start: arg.remove.start as usize,
-                end: arg.remove.end as usize,
-            },
-            abi::UFFD_EVENT_UNMAP => Event::Unmap {
-                start: arg.remove.start as usize,
-                end: arg.remove.end as usize,
-            },
+            abi::UFFD_EVENT_FORK => Event::Fork { fd: arg.fork.ufd as RawFd },
+            abi::UFFD_EVENT_REMAP => Event::Remap { from: arg.remap.from as usize, to: arg.remap.to as usize, len: arg.remap.len as usize },
+            abi::UFFD_EVENT_REMOVE => Event::Remove { start: arg.remove.start as usize, end: arg.remove.end as usize },
+            abi::UFFD_EVENT_UNMAP => Event::Unmap { start: arg.remove.start as usize, end: arg.remove.end as usize },
             _ => return None,
         }
     })

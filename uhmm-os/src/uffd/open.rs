@@ -104,19 +104,13 @@ pub enum OpenError {
         device: Errno,
     },
     /// The kernel is too old for some features.
-    #[error(
-        "this kernel's userfaultfd lacks {}: a newer kernel is needed (MOVE: Linux 6.8, WP_ASYNC: 6.7, POISON: 6.6)",
-        joined(missing)
-    )]
+    #[error("this kernel's userfaultfd lacks {}: a newer kernel is needed (MOVE: Linux 6.8, WP_ASYNC: 6.7, POISON: 6.6)", joined(missing))]
     MissingFeatures {
         /// What it lacks.
         missing: Features,
     },
     /// Features that this process may not use.
-    #[error(
-        "userfaultfd feature {} needs CAP_SYS_PTRACE (or root)",
-        joined(refused)
-    )]
+    #[error("userfaultfd feature {} needs CAP_SYS_PTRACE (or root)", joined(refused))]
     RefusedFeatures {
         /// Which.
         refused: Features,
@@ -153,9 +147,7 @@ impl Userfaultfd {
         let fd = open_descriptor(rights)?;
         let errno = match handshake(&fd, features) {
             Ok(_) => return Ok(Userfaultfd(fd)),
-            Err(OpenError::Os { errno, .. }) if errno == Errno::INVAL || errno == Errno::PERM => {
-                errno
-            }
+            Err(OpenError::Os { errno, .. }) if errno == Errno::INVAL || errno == Errno::PERM => errno,
             Err(e) => return Err(e),
         };
         let offered = handshake(&open_descriptor(rights)?, Features::empty())?;
@@ -164,58 +156,37 @@ impl Userfaultfd {
             return Err(OpenError::MissingFeatures { missing });
         }
         match errno {
-            Errno::PERM => Err(OpenError::RefusedFeatures {
-                refused: features & Features::EVENT_FORK,
-            }),
-            errno => Err(OpenError::Os {
-                what: "the userfaultfd handshake (UFFDIO_API)",
-                errno,
-            }),
+            Errno::PERM => Err(OpenError::RefusedFeatures { refused: features & Features::EVENT_FORK }),
+            errno => Err(OpenError::Os { what: "the userfaultfd handshake (UFFDIO_API)", errno }),
         }
     }
 }
 
 /// Asks for features, and returns all that the kernel has.
 fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, OpenError> {
-    let mut arg = abi::uffdio_api {
-        api: abi::UFFD_API.into(),
-        features: features.bits(),
-        ioctls: 0,
-    };
+    let mut arg = abi::uffdio_api { api: abi::UFFD_API.into(), features: features.bits(), ioctls: 0 };
     // SAFETY: the structure is the one that the request takes, and names no memory.
     match unsafe { ioctl(fd.as_fd(), API, &mut arg) } {
         Ok(_) => Ok(Features::from_bits_truncate(arg.features)),
-        Err(errno) => Err(OpenError::Os {
-            what: "the userfaultfd handshake (UFFDIO_API)",
-            errno,
-        }),
+        Err(errno) => Err(OpenError::Os { what: "the userfaultfd handshake (UFFDIO_API)", errno }),
     }
 }
 
 fn open_descriptor(rights: Rights) -> Result<OwnedFd, OpenError> {
-    let only = if rights == Rights::UserModeOnly {
-        abi::UFFD_USER_MODE_ONLY
-    } else {
-        0
-    };
+    let only = if rights == Rights::UserModeOnly { abi::UFFD_USER_MODE_ONLY } else { 0 };
     let flags = (OFlags::CLOEXEC | OFlags::NONBLOCK).bits() | only;
     // SAFETY: opens a descriptor, which becomes ours.
     let first = match unsafe { call(abi::__NR_userfaultfd, [flags as usize]) } {
         Ok(fd) => return Ok(owned(fd)),
         Err(errno @ (Errno::PERM | Errno::NOSYS | Errno::ACCESS)) => errno,
         Err(errno) => {
-            return Err(OpenError::Os {
-                what: "userfaultfd(2)",
-                errno,
-            });
+            return Err(OpenError::Os { what: "userfaultfd(2)", errno });
         }
     };
     match open_by_device(flags) {
         Ok(fd) => Ok(fd),
         Err(Errno::NOENT) if first == Errno::NOSYS => Err(OpenError::NoKernelSupport),
-        Err(device) if rights == Rights::Full && first != Errno::NOSYS => {
-            Err(OpenError::NeedsPrivilege { device })
-        }
+        Err(device) if rights == Rights::Full && first != Errno::NOSYS => Err(OpenError::NeedsPrivilege { device }),
         Err(device) => Err(OpenError::Forbidden { device }),
     }
 }
@@ -223,13 +194,7 @@ fn open_descriptor(rights: Rights) -> Result<OwnedFd, OpenError> {
 fn open_by_device(flags: u32) -> Result<OwnedFd, Errno> {
     let device = rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     // SAFETY: the request takes the flags by value and opens a descriptor, which becomes ours.
-    unsafe {
-        call(
-            abi::__NR_ioctl,
-            [device.as_raw_fd() as usize, IOC_NEW, flags as usize],
-        )
-    }
-    .map(owned)
+    unsafe { call(abi::__NR_ioctl, [device.as_raw_fd() as usize, IOC_NEW, flags as usize]) }.map(owned)
 }
 
 fn owned(fd: usize) -> OwnedFd {
@@ -245,37 +210,17 @@ mod tests {
     fn features_have_the_kernels_bits_and_names() {
         assert_eq!(Features::MOVE.bits(), 1 << 16);
         assert_eq!(Features::all().bits(), (1 << 17) - 1);
-        assert_eq!(
-            (Features::MOVE | Features::SIGBUS)
-                .names()
-                .collect::<Vec<_>>(),
-            ["SIGBUS", "MOVE"]
-        );
+        assert_eq!((Features::MOVE | Features::SIGBUS).names().collect::<Vec<_>>(), ["SIGBUS", "MOVE"]);
     }
 
     #[test]
     fn messages_say_how_to_get_it() {
-        let text = OpenError::NeedsPrivilege {
-            device: Errno::ACCESS,
-        }
-        .to_string();
-        for word in [
-            "CAP_SYS_PTRACE",
-            "vm.unprivileged_userfaultfd=1",
-            DEVICE,
-            "Permission denied",
-        ] {
+        let text = OpenError::NeedsPrivilege { device: Errno::ACCESS }.to_string();
+        for word in ["CAP_SYS_PTRACE", "vm.unprivileged_userfaultfd=1", DEVICE, "Permission denied"] {
             assert!(text.contains(word), "{word} is not in: {text}");
         }
-        let text = OpenError::MissingFeatures {
-            missing: Features::MOVE | Features::POISON,
-        }
-        .to_string();
+        let text = OpenError::MissingFeatures { missing: Features::MOVE | Features::POISON }.to_string();
         assert!(text.contains("lacks POISON, MOVE:"), "{text}");
-        assert!(
-            OpenError::NoKernelSupport
-                .to_string()
-                .contains("CONFIG_USERFAULTFD")
-        );
+        assert!(OpenError::NoKernelSupport.to_string().contains("CONFIG_USERFAULTFD"));
     }
 }

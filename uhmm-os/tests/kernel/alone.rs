@@ -19,12 +19,7 @@ pub(crate) enum End {
 }
 
 /// A test: name, what it needs, how it should end, what it runs (in the main thread; there is no other).
-pub(crate) struct Alone(
-    pub(crate) &'static str,
-    pub(crate) Needs,
-    pub(crate) End,
-    pub(crate) fn(),
-);
+pub(crate) struct Alone(pub(crate) &'static str, pub(crate) Needs, pub(crate) End, pub(crate) fn());
 
 fn all() -> impl Iterator<Item = &'static Alone> {
     signals::ALONE.iter().chain(maps::ALONE)
@@ -35,15 +30,7 @@ pub(crate) fn child() -> Option<ExitCode> {
     let name = std::env::var(VARIABLE).ok()?;
     let test = all().find(|test| test.0 == name).expect("no such test");
     // SAFETY: no core dumps of what is meant to die.
-    unsafe {
-        libc::setrlimit(
-            libc::RLIMIT_CORE,
-            &libc::rlimit {
-                rlim_cur: 0,
-                rlim_max: 0,
-            },
-        )
-    };
+    unsafe { libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 }) };
     (test.3)();
     Some(ExitCode::SUCCESS)
 }

@@ -16,11 +16,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test("event_unmap", Needs::Uffd(UNMAP), unmap),
     Test("event_remap", Needs::Uffd(Features::EVENT_REMAP), remap),
     Test("event_remove", Needs::Uffd(Features::EVENT_REMOVE), remove),
-    Test(
-        "event_pending_refuses_moves",
-        Needs::Uffd(UNMAP),
-        pending_refuses_moves,
-    ),
+    Test("event_pending_refuses_moves", Needs::Uffd(UNMAP), pending_refuses_moves),
     Test("event_fork", Needs::Full(Features::EVENT_FORK), fork),
 ];
 
@@ -36,10 +32,7 @@ impl Drop for ReadOnPanic<'_> {
 }
 
 /// Runs `change` on another thread, sees that it waits for its event to be read, and returns the event.
-fn event_of<R: Send + std::fmt::Debug>(
-    uffd: &Userfaultfd,
-    change: impl FnOnce() -> R + Send,
-) -> (Event, R) {
+fn event_of<R: Send + std::fmt::Debug>(uffd: &Userfaultfd, change: impl FnOnce() -> R + Send) -> (Event, R) {
     let done = AtomicBool::new(false);
     scope(|s| {
         let _reader = ReadOnPanic(uffd);
@@ -51,10 +44,7 @@ fn event_of<R: Send + std::fmt::Debug>(
         });
         eventually("an event is pending", || uffd.event_pending());
         std::thread::sleep(std::time::Duration::from_millis(30));
-        assert!(
-            !done.load(Ordering::SeqCst),
-            "the caller waits until the event is read"
-        );
+        assert!(!done.load(Ordering::SeqCst), "the caller waits until the event is read");
         let event = next_event(uffd);
         let result = changer.join().unwrap();
         assert!(!uffd.event_pending());
@@ -64,21 +54,11 @@ fn event_of<R: Send + std::fmt::Debug>(
 
 fn unmap() {
     let (memory, uffd) = (pages(4), open(UNMAP));
-    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
-        .unwrap();
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING).unwrap();
     let start = memory.start() + PAGE;
     // SAFETY: pages of the test's own, which are not used again.
     let (event, result) = event_of(&uffd, || unsafe { munmap(start, 2 * PAGE) });
-    assert_eq!(
-        (event, result),
-        (
-            Event::Unmap {
-                start,
-                end: start + 2 * PAGE
-            },
-            Ok(())
-        )
-    );
+    assert_eq!((event, result), (Event::Unmap { start, end: start + 2 * PAGE }, Ok(())));
     uffd.unregister(memory.start(), PAGE).unwrap();
     uffd.unregister(memory.start() + 3 * PAGE, PAGE).unwrap();
 }
@@ -86,8 +66,7 @@ fn unmap() {
 fn remap() {
     let (memory, place, uffd) = (pages(2), pages(2), open(Features::EVENT_REMAP));
     fill(&memory);
-    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
-        .unwrap();
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING).unwrap();
     let (from, len) = memory.into_raw();
     let (to, _) = place.into_raw();
     let flags = RemapFlags::MAYMOVE | RemapFlags::FIXED;
@@ -103,21 +82,11 @@ fn remap() {
 fn remove() {
     let (memory, uffd) = (pages(4), open(Features::EVENT_REMOVE));
     fill(&memory);
-    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
-        .unwrap();
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING).unwrap();
     let start = memory.start() + PAGE;
     // SAFETY: the test's own memory.
     let (event, result) = event_of(&uffd, || unsafe { madvise(start, PAGE, Advice::DontNeed) });
-    assert_eq!(
-        (event, result),
-        (
-            Event::Remove {
-                start,
-                end: start + PAGE
-            },
-            Ok(())
-        )
-    );
+    assert_eq!((event, result), (Event::Remove { start, end: start + PAGE }, Ok(())));
     assert!(is_filled(start + PAGE, 2 * PAGE, PAGE));
     uffd.unregister(memory.start(), memory.len()).unwrap();
     assert_eq!(peek(start), 0);
@@ -126,8 +95,7 @@ fn remove() {
 fn pending_refuses_moves() {
     let (memory, staging, uffd) = (pages(4), pages(1), open(UNMAP));
     fill(&staging);
-    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
-        .unwrap();
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING).unwrap();
     let (to, from) = (memory.start(), staging.start());
     scope(|s| {
         let _reader = ReadOnPanic(&uffd);
@@ -135,10 +103,7 @@ fn pending_refuses_moves() {
         // SAFETY: a page of the test's own, which is not used again.
         let changer = s.spawn(move || unsafe { munmap(gone, PAGE) });
         eventually("an event is pending", || uffd.event_pending());
-        let again = Err(Partial {
-            done: 0,
-            errno: Errno::AGAIN,
-        });
+        let again = Err(Partial { done: 0, errno: Errno::AGAIN });
         // SAFETY: pages of the test's own.
         unsafe {
             assert_eq!(uffd.move_pages(to, from, PAGE, MoveMode::empty()), again);
@@ -146,13 +111,7 @@ fn pending_refuses_moves() {
         }
         assert_eq!(uffd.zeropage(to, PAGE), again);
         assert!(is_filled(from, 0, PAGE), "nothing was moved");
-        assert_eq!(
-            next_event(&uffd),
-            Event::Unmap {
-                start: gone,
-                end: gone + PAGE
-            }
-        );
+        assert_eq!(next_event(&uffd), Event::Unmap { start: gone, end: gone + PAGE });
         changer.join().unwrap().unwrap();
         // SAFETY: as above.
         unsafe { uffd.move_pages(to, from, PAGE, MoveMode::empty()) }.unwrap();
@@ -165,8 +124,7 @@ fn fork() {
     let (memory, source, uffd) = (pages(1), pages(1), open(Features::EVENT_FORK));
     fill(&source);
     advise(&memory, Advice::DoFork);
-    uffd.register(memory.start(), PAGE, RegisterMode::MISSING)
-        .unwrap();
+    uffd.register(memory.start(), PAGE, RegisterMode::MISSING).unwrap();
     scope(|s| {
         let forker = s.spawn(|| {
             // SAFETY: the child looks at a byte and ends.
@@ -178,17 +136,12 @@ fn fork() {
                 pid
             }
         });
-        let Event::Fork { fd } = next_event(&uffd) else {
-            panic!("no fork event")
-        };
+        let Event::Fork { fd } = next_event(&uffd) else { panic!("no fork event") };
         // SAFETY: the event's descriptor.
         let child = unsafe { Userfaultfd::from_fork(fd) };
         let pid = forker.join().unwrap();
         let event = next_event(&child);
-        assert!(
-            matches!(event, Event::Fault { address, .. } if address == memory.start()),
-            "{event:?}"
-        );
+        assert!(matches!(event, Event::Fault { address, .. } if address == memory.start()), "{event:?}");
         // SAFETY: the child expects these bytes.
         unsafe { child.copy(memory.start(), source.start(), PAGE, CopyMode::empty()) }.unwrap();
         let mut status = 0;

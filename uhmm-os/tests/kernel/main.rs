@@ -70,13 +70,7 @@ fn main() -> ExitCode {
         // What is ignored here cannot run here.
         (arguments.include_ignored, arguments.ignored) = (false, false);
     }
-    let tests = [
-        pages::TESTS,
-        events::TESTS,
-        scan::TESTS,
-        maps::TESTS,
-        signals::TESTS,
-    ];
+    let tests = [pages::TESTS, events::TESTS, scan::TESTS, maps::TESTS, signals::TESTS];
     let mut trials: Vec<Trial> = tests.into_iter().flatten().map(trial).collect();
     trials.extend(alone::trials());
     let conclusion: Conclusion = libtest_mimic::run(&arguments, trials);

@@ -15,12 +15,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test("maps_names", Needs::Nothing, names),
 ];
 
-pub(crate) const ALONE: &[Alone] = &[Alone(
-    "maps_all_agree",
-    Needs::Nothing,
-    End::Well,
-    all_agree,
-)];
+pub(crate) const ALONE: &[Alone] = &[Alone("maps_all_agree", Needs::Nothing, End::Well, all_agree)];
 
 fn both() -> [Maps; 2] {
     [Maps::open().unwrap(), Maps::open_text_only().unwrap()]
@@ -33,10 +28,7 @@ fn covering_or_next() {
     unsafe { mprotect(hole, PAGE, Prot::None) }.unwrap();
     for maps in both() {
         let vma = maps.covering(hole + 5).unwrap().unwrap();
-        assert_eq!(
-            (vma.start, vma.end, vma.read, vma.write, vma.exec),
-            (hole, hole + PAGE, false, false, false)
-        );
+        assert_eq!((vma.start, vma.end, vma.read, vma.write, vma.exec), (hole, hole + PAGE, false, false, false));
         assert!(vma.is_private_anonymous());
         let first = maps.find(0).unwrap().unwrap();
         assert!(first.start > 0 && maps.covering(0).unwrap().is_none());
@@ -62,22 +54,12 @@ fn kinds() {
     // SAFETY: asks for the auxiliary vector's entry.
     let vdso = unsafe { libc::getauxval(libc::AT_SYSINFO_EHDR) } as usize;
     for maps in both() {
-        let kind = |at: usize| {
-            maps.covering(at)
-                .unwrap()
-                .map(|v| (v.kind, v.shared, v.is_private_anonymous()))
-        };
-        assert_eq!(
-            kind(memory.start()),
-            Some((VmaKind::Anonymous, false, true))
-        );
+        let kind = |at: usize| maps.covering(at).unwrap().map(|v| (v.kind, v.shared, v.is_private_anonymous()));
+        assert_eq!(kind(memory.start()), Some((VmaKind::Anonymous, false, true)));
         assert_eq!(kind(of_file), Some((VmaKind::File, false, false)));
         assert_eq!(kind(shared), Some((VmaKind::File, true, false)));
         assert_eq!(kind(vdso), Some((VmaKind::Special, false, false)));
-        assert_eq!(
-            kind((&raw const WRITABLE) as usize),
-            Some((VmaKind::File, false, false))
-        );
+        assert_eq!(kind((&raw const WRITABLE) as usize), Some((VmaKind::File, false, false)));
     }
 }
 
@@ -87,17 +69,11 @@ fn names() {
     let exe = std::env::current_exe().unwrap();
     for maps in both() {
         let mut buffer = [0; 4096];
-        assert_eq!(
-            maps.name(code, &mut buffer).unwrap(),
-            Some(exe.as_os_str().as_encoded_bytes())
-        );
+        assert_eq!(maps.name(code, &mut buffer).unwrap(), Some(exe.as_os_str().as_encoded_bytes()));
         assert_eq!(maps.name(code, &mut [0; 4]), Err(Errno::NAMETOOLONG));
         assert_eq!(maps.name(0, &mut buffer).unwrap(), None);
         let name = maps.name(memory.start(), &mut buffer).unwrap();
-        assert!(
-            name.is_none_or(|name| name.starts_with(b"[anon:uhmm")),
-            "{name:?}"
-        );
+        assert!(name.is_none_or(|name| name.starts_with(b"[anon:uhmm")), "{name:?}");
     }
 }
 
@@ -137,14 +113,7 @@ fn all_agree() {
     let many: Vec<_> = (0..200).map(|_| pages(3)).collect();
     for (i, memory) in many.iter().enumerate() {
         // SAFETY: memory of the test's own.
-        unsafe {
-            mprotect(
-                memory.start() + PAGE,
-                PAGE,
-                if i % 2 == 0 { Prot::None } else { Prot::Read },
-            )
-        }
-        .unwrap();
+        unsafe { mprotect(memory.start() + PAGE, PAGE, if i % 2 == 0 { Prot::None } else { Prot::Read }) }.unwrap();
     }
     let maps = both();
     let (mut name, mut text, mut seen) = (vec![0; 4096], String::with_capacity(1 << 20), 0);
@@ -156,11 +125,7 @@ fn all_agree() {
             continue; // vsyscall
         }
         for (which, maps) in maps.iter().enumerate() {
-            for at in [
-                expected.start,
-                (expected.start + expected.end) / 2,
-                expected.end - 1,
-            ] {
+            for at in [expected.start, (expected.start + expected.end) / 2, expected.end - 1] {
                 let found = maps.covering(at).unwrap();
                 // The heap, and what surrounds it, may grow from what this loop allocates.
                 if !same(found, expected) {
@@ -174,19 +139,12 @@ fn all_agree() {
         seen += 1;
     }
     assert!(seen > 400, "{seen} mappings");
-    for kind in [
-        VmaKind::Anonymous,
-        VmaKind::File,
-        VmaKind::Stack,
-        VmaKind::Heap,
-        VmaKind::Special,
-    ] {
+    for kind in [VmaKind::Anonymous, VmaKind::File, VmaKind::Stack, VmaKind::Heap, VmaKind::Special] {
         assert!(kinds.contains(&kind), "{kind:?}");
     }
 }
 
 fn same(found: Option<Vma>, expected: Vma) -> bool {
     let growing = matches!(expected.kind, VmaKind::Heap | VmaKind::Stack);
-    found == Some(expected)
-        || growing && found.is_some_and(|f| f.kind == expected.kind && f.inode == 0 && f.write)
+    found == Some(expected) || growing && found.is_some_and(|f| f.kind == expected.kind && f.inode == 0 && f.write)
 }

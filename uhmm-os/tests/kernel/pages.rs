@@ -15,61 +15,21 @@ const MOVE: Features = Features::MOVE;
 const WP: Features = Features::PAGEFAULT_FLAG_WP;
 
 pub(crate) const TESTS: &[Test] = &[
-    Test(
-        "uffd_open_says_what_is_missing",
-        Needs::Uffd(NONE),
-        open_says_what_is_missing,
-    ),
-    Test(
-        "uffd_copy_serves_a_fault",
-        Needs::Uffd(NONE),
-        copy_serves_a_fault,
-    ),
+    Test("uffd_open_says_what_is_missing", Needs::Uffd(NONE), open_says_what_is_missing),
+    Test("uffd_copy_serves_a_fault", Needs::Uffd(NONE), copy_serves_a_fault),
     Test("uffd_copy_partial", Needs::Uffd(NONE), copy_partial),
-    Test(
-        "uffd_copy_write_protected",
-        Needs::Uffd(WP),
-        copy_write_protected,
-    ),
-    Test(
-        "uffd_thread_and_exact_address",
-        Needs::Uffd(Features::THREAD_ID.union(Features::EXACT_ADDRESS)),
-        thread_and_address,
-    ),
+    Test("uffd_copy_write_protected", Needs::Uffd(WP), copy_write_protected),
+    Test("uffd_thread_and_exact_address", Needs::Uffd(Features::THREAD_ID.union(Features::EXACT_ADDRESS)), thread_and_address),
     Test("uffd_zeropage", Needs::Uffd(NONE), zeropage),
-    Test(
-        "uffd_dontwake_and_wake",
-        Needs::Uffd(NONE),
-        dontwake_and_wake,
-    ),
-    Test(
-        "uffd_move_round_trip_small",
-        Needs::Uffd(MOVE),
-        move_round_trip_small,
-    ),
-    Test(
-        "uffd_move_round_trip_huge",
-        Needs::Uffd(MOVE),
-        move_round_trip_huge,
-    ),
+    Test("uffd_dontwake_and_wake", Needs::Uffd(NONE), dontwake_and_wake),
+    Test("uffd_move_round_trip_small", Needs::Uffd(MOVE), move_round_trip_small),
+    Test("uffd_move_round_trip_huge", Needs::Uffd(MOVE), move_round_trip_huge),
     Test("uffd_move_errors", Needs::Uffd(MOVE), move_errors),
-    Test(
-        "uffd_move_serves_a_fault",
-        Needs::Uffd(MOVE),
-        move_serves_a_fault,
-    ),
+    Test("uffd_move_serves_a_fault", Needs::Uffd(MOVE), move_serves_a_fault),
     Test("uffd_write_protect", Needs::Uffd(WP), write_protect),
     Test("uffd_poison", Needs::Uffd(Features::POISON), poison),
-    Test(
-        "uffd_register_and_unregister",
-        Needs::Uffd(NONE),
-        register_and_unregister,
-    ),
-    Test(
-        "uffd_user_mode_only_system_call",
-        Needs::Uffd(NONE),
-        user_mode_only_system_call,
-    ),
+    Test("uffd_register_and_unregister", Needs::Uffd(NONE), register_and_unregister),
+    Test("uffd_user_mode_only_system_call", Needs::Uffd(NONE), user_mode_only_system_call),
     Test("uffd_full_system_call", Needs::Full(NONE), full_system_call),
 ];
 
@@ -85,12 +45,7 @@ fn open_says_what_is_missing() {
     let fork = Userfaultfd::open(rights, Features::EVENT_FORK);
     match offered.contains(Features::EVENT_FORK) {
         true => assert!(fork.is_ok()),
-        false => assert_eq!(
-            fork.unwrap_err(),
-            OpenError::RefusedFeatures {
-                refused: Features::EVENT_FORK
-            }
-        ),
+        false => assert_eq!(fork.unwrap_err(), OpenError::RefusedFeatures { refused: Features::EVENT_FORK }),
     }
 }
 
@@ -98,13 +53,7 @@ fn watch(uffd: &Userfaultfd, memory: &uhmm_os::mem::Mapping, mode: RegisterMode)
     uffd.register(memory.start(), memory.len(), mode).unwrap();
 }
 
-fn copy(
-    uffd: &Userfaultfd,
-    to: usize,
-    from: usize,
-    len: usize,
-    mode: CopyMode,
-) -> Result<(), Partial> {
+fn copy(uffd: &Userfaultfd, to: usize, from: usize, len: usize, mode: CopyMode) -> Result<(), Partial> {
     // SAFETY: memory of the test's own.
     unsafe { uffd.copy(to, from, len, mode) }
 }
@@ -131,45 +80,16 @@ fn copy_serves_a_fault() {
     scope(|s| {
         let reader = s.spawn(|| peek(at + 5));
         let event = next_event(&uffd);
-        assert_eq!(
-            event,
-            Event::Fault {
-                address: at,
-                write: false,
-                wp: false,
-                minor: false,
-                tid: 0
-            }
-        );
+        assert_eq!(event, Event::Fault { address: at, write: false, wp: false, minor: false, tid: 0 });
         copy(&uffd, at, source.start(), PAGE, CopyMode::empty()).unwrap();
         assert_eq!(reader.join().unwrap(), pattern(5));
         let writer = s.spawn(|| poke(memory.start(), 3));
         let event = next_event(&uffd);
-        assert!(
-            matches!(
-                event,
-                Event::Fault {
-                    write: true,
-                    wp: false,
-                    ..
-                }
-            ),
-            "{event:?}"
-        );
-        copy(
-            &uffd,
-            memory.start(),
-            source.start(),
-            PAGE,
-            CopyMode::empty(),
-        )
-        .unwrap();
+        assert!(matches!(event, Event::Fault { write: true, wp: false, .. }), "{event:?}");
+        copy(&uffd, memory.start(), source.start(), PAGE, CopyMode::empty()).unwrap();
         writer.join().unwrap();
     });
-    assert_eq!(
-        (peek(memory.start()), peek(memory.start() + 1)),
-        (3, pattern(1))
-    );
+    assert_eq!((peek(memory.start()), peek(memory.start() + 1)), (3, pattern(1)));
     assert_eq!(uffd.read(&mut MsgBuf::new()), Ok(0));
 }
 
@@ -179,22 +99,10 @@ fn copy_partial() {
     watch(&uffd, &memory, RegisterMode::MISSING);
     let (to, from, none) = (memory.start(), source.start(), CopyMode::empty());
     copy(&uffd, to + 2 * PAGE, from, PAGE, none).unwrap();
-    assert_eq!(
-        copy(&uffd, to, from, 4 * PAGE, none),
-        stopped(2 * PAGE, Errno::AGAIN)
-    );
-    assert_eq!(
-        copy(&uffd, to + 2 * PAGE, from, PAGE, none),
-        stopped(0, Errno::EXIST)
-    );
-    assert_eq!(
-        copy(&uffd, to + 1, from, PAGE, none),
-        stopped(0, Errno::INVAL)
-    );
-    assert_eq!(
-        copy(&uffd, source.start(), from, PAGE, none),
-        stopped(0, Errno::NOENT)
-    );
+    assert_eq!(copy(&uffd, to, from, 4 * PAGE, none), stopped(2 * PAGE, Errno::AGAIN));
+    assert_eq!(copy(&uffd, to + 2 * PAGE, from, PAGE, none), stopped(0, Errno::EXIST));
+    assert_eq!(copy(&uffd, to + 1, from, PAGE, none), stopped(0, Errno::INVAL));
+    assert_eq!(copy(&uffd, source.start(), from, PAGE, none), stopped(0, Errno::NOENT));
     assert!(is_filled(to, 0, 2 * PAGE));
 }
 
@@ -203,28 +111,12 @@ fn copy_write_protected() {
     fill(&source);
     watch(&uffd, &memory, RegisterMode::MISSING | RegisterMode::WP);
     copy(&uffd, memory.start(), source.start(), PAGE, CopyMode::WP).unwrap();
-    assert!(
-        Pagemap::open()
-            .unwrap()
-            .entry(memory.start())
-            .unwrap()
-            .uffd_wp
-    );
+    assert!(Pagemap::open().unwrap().entry(memory.start()).unwrap().uffd_wp);
     assert!(is_filled(memory.start(), 0, PAGE));
     scope(|s| {
         let writer = s.spawn(|| poke(memory.start(), 9));
         let event = next_event(&uffd);
-        assert!(
-            matches!(
-                event,
-                Event::Fault {
-                    write: true,
-                    wp: true,
-                    ..
-                }
-            ),
-            "{event:?}"
-        );
+        assert!(matches!(event, Event::Fault { write: true, wp: true, .. }), "{event:?}");
         protect(&uffd, memory.start(), PAGE, false).unwrap();
         writer.join().unwrap();
     });
@@ -232,10 +124,7 @@ fn copy_write_protected() {
 }
 
 fn thread_and_address() {
-    let (uffd, memory) = (
-        open(Features::THREAD_ID | Features::EXACT_ADDRESS),
-        pages(1),
-    );
+    let (uffd, memory) = (open(Features::THREAD_ID | Features::EXACT_ADDRESS), pages(1));
     watch(&uffd, &memory, RegisterMode::MISSING);
     let at = memory.start() + 1234;
     scope(|s| {
@@ -243,9 +132,7 @@ fn thread_and_address() {
             peek(at);
             uhmm_os::thread::gettid()
         });
-        let Event::Fault { address, tid, .. } = next_event(&uffd) else {
-            panic!("no fault")
-        };
+        let Event::Fault { address, tid, .. } = next_event(&uffd) else { panic!("no fault") };
         uffd.zeropage(memory.start(), PAGE).unwrap();
         assert_eq!((address, tid), (at, reader.join().unwrap()));
     });
@@ -255,14 +142,8 @@ fn zeropage() {
     let (uffd, memory) = (open(NONE), pages(3));
     watch(&uffd, &memory, RegisterMode::MISSING);
     uffd.zeropage(memory.start() + 2 * PAGE, PAGE).unwrap();
-    assert_eq!(
-        uffd.zeropage(memory.start(), 3 * PAGE),
-        stopped(2 * PAGE, Errno::AGAIN)
-    );
-    assert_eq!(
-        uffd.zeropage(memory.start(), PAGE),
-        stopped(0, Errno::EXIST)
-    );
+    assert_eq!(uffd.zeropage(memory.start(), 3 * PAGE), stopped(2 * PAGE, Errno::AGAIN));
+    assert_eq!(uffd.zeropage(memory.start(), PAGE), stopped(0, Errno::EXIST));
     assert!((0..memory.len()).all(|i| peek(memory.start() + i) == 0));
 }
 
@@ -277,14 +158,7 @@ fn dontwake_and_wake() {
             done.store(true, Ordering::SeqCst);
         });
         next_event(&uffd);
-        copy(
-            &uffd,
-            memory.start(),
-            source.start(),
-            PAGE,
-            CopyMode::DONTWAKE,
-        )
-        .unwrap();
+        copy(&uffd, memory.start(), source.start(), PAGE, CopyMode::DONTWAKE).unwrap();
         sleep(Duration::from_millis(100));
         assert!(!done.load(Ordering::SeqCst));
         uffd.wake(memory.start(), PAGE).unwrap();
@@ -318,11 +192,7 @@ fn move_round_trip_huge() {
     fill(&memory);
     watch(&uffd, &other, RegisterMode::MISSING);
     watch(&uffd, &memory, RegisterMode::MISSING);
-    let huge = |at: usize| {
-        crate::scan::categories(at, 2 * BLOCK)
-            .iter()
-            .all(|r| r.1.contains(Category::HUGE))
-    };
+    let huge = |at: usize| crate::scan::categories(at, 2 * BLOCK).iter().all(|r| r.1.contains(Category::HUGE));
     let was_huge = huge(memory.start());
     moved(&uffd, other.start(), memory.start(), 2 * BLOCK).unwrap();
     assert_eq!(huge(other.start()), was_huge);
@@ -342,10 +212,7 @@ fn move_errors() {
     let partial = moved(&uffd, b, a, 4 * PAGE).unwrap_err();
     assert_eq!(partial.done, 2 * PAGE);
     assert_eq!(moved(&uffd, b, a, PAGE), stopped(0, Errno::EXIST));
-    assert_eq!(
-        moved(&uffd, b + 3 * PAGE, a, PAGE),
-        stopped(0, Errno::NOENT)
-    );
+    assert_eq!(moved(&uffd, b + 3 * PAGE, a, PAGE), stopped(0, Errno::NOENT));
     assert_eq!(moved(&uffd, b + 1, a, PAGE), stopped(0, Errno::INVAL));
     assert!(is_filled(b, 0, 3 * PAGE) && is_filled(a + 3 * PAGE, 3 * PAGE, PAGE));
 }
@@ -368,34 +235,19 @@ fn write_protect() {
     fill(&memory);
     watch(&uffd, &memory, RegisterMode::WP);
     protect(&uffd, memory.start(), 2 * PAGE, true).unwrap();
-    assert!(
-        is_filled(memory.start(), 0, 2 * PAGE),
-        "reading stays allowed"
-    );
+    assert!(is_filled(memory.start(), 0, 2 * PAGE), "reading stays allowed");
     scope(|s| {
         let at = memory.start() + PAGE;
         let writer = s.spawn(move || poke(at, 2));
         let event = next_event(&uffd);
-        assert_eq!(
-            event,
-            Event::Fault {
-                address: at,
-                write: true,
-                wp: true,
-                minor: false,
-                tid: 0
-            }
-        );
+        assert_eq!(event, Event::Fault { address: at, write: true, wp: true, minor: false, tid: 0 });
         assert_eq!(peek(at), pattern(PAGE));
         protect(&uffd, at, PAGE, false).unwrap();
         writer.join().unwrap();
     });
     assert_eq!(peek(memory.start() + PAGE), 2);
     let stranger = pages(1);
-    assert_eq!(
-        protect(&uffd, stranger.start(), PAGE, true),
-        Err(Errno::NOENT)
-    );
+    assert_eq!(protect(&uffd, stranger.start(), PAGE, true), Err(Errno::NOENT));
 }
 
 fn poison() {
@@ -408,37 +260,22 @@ fn poison() {
     // SAFETY: the destination is large enough; the source may be anything.
     let reached = unsafe { uhmm_os::copy::guarded(buffer.as_mut_ptr(), memory.as_ptr(), 2 * PAGE) };
     assert_eq!(reached, Err(memory.start() + PAGE));
-    assert_eq!(
-        uffd.poison(memory.start() + PAGE, PAGE),
-        stopped(0, Errno::EXIST)
-    );
+    assert_eq!(uffd.poison(memory.start() + PAGE, PAGE), stopped(0, Errno::EXIST));
 }
 
 fn register_and_unregister() {
     let (uffd, other, memory) = (open(NONE), open(NONE), pages(2));
     watch(&uffd, &memory, RegisterMode::MISSING);
-    assert_eq!(
-        other.register(memory.start(), PAGE, RegisterMode::MISSING),
-        Err(Errno::BUSY)
-    );
-    assert_eq!(
-        uffd.register(memory.start() + 1, PAGE, RegisterMode::MISSING),
-        Err(Errno::INVAL)
-    );
+    assert_eq!(other.register(memory.start(), PAGE, RegisterMode::MISSING), Err(Errno::BUSY));
+    assert_eq!(uffd.register(memory.start() + 1, PAGE, RegisterMode::MISSING), Err(Errno::INVAL));
     scope(|s| {
         let reader = s.spawn(|| peek(memory.start()));
         next_event(&uffd);
         uffd.unregister(memory.start(), memory.len()).unwrap();
-        assert_eq!(
-            reader.join().unwrap(),
-            0,
-            "the reader is woken and finds zeros"
-        );
+        assert_eq!(reader.join().unwrap(), 0, "the reader is woken and finds zeros");
     });
     assert_eq!(uffd.read(&mut MsgBuf::new()), Ok(0));
-    other
-        .register(memory.start(), PAGE, RegisterMode::MISSING)
-        .unwrap();
+    other.register(memory.start(), PAGE, RegisterMode::MISSING).unwrap();
 }
 
 /// read(2) from a pipe that holds a byte into `at`.
@@ -457,10 +294,7 @@ fn read_call(at: usize) -> Result<usize, i32> {
 }
 
 fn user_mode_only_system_call() {
-    let (uffd, memory) = (
-        Userfaultfd::open(Rights::UserModeOnly, NONE).unwrap(),
-        pages(1),
-    );
+    let (uffd, memory) = (Userfaultfd::open(Rights::UserModeOnly, NONE).unwrap(), pages(1));
     watch(&uffd, &memory, RegisterMode::MISSING);
     assert_eq!(read_call(memory.start()), Err(libc::EFAULT));
     uffd.zeropage(memory.start(), PAGE).unwrap();

@@ -4,9 +4,7 @@ use crate::alone::{Alone, End};
 use crate::support::*;
 use crate::{Needs, Test};
 use core::ffi::{c_int, c_void};
-use std::sync::atomic::{
-    AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst,
-};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use uhmm_os::copy::guarded;
 use uhmm_os::mem::{Prot, mprotect};
 use uhmm_os::signal::{FaultInfo, block_all_but_faults, install, uninstall};
@@ -16,113 +14,27 @@ use uhmm_os::{BLOCK, PAGE, thread};
 const SIGBUS: Features = Features::SIGBUS;
 
 pub(crate) const TESTS: &[Test] = &[
-    Test(
-        "guarded_copies_what_is_there",
-        Needs::Nothing,
-        guarded_copies_what_is_there,
-    ),
-    Test(
-        "guarded_stops_at_a_hole",
-        Needs::Nothing,
-        guarded_stops_at_a_hole,
-    ),
-    Test(
-        "guarded_stops_beyond_a_file",
-        Needs::Nothing,
-        guarded_stops_beyond_a_file,
-    ),
-    Test(
-        "guarded_bears_any_address",
-        Needs::Nothing,
-        guarded_bears_any_address,
-    ),
+    Test("guarded_copies_what_is_there", Needs::Nothing, guarded_copies_what_is_there),
+    Test("guarded_stops_at_a_hole", Needs::Nothing, guarded_stops_at_a_hole),
+    Test("guarded_stops_beyond_a_file", Needs::Nothing, guarded_stops_beyond_a_file),
+    Test("guarded_bears_any_address", Needs::Nothing, guarded_bears_any_address),
 ];
 
 pub(crate) const ALONE: &[Alone] = &[
-    Alone(
-        "null_still_kills",
-        Needs::Nothing,
-        End::Signal(libc::SIGSEGV),
-        null_still_kills,
-    ),
-    Alone(
-        "null_still_kills_by_default",
-        Needs::Nothing,
-        End::Signal(libc::SIGSEGV),
-        null_still_kills_by_default,
-    ),
-    Alone(
-        "null_still_kills_if_ignored",
-        Needs::Nothing,
-        End::Signal(libc::SIGSEGV),
-        null_still_kills_if_ignored,
-    ),
-    Alone(
-        "file_end_still_kills",
-        Needs::Nothing,
-        End::Signal(libc::SIGBUS),
-        file_end_still_kills,
-    ),
-    Alone(
-        "a_sent_signal_kills",
-        Needs::Nothing,
-        End::Signal(libc::SIGSEGV),
-        a_sent_signal_kills,
-    ),
-    Alone(
-        "a_sent_signal_is_ignored",
-        Needs::Nothing,
-        End::Well,
-        a_sent_signal_is_ignored,
-    ),
-    Alone(
-        "handler_repairs",
-        Needs::Nothing,
-        End::Well,
-        handler_repairs,
-    ),
-    Alone(
-        "earlier_handler_repairs",
-        Needs::Nothing,
-        End::Well,
-        earlier_handler_repairs,
-    ),
-    Alone(
-        "earlier_plain_handler_once",
-        Needs::Nothing,
-        End::Signal(libc::SIGSEGV),
-        earlier_plain_handler_once,
-    ),
-    Alone(
-        "uninstall_puts_back",
-        Needs::Nothing,
-        End::Well,
-        uninstall_puts_back,
-    ),
-    Alone(
-        "install_again_exchanges",
-        Needs::Nothing,
-        End::Well,
-        install_again_exchanges,
-    ),
-    Alone(
-        "threads_serve_themselves",
-        Needs::Uffd(SIGBUS),
-        End::Well,
-        threads_serve_themselves,
-    ),
-    Alone(
-        "fork_in_the_main_thread",
-        Needs::Nothing,
-        End::Well,
-        fork_in_the_main_thread,
-    ),
-    Alone(
-        "setuid_does_not_hang",
-        Needs::Nothing,
-        End::Well,
-        setuid_does_not_hang,
-    ),
+    Alone("null_still_kills", Needs::Nothing, End::Signal(libc::SIGSEGV), null_still_kills),
+    Alone("null_still_kills_by_default", Needs::Nothing, End::Signal(libc::SIGSEGV), null_still_kills_by_default),
+    Alone("null_still_kills_if_ignored", Needs::Nothing, End::Signal(libc::SIGSEGV), null_still_kills_if_ignored),
+    Alone("file_end_still_kills", Needs::Nothing, End::Signal(libc::SIGBUS), file_end_still_kills),
+    Alone("a_sent_signal_kills", Needs::Nothing, End::Signal(libc::SIGSEGV), a_sent_signal_kills),
+    Alone("a_sent_signal_is_ignored", Needs::Nothing, End::Well, a_sent_signal_is_ignored),
+    Alone("handler_repairs", Needs::Nothing, End::Well, handler_repairs),
+    Alone("earlier_handler_repairs", Needs::Nothing, End::Well, earlier_handler_repairs),
+    Alone("earlier_plain_handler_once", Needs::Nothing, End::Signal(libc::SIGSEGV), earlier_plain_handler_once),
+    Alone("uninstall_puts_back", Needs::Nothing, End::Well, uninstall_puts_back),
+    Alone("install_again_exchanges", Needs::Nothing, End::Well, install_again_exchanges),
+    Alone("threads_serve_themselves", Needs::Uffd(SIGBUS), End::Well, threads_serve_themselves),
+    Alone("fork_in_the_main_thread", Needs::Nothing, End::Well, fork_in_the_main_thread),
+    Alone("setuid_does_not_hang", Needs::Nothing, End::Well, setuid_does_not_hang),
 ];
 
 /// For tests that only need guarded copies.
@@ -158,21 +70,9 @@ fn guarded_stops_at_a_hole() {
     for before in [0, 1, 7, 16, 63, 64, 100, 128, 200, 1000, PAGE, PAGE + 3] {
         for to in [other.start(), other.start() + 1, other.start() + 63] {
             assert_eq!(copy_guarded(to, edge - before, before), Ok(()));
-            assert_eq!(
-                copy_guarded(to, edge - before, before + 1),
-                Err(edge),
-                "reading, {before} before"
-            );
-            assert_eq!(
-                copy_guarded(to, edge - before, before + 700),
-                Err(edge),
-                "reading, {before} before"
-            );
-            assert_eq!(
-                copy_guarded(edge - before, to, before + 700),
-                Err(edge),
-                "writing, {before} before"
-            );
+            assert_eq!(copy_guarded(to, edge - before, before + 1), Err(edge), "reading, {before} before");
+            assert_eq!(copy_guarded(to, edge - before, before + 700), Err(edge), "reading, {before} before");
+            assert_eq!(copy_guarded(edge - before, to, before + 700), Err(edge), "writing, {before} before");
         }
     }
     set_prot(edge, PAGE, Prot::Read);
@@ -185,10 +85,7 @@ fn guarded_stops_at_a_hole() {
         uhmm_os::mem::munmap(start + PAGE, PAGE).unwrap();
         assert_eq!(len, 2 * PAGE);
     }
-    assert_eq!(
-        copy_guarded(other.start(), start + PAGE - 200, 400),
-        Err(start + PAGE)
-    );
+    assert_eq!(copy_guarded(other.start(), start + PAGE - 200, 400), Err(start + PAGE));
 }
 
 /// A page of a file that ends before it: SIGBUS.
@@ -197,14 +94,7 @@ fn beyond_a_file() -> usize {
     unsafe {
         let fd = libc::memfd_create(c"short".as_ptr(), libc::MFD_CLOEXEC);
         assert_eq!(libc::ftruncate(fd, PAGE as i64), 0);
-        let at = libc::mmap(
-            std::ptr::null_mut(),
-            2 * PAGE,
-            libc::PROT_READ,
-            libc::MAP_SHARED,
-            fd,
-            0,
-        );
+        let at = libc::mmap(std::ptr::null_mut(), 2 * PAGE, libc::PROT_READ, libc::MAP_SHARED, fd, 0);
         assert_ne!(at, libc::MAP_FAILED);
         at as usize + PAGE
     }
@@ -221,15 +111,8 @@ fn guarded_bears_any_address() {
     let memory = pages(1);
     assert_eq!(copy_guarded(memory.start(), 8, 64), Err(8));
     assert_eq!(copy_guarded(8, memory.start(), 300), Err(8));
-    assert_eq!(
-        copy_guarded(memory.start(), 1 << 62, 200),
-        Err(0),
-        "not canonical: the processor does not tell"
-    );
-    assert_eq!(
-        copy_guarded(memory.start(), usize::MAX - 4095, 200),
-        Err(usize::MAX - 4095)
-    );
+    assert_eq!(copy_guarded(memory.start(), 1 << 62, 200), Err(0), "not canonical: the processor does not tell");
+    assert_eq!(copy_guarded(memory.start(), usize::MAX - 4095, 200), Err(usize::MAX - 4095));
     assert_eq!(copy_guarded(0, 0, 0), Ok(()));
 }
 
@@ -308,10 +191,7 @@ fn handler_repairs() {
         } else {
             assert_eq!(peek(at), 5);
         }
-        assert_eq!(
-            (AT.load(SeqCst), WROTE.load(SeqCst), SIGNAL.load(SeqCst)),
-            (at, write, libc::SIGSEGV)
-        );
+        assert_eq!((AT.load(SeqCst), WROTE.load(SeqCst), SIGNAL.load(SeqCst)), (at, write, libc::SIGSEGV));
     }
     assert_eq!(ASKED.load(SeqCst), 2);
     // A guarded copy asks nobody.
@@ -326,15 +206,7 @@ static BLOCKED: AtomicU64 = AtomicU64::new(0);
 fn blocked() -> u64 {
     let mut mask = 0u64;
     // SAFETY: only asks; eight bytes are written.
-    unsafe {
-        libc::syscall(
-            libc::SYS_rt_sigprocmask,
-            libc::SIG_BLOCK,
-            0,
-            &raw mut mask,
-            8,
-        )
-    };
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, 0, &raw mut mask, 8) };
     mask
 }
 
@@ -354,10 +226,7 @@ fn set_earlier(flags: c_int) {
         action.sa_sigaction = earlier as *const () as usize;
         action.sa_flags = flags;
         libc::sigaddset(&mut action.sa_mask, libc::SIGUSR1);
-        assert_eq!(
-            libc::sigaction(libc::SIGSEGV, &action, std::ptr::null_mut()),
-            0
-        );
+        assert_eq!(libc::sigaction(libc::SIGSEGV, &action, std::ptr::null_mut()), 0);
     }
 }
 
@@ -368,17 +237,10 @@ fn earlier_handler_repairs() {
     set_prot(memory.start(), PAGE, Prot::None);
     let before = blocked();
     poke(memory.start() + 9, 1);
-    assert_eq!(
-        (AT.load(SeqCst), SIGNAL.load(SeqCst)),
-        (memory.start() + 9, libc::SIGSEGV)
-    );
+    assert_eq!((AT.load(SeqCst), SIGNAL.load(SeqCst)), (memory.start() + 9, libc::SIGSEGV));
     assert_eq!(ASKED.load(SeqCst), 1, "ours is asked first");
     let bits = 1 << (libc::SIGUSR1 - 1) | 1 << (libc::SIGSEGV - 1);
-    assert_eq!(
-        BLOCKED.load(SeqCst),
-        before | bits,
-        "the mask that it asked for"
-    );
+    assert_eq!(BLOCKED.load(SeqCst), before | bits, "the mask that it asked for");
     assert_eq!(blocked(), before);
     set_earlier(libc::SA_SIGINFO | libc::SA_NODEFER);
 }
@@ -394,10 +256,7 @@ fn earlier_plain_handler_once() {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = plain as *const () as usize;
         action.sa_flags = libc::SA_RESETHAND;
-        assert_eq!(
-            libc::sigaction(libc::SIGSEGV, &action, std::ptr::null_mut()),
-            0
-        );
+        assert_eq!(libc::sigaction(libc::SIGSEGV, &action, std::ptr::null_mut()), 0);
     }
     install(|_| {
         // At the second fault the plain handler must have been called, and once.
@@ -429,21 +288,14 @@ fn uninstall_puts_back() {
         install(never).unwrap();
         let ours = current(libc::SIGSEGV);
         assert_ne!(ours, before[0]);
-        assert_eq!(
-            ours.1,
-            libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER
-        );
+        assert_eq!(ours.1, libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER);
         uninstall();
         assert_eq!([current(libc::SIGSEGV), current(libc::SIGBUS)], before);
     }
     install(never).unwrap();
     set_earlier(libc::SA_SIGINFO);
     uninstall();
-    assert_eq!(
-        current(libc::SIGSEGV).0,
-        before[0].0,
-        "the program's newer handler stays"
-    );
+    assert_eq!(current(libc::SIGSEGV).0, before[0].0, "the program's newer handler stays");
     assert_eq!(current(libc::SIGBUS), before[1]);
 }
 
@@ -468,12 +320,7 @@ fn serve(fault: &FaultInfo) -> bool {
     ASKED.fetch_add(1, SeqCst);
     let at = fault.address / PAGE * PAGE;
     // SAFETY: the test's own memory.
-    unsafe {
-        UFFD.get()
-            .unwrap()
-            .copy(at, SOURCE.load(SeqCst), PAGE, CopyMode::empty())
-    }
-    .is_ok()
+    unsafe { UFFD.get().unwrap().copy(at, SOURCE.load(SeqCst), PAGE, CopyMode::empty()) }.is_ok()
 }
 
 /// With the SIGBUS feature, threads bring their pages themselves, on alternate stacks of their own.
@@ -483,8 +330,7 @@ fn threads_serve_themselves() {
     let (memory, source) = (pages(64), pages(1));
     fill(&source);
     SOURCE.store(source.start(), SeqCst);
-    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)
-        .unwrap();
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING).unwrap();
     AT.store(memory.start(), SeqCst);
     unsafe extern "C" fn touch(first: *mut ()) {
         for page in 0..32 {
@@ -529,10 +375,7 @@ fn fork_in_the_main_thread() {
             }
             let mut status = 0;
             assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
-            assert!(
-                libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 7,
-                "the child died: {status:#x}"
-            );
+            assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 7, "the child died: {status:#x}");
         }
     }
     GATE.store(true, SeqCst);

@@ -10,13 +10,7 @@ use uhmm_os::{BLOCK, PAGE};
 /// Full, where it is granted.
 pub(crate) fn best_rights() -> Rights {
     static BEST: OnceLock<Rights> = OnceLock::new();
-    *BEST.get_or_init(|| {
-        if probe(Rights::Full).is_ok() {
-            Rights::Full
-        } else {
-            Rights::UserModeOnly
-        }
-    })
+    *BEST.get_or_init(|| if probe(Rights::Full).is_ok() { Rights::Full } else { Rights::UserModeOnly })
 }
 
 pub(crate) fn open(features: Features) -> Userfaultfd {
@@ -28,15 +22,7 @@ const NAME: &CStr = c"uhmm-os-test";
 
 /// Untouched memory on a block boundary.
 pub(crate) fn area(len: usize) -> Mapping {
-    map(&Reserve {
-        hint: 0,
-        len,
-        align: BLOCK,
-        name: NAME,
-        prot: Prot::ReadWrite,
-        exact: false,
-    })
-    .unwrap()
+    map(&Reserve { hint: 0, len, align: BLOCK, name: NAME, prot: Prot::ReadWrite, exact: false }).unwrap()
 }
 
 /// Untouched small pages.

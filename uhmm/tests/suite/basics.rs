@@ -138,7 +138,9 @@ fn edges_are_exact_to_the_byte() {
             std::hint::spin_loop();
         }
     }
-    for (offset, len) in [(1, 1), (100, 50), (4000, 200), (4095, 2), (10, 3 * 4096), (4096, 4096), (5000, 300_000), (0, 70_000), (1, 1 << 20)] {
+    for (offset, len) in
+        [(1, 1), (100, 50), (4000, 200), (4095, 2), (10, 3 * 4096), (4096, 4096), (5000, 300_000), (0, 70_000), (1, 1 << 20)]
+    {
         let mut memory = vec![5u8; offset + len + 5000];
         let (before, rest) = memory.split_at_mut(offset);
         let (range, after) = rest.split_at_mut(len);

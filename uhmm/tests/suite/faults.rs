@@ -3,13 +3,20 @@
 use crate::harness::*;
 use uhmm::{Ctx, args, inout, inp, ptr};
 
-crate::tests![a_kernel_follows_pointers, what_a_kernel_writes_through_a_pointer_comes_back, twice_the_capacity_by_launches, twice_the_capacity_by_faults, the_least_recently_used_block_goes];
+crate::tests![
+    a_kernel_follows_pointers,
+    what_a_kernel_writes_through_a_pointer_comes_back,
+    twice_the_capacity_by_launches,
+    twice_the_capacity_by_faults,
+    the_least_recently_used_block_goes
+];
 
 struct Node {
     next: *const Node,
     value: u64,
 }
 
+#[allow(clippy::vec_box)] // the point is that each node is an allocation of its own
 fn list(nodes: usize) -> (Vec<Box<Node>>, u64) {
     let mut list: Vec<Box<Node>> = vec![];
     let mut random = fastrand::Rng::with_seed(2);

@@ -111,7 +111,9 @@ pub struct Pages {
 
 impl Pages {
     pub fn new(len: usize) -> Self {
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0) };
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+        };
         assert_ne!(start, libc::MAP_FAILED);
         Pages { start: start.cast(), len }
     }

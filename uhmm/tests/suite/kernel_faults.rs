@@ -93,7 +93,9 @@ fn a_wild_pointer_runs_on_over_a_scratch_page() {
         assert!(data.iter().all(|&x| x == 2 || x == 1));
     }
     // The scratch page is gone: the same place can be used, and starts with what it holds.
-    let pages = unsafe { libc::mmap((wild & !4095) as *mut _, 8192, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE, -1, 0) };
+    let pages = unsafe {
+        libc::mmap((wild & !4095) as *mut _, 8192, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE, -1, 0)
+    };
     assert_eq!(pages as usize, wild & !4095);
     unsafe { *(wild as *mut u32) = 0 };
     let dev_sees = |ctx: &Ctx<'_>| ctx.out::<u32>(0).chunk(10_000)[0] = unsafe { *ctx.pointer::<u32>(1) } + 40;

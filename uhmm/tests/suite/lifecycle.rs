@@ -85,7 +85,11 @@ fn libraries_with_copies_of_their_own_share_one_core() {
     type Add = unsafe extern "C" fn(*mut u8, *mut u32, usize) -> usize;
     type Close = unsafe extern "C" fn(*mut u8);
     let symbols = |library: &libloading::Library| unsafe {
-        (*library.get::<Open>(b"plugin_open").unwrap(), *library.get::<Add>(b"plugin_add").unwrap(), *library.get::<Close>(b"plugin_close").unwrap())
+        (
+            *library.get::<Open>(b"plugin_open").unwrap(),
+            *library.get::<Add>(b"plugin_add").unwrap(),
+            *library.get::<Close>(b"plugin_close").unwrap(),
+        )
     };
     let ((open1, add1, close1), (open2, add2, close2)) = (symbols(&one), symbols(&two));
     assert_ne!(open1 as *const () as usize, open2 as *const () as usize, "two copies");

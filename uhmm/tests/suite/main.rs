@@ -13,6 +13,7 @@ mod kernel_faults;
 mod lifecycle;
 mod mappings;
 mod races;
+mod stories;
 
 fn main() {
     let mut tests = vec![];
@@ -23,5 +24,6 @@ fn main() {
     tests.extend(lifecycle::TESTS);
     tests.extend(mappings::TESTS);
     tests.extend(races::TESTS);
+    tests.extend(stories::TESTS);
     harness::run(&tests);
 }

@@ -51,7 +51,8 @@ fn partly_unmapped() {
     assert!(same(0..hole / 4));
     assert!(same((hole + len) / 4..data.len()));
     // The hole is used by somebody else.
-    let again = unsafe { libc::mmap(pages.start.add(hole).cast(), len, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
+    let again =
+        unsafe { libc::mmap(pages.start.add(hole).cast(), len, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
     assert!(unsafe { std::slice::from_raw_parts(again.cast::<u32>(), len / 4) }.iter().all(|&x| x == 0));
 }
 

@@ -1,0 +1,324 @@
+//! Bugs that were there, each with its story, and the shortest program that shows it.
+
+use crate::harness::*;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+use uhmm::{Ctx, Device, Error, KernelFault, Uhmm, args, inout, inp, out, ptr};
+
+crate::tests![
+    two_parked_ranges_of_one_block_are_both_put_back,
+    a_remap_to_another_alignment_unprotects_the_right_pages,
+    a_remap_loses_nothing_to_its_own_event,
+    trays_with_few_pages_do_not_use_up_the_pool,
+    two_devices_with_snapshots_in_each_others_blocks,
+    evicting_from_the_wrong_device_changes_nothing,
+    more_faults_than_the_monitor_reads_at_once,
+    a_worker_that_touches_a_parked_page_fails_its_launch,
+    a_prefetch_is_not_held_up_by_the_last_launchs_pins,
+    captures_next_to_fetched_data_are_no_bug_of_the_kernel,
+    pages_dropped_while_a_device_fetches_their_block,
+    a_kernel_cannot_launch,
+    the_host_refuses_overlap_too,
+    a_start_that_fails_for_want_of_address_space_ends,
+    a_large_zeroing_ends,
+];
+
+const BLOCK: usize = 2 << 20;
+const PAGE: usize = 4096;
+
+/// `count` whole blocks.
+fn blocks(count: usize) -> Pages {
+    let mut pages = Pages::huge(count * BLOCK);
+    unsafe { libc::madvise(pages.start.cast(), pages.len, libc::MADV_NOHUGEPAGE) };
+    pages.slice::<u8>().fill(1);
+    pages
+}
+
+fn part(pages: &Pages, from: usize, len: usize) -> &'static mut [u8] {
+    assert!(from + len <= pages.len);
+    unsafe { std::slice::from_raw_parts_mut(pages.start.add(from), len) }
+}
+
+fn small(name: &'static str) -> (Uhmm, Device) {
+    let hmm = Uhmm::new().unwrap();
+    let dev = hmm.soft(name).memory(64 << 20).threads(1).open().unwrap();
+    (hmm, dev)
+}
+
+fn fill(value: u8) -> impl Fn(&Ctx<'_>) + Sync {
+    move |ctx: &Ctx<'_>| ctx.out::<u8>(0).chunk(usize::MAX).fill(value)
+}
+
+/// The end of a failed launch gave the old pages of the first range back and forgot that the block had more of them parked: the second range read zeroes.
+fn two_parked_ranges_of_one_block_are_both_put_back() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(1);
+    let (a, b) = (part(&pages, 0, 512 << 10), part(&pages, 1 << 20, 512 << 10));
+    b.fill(2);
+    dev.run(&|_: &Ctx<'_>| panic!("no"), 1, args![out(a), out(b)]).unwrap_err();
+    assert!(a.iter().all(|&x| x == 1) && b.iter().all(|&x| x == 2));
+}
+
+/// mremap to another offset in a block lifted the write protection by block and page number, not by address: another array's pages lost theirs, and
+/// the device went on reading its old copy of them.
+fn a_remap_to_another_alignment_unprotects_the_right_pages() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(4);
+    let (source, other) = (part(&pages, 0, 1 << 20), part(&pages, BLOCK, 128 << 10));
+    other.fill(2);
+    let mut sum = vec![0u64];
+    let add = |ctx: &Ctx<'_>| ctx.out::<u64>(0).chunk(1)[0] = ctx.inp::<u8>(1).iter().map(|&x| u64::from(x)).sum();
+    dev.run(&add, 1, args![out(&mut sum), inp(source)]).unwrap();
+    dev.run(&add, 1, args![out(&mut sum), inp(other)]).unwrap();
+    assert_eq!(sum[0], 2 * (128 << 10));
+    let to = unsafe { pages.start.add(BLOCK + (1 << 20)) };
+    let moved = unsafe { libc::mremap(pages.start.cast(), 1 << 20, 1 << 20, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to) };
+    assert_eq!(moved, to.cast());
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    other.fill(3);
+    dev.run(&add, 1, args![out(&mut sum), inp(other)]).unwrap();
+    assert_eq!(sum[0], 3 * (128 << 10));
+}
+
+/// While mremap's event was followed, the kernel refused to put pages into the new place until the caller of mremap had woken; uhmm took that for an unmapped
+/// place and dropped the pages. Two of 38,000 remaps lost a block's contents.
+fn a_remap_loses_nothing_to_its_own_event() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(2);
+    let len = 64 * PAGE;
+    let (mut at, mut to) = (0, BLOCK);
+    unsafe { libc::munmap(pages.start.add(to).cast(), len) };
+    let end = Instant::now() + seconds(5);
+    let mut round = 0u8;
+    while Instant::now() < end {
+        round = round.wrapping_add(1);
+        let range = part(&pages, at, len);
+        range.fill(0);
+        dev.run(&fill(round), 1, args![inout(range)]).unwrap();
+        let target = unsafe { pages.start.add(to) };
+        let moved = unsafe { libc::mremap(range.as_mut_ptr().cast(), len, len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target) };
+        assert_eq!(moved, target.cast());
+        std::mem::swap(&mut at, &mut to);
+        assert!(part(&pages, at, len).iter().all(|&x| x == round));
+    }
+}
+
+/// Each small migration left a tray with a page or two that fitted no later one; after as many as there are trays (memory / 2 MiB) nothing could move any more.
+fn trays_with_few_pages_do_not_use_up_the_pool() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(1);
+    unsafe { libc::madvise(pages.start.cast(), BLOCK, libc::MADV_DONTNEED) };
+    let at = pages.start.cast::<u64>();
+    let add = |ctx: &Ctx<'_>| unsafe { *ctx.pointer::<u64>(0) += 1 };
+    let trays = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) } as u64 / 512;
+    for i in 0..trays + 100 {
+        unsafe { at.write_volatile(i) };
+        dev.run(&add, 1, args![unsafe { ptr(at) }]).unwrap();
+        assert_eq!(unsafe { at.read_volatile() }, i + 1);
+    }
+}
+
+/// Each of two launches held a snapshot in a block, and each kernel followed a pointer into the other's: both waited for the other to end.
+fn two_devices_with_snapshots_in_each_others_blocks() {
+    let (hmm, one) = small("soft");
+    let two = hmm.soft("two").memory(64 << 20).threads(1).open().unwrap();
+    let pages = blocks(2);
+    let (mine, other) = (part(&pages, 0, 64), part(&pages, BLOCK, 64));
+    let (to_mine, to_other) = (unsafe { mine.as_ptr().add(3 * PAGE) } as usize, unsafe { other.as_ptr().add(3 * PAGE) } as usize);
+    std::thread::scope(|scope| {
+        let run = |dev: Device, range: &'static mut [u8], far: usize| {
+            move || {
+                let kernel = |ctx: &Ctx<'_>| {
+                    std::thread::sleep(std::time::Duration::from_millis(200));
+                    let x = unsafe { ctx.pointer::<u8>(1).read_volatile() };
+                    ctx.out::<u8>(0).chunk(64).fill(x + 1);
+                };
+                dev.run(&kernel, 1, args![out(range), unsafe { ptr(far as *const u8) }]).unwrap();
+                assert!(range.iter().all(|&x| x == 2));
+            }
+        };
+        scope.spawn(run(one, mine, to_other));
+        scope.spawn(run(two, other, to_mine));
+    });
+}
+
+/// Asking a device to bring home what another device has took the block off the wrong list; the end of the process then went round that list for ever.
+fn evicting_from_the_wrong_device_changes_nothing() {
+    let (hmm, one) = small("soft");
+    let two = hmm.soft("two").memory(64 << 20).threads(1).open().unwrap();
+    let pages = blocks(4);
+    two.run(&fill(9), 1, args![inout(part(&pages, 0, BLOCK))]).unwrap();
+    one.run(&fill(9), 1, args![inout(part(&pages, 2 * BLOCK, BLOCK))]).unwrap();
+    one.evict(part(&pages, 0, BLOCK)).unwrap();
+    assert_eq!(pages_present(part(&pages, 0, BLOCK)), 0);
+    drop((hmm, one, two));
+    assert!(part(&pages, 0, BLOCK).iter().chain(&*part(&pages, 2 * BLOCK, BLOCK)).all(|&x| x == 9));
+}
+
+/// The kernel delivers faults before older events. With more threads waiting than there was room for, all of them for an event that was still unread, the monitor
+/// had no room to read it.
+fn more_faults_than_the_monitor_reads_at_once() {
+    const THREADS: usize = 300;
+    let (_hmm, dev) = device(128);
+    let pages = blocks(20);
+    let side = blocks(1);
+    for _round in 0..3 {
+        part(&side, 0, BLOCK).fill(1);
+        dev.run(&fill(3), 1, args![inout(part(&side, 0, BLOCK))]).unwrap();
+        dev.run(&fill(3), 1, args![inout(part(&pages, 0, pages.len))]).unwrap();
+        let start = Barrier::new(THREADS + 4);
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let (pages, start) = (part(&pages, 0, pages.len), &start);
+                scope.spawn(move || {
+                    start.wait();
+                    (0..4).for_each(|i| assert_eq!(pages[(thread * 7 + i * 131) * 16 % (20 * 512) * PAGE], 3));
+                });
+            }
+            for thread in 0..4 {
+                let (side, start) = (part(&side, 0, BLOCK), &start);
+                scope.spawn(move || {
+                    start.wait();
+                    for i in 0..50 {
+                        let at = &raw mut side[(thread * 50 + i) * PAGE];
+                        unsafe { libc::madvise(at.cast(), PAGE, libc::MADV_DONTNEED) };
+                    }
+                });
+            }
+        });
+    }
+}
+
+/// A touch by the CPU of what a launch overwrites waits for the launch's end. A worker of that launch, at the process address, waited for itself.
+fn a_worker_that_touches_a_parked_page_fails_its_launch() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(1);
+    let range = part(&pages, 0, BLOCK);
+    let at = &raw mut range[8 * PAGE] as usize;
+    let kernel = move |ctx: &Ctx<'_>| {
+        ctx.out::<u8>(0).chunk(usize::MAX)[9 * PAGE] = 5;
+        unsafe { (at as *mut u8).write_volatile(7) };
+    };
+    let error = dev.run(&kernel, 1, args![out(range)]).unwrap_err();
+    assert!(matches!(error, Error::Kernel(KernelFault::HostAddress { address }) if address == at), "{error}");
+    for (i, &x) in range.iter().enumerate() {
+        assert!(x == 1 || (i == 9 * PAGE && x == 5) || (i == 8 * PAGE && x == 7), "byte {i} is {x}");
+    }
+}
+
+/// A prefetch counted as part of the last launch, whose blocks may not leave: on an idle device there was no room for a second one.
+fn a_prefetch_is_not_held_up_by_the_last_launchs_pins() {
+    let (_hmm, dev) = device(16);
+    let pages = blocks(12);
+    dev.run(&|_: &Ctx<'_>| (), 1, args![]).unwrap();
+    dev.prefetch(part(&pages, 0, 6 * BLOCK)).unwrap();
+    dev.prefetch(part(&pages, 6 * BLOCK, 6 * BLOCK)).unwrap();
+    assert!(part(&pages, 0, pages.len).iter().all(|&x| x == 1));
+}
+
+/// A kernel's captures lie on the stack of who launches it. A device fault on a variable beside them brought the whole stack to the device, and
+/// the kernel was told that it had forgotten to translate an address.
+fn captures_next_to_fetched_data_are_no_bug_of_the_kernel() {
+    let (_hmm, dev) = small("soft");
+    let data = [5u64; 1024];
+    let seven = std::hint::black_box(7u64);
+    let kernel = |ctx: &Ctx<'_>| {
+        let x = unsafe { ctx.pointer::<u64>(0).read_volatile() };
+        ctx.out::<u64>(1).chunk(1)[0] = x + std::hint::black_box(&seven);
+    };
+    let mut r = vec![0u64; 4];
+    // On the main thread's stack, and on another's.
+    dev.run(&kernel, 4, args![unsafe { ptr(&raw const data[500]) }, out(&mut r)]).unwrap();
+    assert_eq!(r, [12; 4]);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let data = [6u64; 4096];
+            let mut r = vec![0u64; 4];
+            dev.run(&kernel, 4, args![unsafe { ptr(&raw const data[1000]) }, out(&mut r)]).unwrap();
+            assert_eq!(r, [13; 4]);
+        });
+    });
+}
+
+/// The kernel announces MADV_DONTNEED before it drops the pages. A device that fetched the block in between carried the old contents away, and they came back.
+fn pages_dropped_while_a_device_fetches_their_block() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(1);
+    let end = Instant::now() + seconds(5);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (at, stop) = (part(&pages, 5 * PAGE, 64), &stop);
+        scope.spawn(move || {
+            while Instant::now() < end {
+                at.fill(9);
+                unsafe { libc::madvise(at.as_mut_ptr().cast(), PAGE, libc::MADV_DONTNEED) };
+                assert_eq!(at[3], 0);
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        let far = part(&pages, 200 * PAGE, 1).as_mut_ptr();
+        while !stop.load(Ordering::Relaxed) && Instant::now() < end {
+            unsafe { far.write_volatile(1) };
+            dev.run(&|ctx: &Ctx<'_>| unsafe { ctx.pointer::<u8>(0).write_volatile(2) }, 1, args![unsafe { ptr(far) }]).unwrap();
+        }
+    });
+}
+
+/// A kernel that launched on its own device waited for its own launch to end.
+fn a_kernel_cannot_launch() {
+    let (_hmm, dev) = small("soft");
+    let mut told = vec![0u32];
+    let kernel = |ctx: &Ctx<'_>| {
+        let refused = matches!(dev.run(&|_: &Ctx<'_>| (), 1, args![]), Err(Error::Reentrant));
+        ctx.out::<u32>(0).chunk(1)[0] = u32::from(refused);
+    };
+    dev.run(&kernel, 1, args![out(&mut told)]).unwrap();
+    assert_eq!(told[0], 1);
+}
+
+/// The executor on host memory did not look for overlap, so that a kernel could be given two exclusive parts of one range.
+fn the_host_refuses_overlap_too() {
+    use uhmm_core::args::{Access, Arg, Args, RawArg};
+    let mut data = [0u32; 4];
+    let start = data.as_mut_ptr() as usize;
+    let twice = || {
+        let raw =
+            RawArg::Slice { start, count: 4, size: 4, ty: std::any::TypeId::of::<u32>(), name: "u32", access: Access::Out, device: None };
+        unsafe { Arg::from_raw(raw) }
+    };
+    let error = uhmm::Host::new(1).run(&|_: &Ctx<'_>| unreachable!(), 1, Args::new([twice(), twice()])).unwrap_err();
+    assert!(matches!(error, Error::Overlap { first: 0, second: 1, .. }), "{error}");
+}
+
+/// If starting failed after a pool was watched, giving the pool up waited for a monitor that there was not.
+fn a_start_that_fails_for_want_of_address_space_ends() {
+    let mut failed = 0;
+    for gib in [1, 8, 20, 30, 40, 50, 60] {
+        let limit = libc::rlimit { rlim_cur: gib << 30, rlim_max: libc::RLIM_INFINITY };
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
+        if let Err(error) = Uhmm::new() {
+            failed += 1;
+            assert!(error.to_string().contains("RLIMIT_AS"), "{error}");
+        }
+    }
+    assert!(failed > 0);
+    assert_eq!(
+        unsafe { libc::setrlimit(libc::RLIMIT_AS, &libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY }) },
+        0
+    );
+    let (_hmm, dev) = small("soft");
+    dev.run(&|_: &Ctx<'_>| (), 1, args![]).unwrap();
+}
+
+/// One piece of a copy beyond 4 GiB counted its offset into the number of the piece, and never ended.
+fn a_large_zeroing_ends() {
+    let memory = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) as usize * PAGE };
+    if memory < 16 << 30 {
+        return; // not enough memory to try
+    }
+    let hmm = Uhmm::new().unwrap();
+    let dev = hmm.soft("large").memory(5 << 30).threads(1).open().unwrap();
+    let buffer = dev.alloc::<u8>((4 << 30) + PAGE).unwrap();
+    assert_eq!(buffer.len(), (4 << 30) + PAGE);
+}
