@@ -105,16 +105,26 @@ fn fits(dev: &Device, args: &[RawArg]) -> Result<(), Error> {
     Ok(())
 }
 
-/// The parts of a byte range by mapping, in order; what is not mapped is left out.
+/// The parts of a byte range that can move and those that cannot, in order; what is not mapped is left out. Neighbouring mappings of one kind are one part:
+/// a block should be migrated at once.
 pub(crate) fn pieces(core: &Core, start: Va, end: Va, mut f: impl FnMut(Piece) -> Result<(), Error>) -> Result<(), Error> {
     let mut at = start;
+    let mut piece: Option<Piece> = None;
     while at < end {
-        let Ok(Some(vma)) = core.space.maps.find(at) else { return Ok(()) };
-        let piece = Piece { start: at.max(vma.start), end: end.min(vma.end), movable: space::movable(&vma) };
-        if piece.start < piece.end {
-            f(piece)?;
-        }
+        let Ok(Some(vma)) = core.space.maps.find(at) else { break };
+        let next = Piece { start: at.max(vma.start), end: end.min(vma.end), movable: space::movable(&vma) };
         at = vma.end;
+        if next.start >= next.end {
+            break;
+        }
+        match &mut piece {
+            Some(piece) if piece.end == next.start && piece.movable == next.movable => piece.end = next.end,
+            _ => {
+                if let Some(done) = piece.replace(next) {
+                    f(done)?;
+                }
+            }
+        }
     }
-    Ok(())
+    piece.map_or(Ok(()), f)
 }

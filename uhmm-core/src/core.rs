@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::home;
 use crate::kernel::{Entry, Grid};
 use crate::launch::{self, Ledger, Request};
-use crate::migrate::Batch;
+use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::Span;
 use crate::policy::{Declared, Policy};
@@ -26,7 +26,7 @@ use crate::sync::*;
 use uhmm_os::{BLOCK, Errno, EventFd, PAGE, system, thread};
 
 /// Migrations that can be at work at once without waiting for room.
-const BATCHES: usize = 16;
+const ROOMS: usize = 16;
 
 /// The core that signal handlers work for. It points to itself when there is none: a static of zeros would lie in memory that can migrate.
 pub(crate) static CURRENT: AtomicUsize = AtomicUsize::new(NONE);
@@ -49,7 +49,7 @@ pub struct Core {
     pub(crate) policy: OwnBox<dyn Policy>,
     pub(crate) prepare: Mutex<()>,
     devices: [AtomicUsize; MAX_DEVICES],
-    batches: OwnBox<[Mutex<Batch>; BATCHES]>,
+    rooms: OwnBox<[Mutex<Room>; ROOMS]>,
     next_mover: AtomicU32,
     next_launch: AtomicU64,
     pub(crate) stop: EventFd,
@@ -93,21 +93,18 @@ impl Core {
         let blocks = memory / BLOCK;
         let space = Space::open()?;
         let pool = Pool::new(blocks.max(64), memory / 8 / PAGE)?;
-        let batch = || Batch::new().map(Mutex::new);
-        let mut made = Vec::with_capacity(BATCHES);
-        for _ in 0..BATCHES {
-            made.push(batch().map_err(reserve)?);
+        let mut made = Vec::with_capacity(ROOMS);
+        for _ in 0..ROOMS {
+            made.push(Mutex::new(Room::new().map_err(reserve)?));
         }
-        let batches: [Mutex<Batch>; BATCHES] = made
-            .try_into()
-            .map_err(|_| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", Errno::NOMEM))?;
+        let rooms: [Mutex<Room>; ROOMS] = made.try_into().map_err(|_| reserve(Errno::NOMEM))?;
         let core = Core {
             dir: Directory::new((2 * blocks).max(1024)).map_err(reserve)?,
             pool,
             policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
             prepare: Mutex::new(()),
             devices: [const { AtomicUsize::new(0) }; MAX_DEVICES],
-            batches: OwnBox::new(c"uhmm batches", batches).map_err(reserve)?,
+            rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,
             next_mover: AtomicU32::new(1),
             next_launch: AtomicU64::new(1),
             stop: EventFd::new().map_err(|e| Error::System("open an eventfd", e))?,
@@ -140,10 +137,10 @@ impl Core {
         }
     }
 
-    /// Room for a batch. A thread has at most one.
-    pub(crate) fn batch(&self) -> MutexGuard<'_, Batch> {
-        let free = self.batches.iter().find_map(|batch| batch.try_lock());
-        free.unwrap_or_else(|| self.batches[thread::gettid() as usize % BATCHES].lock())
+    /// Room for a migration. A thread has at most one.
+    pub(crate) fn room(&self) -> MutexGuard<'_, Room> {
+        let free = self.rooms.iter().find_map(|room| room.try_lock());
+        free.unwrap_or_else(|| self.rooms[thread::gettid() as usize % ROOMS].lock())
     }
 
     pub(crate) fn next_mover(&self) -> u32 {

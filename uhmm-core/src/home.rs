@@ -19,8 +19,8 @@ use crate::sync::*;
 use uhmm_os::uffd::{CopyMode, MoveMode};
 use uhmm_os::{Errno, PAGE, thread};
 
-/// Returns of fewer pages are copied by the kernel.
-const COPY_BELOW: usize = 16;
+/// Returns of at most so many pages are copied by the kernel: the break-even, and it leaves the trays whole for returns of blocks.
+const COPY_UP_TO: usize = 16;
 /// Pieces of one batch: 256 runs of 2 pages are the most that a block can have.
 const PIECES: usize = 256;
 
@@ -37,7 +37,7 @@ pub(crate) fn bring_home_to(core: &Core, dev: &Device, state: &mut BlockGuard<'_
     let pages = pages & state.private();
     ranges::unmap(core, dev, state, va, pages);
     let (arrived, result) =
-        if pages.count() < COPY_BELOW { copy_home(core, dev, state, pages, to) } else { move_home(core, dev, state, pages, to) };
+        if pages.count() <= COPY_UP_TO { copy_home(core, dev, state, pages, to) } else { move_home(core, dev, state, pages, to) };
     state.shift(arrived, PageState::Private, Cause::Return, PageState::System);
     state.parked -= arrived;
     ranges::give_frames(core, dev, state, va, arrived);
@@ -57,7 +57,7 @@ fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
             // SAFETY: the frames are not mapped for the device and valid; the target pages are empty and watched, as the directory says.
             Some(source) => unsafe { core.space.uffd.copy(target, source, len, CopyMode::empty()) },
             None => {
-                let tray = core.pool.take_full(&core.space, Size::Small, Bits::range(run.clone()));
+                let tray = core.pool.take_full(&core.space, Size::Small, Bits::range(run.clone()), 0);
                 let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len }];
                 let fence = dev.driver.copy(&dma);
                 let _ = dev.driver.wait(fence, &dma);
@@ -94,7 +94,11 @@ fn after(errno: Errno, arrived: &mut Bits, page: usize) -> Result<(), Errno> {
 
 fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (Bits, Result<(), Errno>) {
     let huge = state.huge && state.whole && pages == Bits::ALL && to.is_multiple_of(uhmm_os::BLOCK);
-    let mut tray = core.pool.take_full(&core.space, if huge { Size::Huge } else { Size::Small }, pages);
+    let (size, lack) = if huge { (Size::Huge, 0) } else { (Size::Small, COPY_UP_TO) };
+    let mut tray = core.pool.take_full(&core.space, size, pages, lack);
+    // A few pages that the best tray lacks (edges of arguments, which left by themselves) are copied by the kernel.
+    let lacking = pages - tray.full;
+    let pages = pages - lacking;
     let mut dma = [Dma { kind: DmaKind::ToHost, host: 0, frame: 0, offset: 0, len: 0 }; PIECES];
     let mut pieces = 0;
     let send = |list: &[Dma]| {
@@ -122,6 +126,7 @@ fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
                 tray.full -= Bits::range(at..at + n);
                 arrived |= Bits::range(at..at + n);
                 at += n;
+                most = run.len();
                 continue;
             };
             let done = partial.done / PAGE;
@@ -130,7 +135,7 @@ fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
             at += done;
             match partial.errno {
                 Errno::AGAIN if done > 0 || !core.space.uffd.event_pending() => {}
-                Errno::INVAL if n > 1 => most = n.div_ceil(2), // the range spans mappings
+                Errno::INVAL if n > 1 => most = ranges::within_mapping(&core.space, to + at * PAGE, n),
                 Errno::INVAL => {
                     // A mapping that no page can move to (protected or locked meanwhile): a copy can.
                     // SAFETY: as above.
@@ -150,6 +155,11 @@ fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
         }
     }
     core.pool.put(tray);
+    if result.is_ok() && !lacking.is_empty() {
+        let (copied, ended) = copy_home(core, dev, state, lacking, to);
+        arrived |= copied;
+        result = ended;
+    }
     (arrived, result)
 }
 

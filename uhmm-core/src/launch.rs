@@ -15,7 +15,7 @@ use crate::counters::count;
 use crate::driver::{KernelFault, Launch};
 use crate::error::Error;
 use crate::kernel::{Bound, Entry, Grid};
-use crate::migrate::{Intent, Parked};
+use crate::migrate::{Ask, Intent, Parked};
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::ranges;
@@ -115,37 +115,55 @@ fn unchanged(core: &Core, dev: &Device, ledger: &Ledger, args: &[RawArg]) -> boo
 fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
     dev.set_pin(core.next_launch());
     ledger.last_changes = u64::MAX;
-    for arg in args {
-        let Some((start, end, access)) = arg.process_range() else { continue };
-        let intent = match access {
-            Access::In => Intent::Duplicate,
-            Access::Out => Intent::Discard,
-            Access::InOut => Intent::Move,
-        };
-        let inside = Span::inside(start, end);
-        if start < end {
-            dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
-        }
+    let ranges = || args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1);
+    for (start, end, _) in ranges() {
+        dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
         check::pieces(core, start, end, |piece| {
-            if !piece.movable {
-                return Ok(());
-            }
-            let part = inside.and(Span::touching(piece.start, piece.end));
-            if !part.is_empty() {
-                register_ahead(core, part);
-                core.make_resident(dev, part, intent, &|_| Bits::EMPTY, &mut |parked| park(core, ledger, parked))?;
+            if piece.movable {
+                register_ahead(core, Span::inside(start, end).and(Span::touching(piece.start, piece.end)));
             }
             Ok(())
         })?;
-        if access == Access::In && end - start >= LARGE {
-            duplicate_edges(core, dev, start, end)?;
-        }
     }
-    for arg in args {
-        let Some((start, end, access)) = arg.process_range().filter(|range| range.0 < range.1) else { continue };
+    let mut wants = [Want::default(); MAX_ARGS];
+    for (want, (start, end, access)) in wants.iter_mut().zip(ranges()) {
+        *want = Want::of(core, dev, start, end, access);
+    }
+    // All arguments in one migration: the copies of one run while the next is collected.
+    core.migrate(dev, &mut |parked| park(core, ledger, parked), |room, park| {
+        let mut again = false;
+        for (index, (start, end, access)) in ranges().enumerate() {
+            check::pieces(core, start, end, |piece| {
+                let pages = wants[index].span.and(Span::touching(piece.start, piece.end));
+                for part in pages.blocks().filter(|_| piece.movable) {
+                    // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
+                    let block = Span::block(part.start);
+                    let alike = wants.iter().filter(|want| want.access == Some(access));
+                    let mut want = alike.fold(wants[index].pages(part), |sum, other| sum | other.pages(block));
+                    if want != Bits::ALL {
+                        want = wants[index].pages(part);
+                    }
+                    let part = if want == Bits::ALL { block } else { part };
+                    let ask = Ask { part, want, intent: intent(access), pinned: true, seq: None };
+                    again |= core.block_resident(dev, room, &ask, park)?;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(again)
+    })?;
+    for (start, end, access) in ranges() {
         snapshot_rest(core, dev, ledger, Span::touching(start, end), access)?;
     }
     Ok(())
+}
+
+fn intent(access: Access) -> Intent {
+    match access {
+        Access::In => Intent::Duplicate,
+        Access::Out => Intent::Discard,
+        Access::InOut => Intent::Move,
+    }
 }
 
 fn park(core: &Core, ledger: &mut Ledger, parked: Parked) {
@@ -184,20 +202,36 @@ fn register_ahead(core: &Core, span: Span) {
     }
 }
 
-/// The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
-fn duplicate_edges(core: &Core, dev: &Device, start: Va, end: Va) -> Result<(), Error> {
-    for edge in [Span::touching(start, start + 1), Span::touching(end - 1, end)] {
-        if Span::inside(start, end).and(edge) == edge {
-            continue;
+/// The pages of an argument that go to the device whole.
+#[derive(Clone, Copy, Default)]
+struct Want {
+    access: Option<Access>,
+    span: Span,
+    /// Edge pages that hold a thread block too, which must not even be protected.
+    excluded: [Span; 2],
+}
+
+impl Want {
+    fn of(core: &Core, dev: &Device, start: Va, end: Va, access: Access) -> Self {
+        let inside = Span::inside(start, end);
+        // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
+        if access != Access::In || end - start < LARGE {
+            return Want { access: Some(access), span: inside, excluded: Default::default() };
         }
-        let resident = core.dir.get(edge.start).is_some_and(|block| block.lock().resident().covers(edge.bits()));
-        let vma = core.space.mapping(edge.start).ok().flatten();
-        if let Some(vma) = vma.filter(crate::space::movable) {
-            let excluded = if resident { Bits::EMPTY } else { ThreadBlocks::of(&vma, edge).blocks };
-            core.make_resident(dev, edge, Intent::Duplicate, &|_| excluded, &mut |parked| core.pool.put(parked.tray))?;
-        }
+        let excluded = [Span::touching(start, start + 1), Span::touching(end - 1, end)].map(|edge| {
+            if inside.and(edge) == edge || usable(core, dev, edge, Access::In) == edge.bits() {
+                return Span::default();
+            }
+            let vma = core.space.mapping(edge.start).ok().flatten();
+            if vma.is_some_and(|vma| ThreadBlocks::of(&vma, edge).blocks.is_empty()) { Span::default() } else { edge }
+        });
+        Want { access: Some(access), span: Span::touching(start, end), excluded }
     }
-    Ok(())
+
+    /// Those in `part`, which lies in one block.
+    fn pages(&self, part: Span) -> Bits {
+        self.excluded.iter().fold(self.span.and(part).bits(), |pages, edge| pages - edge.and(part).bits())
+    }
 }
 
 /// Pages of a block that the device can use as `access` needs.

@@ -2,7 +2,7 @@
 //!
 //! *Collect* (event lock and block lock held): take frames, watch the range, find what is there, and take the pages from the CPU: moved
 //! out into a tray, write-protected, or just noted. The pages are now `busy`, and this migration is the block's `mover`. *Copy* (no
-//! lock held): one batch for up to [`BATCH`] blocks. *Commit* (locks held again): what is still busy is mapped for the device and changes its
+//! lock held): one batch for up to [`BATCH`] blocks; while it is copied the next one is collected. *Commit* (locks held again): what is still busy is mapped for the device and changes its
 //! state; what an invalidation took out of `busy` meanwhile is freed.
 //!
 //! # Rules
@@ -14,7 +14,7 @@ use crate::bits::{Bits, PAGES};
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::{BlockGuard, Frame, State};
-use crate::driver::{Dma, DmaKind};
+use crate::driver::{Dma, DmaKind, Fence};
 use crate::error::Error;
 use crate::home;
 use crate::notifier;
@@ -26,8 +26,8 @@ use crate::sync::*;
 use uhmm_os::mem::{self, Advice};
 use uhmm_os::{Errno, PAGE, thread};
 
-/// Blocks in one batch.
-pub const BATCH: usize = 8;
+/// Blocks in one batch: enough for a copy to be worth waking the engine, few enough for the next batch to be collected meanwhile.
+pub const BATCH: usize = 2;
 
 /// What a device wants of pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,9 +56,19 @@ struct Item {
     tray: Option<Tray>,
 }
 
-/// The room for one batch, in memory that never migrates.
+/// The room for one migration, in memory that never migrates: a batch that is collected, and one that is copied.
 #[derive(Debug)]
-pub struct Batch {
+pub struct Room {
+    batches: [Batch; 2],
+    /// The one that is collected.
+    at: usize,
+    /// What the other one waits for.
+    flying: Option<Flying>,
+}
+
+/// One batch.
+#[derive(Debug)]
+struct Batch {
     items: [Option<Item>; BATCH],
     count: usize,
     dma: OwnSlice<Dma>,
@@ -69,12 +79,18 @@ pub struct Batch {
 // SAFETY: the first kind, and zeroes.
 unsafe impl crate::own::Zeroed for Dma {}
 
-impl Batch {
-    /// An empty batch.
+impl Room {
+    /// Room without a migration.
     ///
     /// # Errors
     /// `ENOMEM`.
     pub fn new() -> Result<Self, Errno> {
+        Ok(Room { batches: [Batch::new()?, Batch::new()?], at: 0, flying: None })
+    }
+}
+
+impl Batch {
+    fn new() -> Result<Self, Errno> {
         Ok(Batch { items: [const { None }; BATCH], count: 0, dma: OwnSlice::new(c"uhmm batch", BATCH * PAGES)?, dma_count: 0 })
     }
 
@@ -86,6 +102,9 @@ impl Batch {
 
 /// Blocks whose pages were taken and are not copied yet.
 struct Collected<'a>(&'a mut Batch);
+/// Blocks that are being copied.
+#[derive(Debug)]
+struct Flying(Fence);
 /// Blocks whose contents are on the device and not mapped yet. `reached` is false if some program memory could not be read.
 struct Copied<'a> {
     batch: &'a mut Batch,
@@ -154,17 +173,30 @@ impl Core {
         skip: &dyn Fn(Span) -> Bits,
         park: Park<'_>,
     ) -> Result<(), Error> {
-        let mut guard = self.batch();
-        let batch = &mut *guard;
-        // A second round looks again at what an event or a cancelled page left over; more are only needed while the program changes its mappings.
-        for _round in 0..8 {
-            let mut again = false;
-            for part in span.blocks() {
+        self.migrate(dev, park, |room, park| {
+            span.blocks().try_fold(false, |again, part| {
                 let ask = Ask { part, want: part.bits() - skip(part), intent, pinned: true, seq: None };
-                again |= self.block_resident(dev, batch, &ask, park)?;
-            }
-            again |= self.flush(dev, batch, park)?;
-            if !again {
+                Ok(again | self.block_resident(dev, room, &ask, park)?)
+            })
+        })
+    }
+
+    /// Runs `pass`, which asks for blocks by [`block_resident`](Self::block_resident), until nothing is worth another look.
+    ///
+    /// # Errors
+    /// As [`make_resident`](Self::make_resident).
+    pub(crate) fn migrate(
+        &self,
+        dev: &Device,
+        park: Park<'_>,
+        mut pass: impl FnMut(&mut Room, Park<'_>) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        let mut room = self.room();
+        // A second pass looks again at what an event or a cancelled page left over; more are only needed while the program changes its mappings.
+        for _pass in 0..8 {
+            let asked = pass(&mut room, park);
+            let again = self.drain(dev, &mut room, park)?;
+            if !(asked? | again) {
                 break;
             }
             self.space.settle();
@@ -177,34 +209,30 @@ impl Core {
     /// # Errors
     /// As [`make_resident`](Self::make_resident).
     pub(crate) fn make_block_resident(&self, dev: &Device, ask: &Ask) -> Result<bool, Error> {
-        let mut guard = self.batch();
+        let mut room = self.room();
         let park: Park<'_> = &mut |parked| self.pool.put(parked.tray);
-        let again = self.block_resident(dev, &mut guard, ask, park)?;
-        Ok(again | self.flush(dev, &mut guard, park)?)
+        let asked = self.block_resident(dev, &mut room, ask, park);
+        let again = self.drain(dev, &mut room, park)?;
+        Ok(asked? | again)
     }
 
-    /// One block of [`make_resident`](Self::make_resident): true if it should be looked at again.
-    fn block_resident(&self, dev: &Device, batch: &mut Batch, ask: &Ask, park: Park<'_>) -> Result<bool, Error> {
+    /// Takes part in a migration with one block: true if it should be looked at again.
+    pub(crate) fn block_resident(&self, dev: &Device, room: &mut Room, ask: &Ask, park: Park<'_>) -> Result<bool, Error> {
         let mut again = false;
         let mut populated = false;
         loop {
-            let look = match self.collect(dev, batch, ask, populated) {
-                Ok(look) => look,
-                Err(e) => {
-                    self.flush(dev, batch, park)?; // nothing may stay in transit
-                    return Err(e);
-                }
-            };
+            let look = self.collect(dev, &mut room.batches[room.at], ask, populated)?;
             if let Look::Taken { again: more } = look {
-                if batch.count == BATCH {
-                    again |= self.flush(dev, batch, park)?;
+                if room.batches[room.at].count == BATCH {
+                    again |= self.fly(dev, room, park)?;
                 }
                 return Ok(again | more);
             }
             if let Look::Done = look {
                 return Ok(again);
             }
-            again |= self.flush(dev, batch, park)?;
+            // Nobody waits for others while he holds blocks in transit.
+            again |= self.drain(dev, room, park)?;
             match look {
                 Look::Wait => thread::yield_now(),
                 Look::Settle => self.space.settle(),
@@ -222,12 +250,31 @@ impl Core {
         }
     }
 
-    /// Copies and commits what the batch holds: true if something was lost on the way and should be looked at again.
-    fn flush(&self, dev: &Device, batch: &mut Batch, park: Park<'_>) -> Result<bool, Error> {
-        if batch.count == 0 {
-            return Ok(false);
+    /// Has the collected batch copied, and ends the one before: true if something of that was lost on the way and should be looked at again.
+    fn fly(&self, dev: &Device, room: &mut Room, park: Park<'_>) -> Result<bool, Error> {
+        let next = Collected(&mut room.batches[room.at]).copy(dev);
+        let lost = self.land(dev, room, park);
+        room.flying = Some(next);
+        room.at ^= 1;
+        lost
+    }
+
+    /// Ends the batch that is being copied, if there is one.
+    fn land(&self, dev: &Device, room: &mut Room, park: Park<'_>) -> Result<bool, Error> {
+        match room.flying.take() {
+            Some(flying) => flying.land(&mut room.batches[room.at ^ 1], dev).commit(self, dev, park),
+            None => Ok(false),
         }
-        Collected(batch).copy(dev).commit(self, dev, park)
+    }
+
+    /// Ends all that is in transit.
+    fn drain(&self, dev: &Device, room: &mut Room, park: Park<'_>) -> Result<bool, Error> {
+        let mut lost = Ok(false);
+        if room.batches[room.at].count > 0 {
+            lost = self.fly(dev, room, park);
+        }
+        let last = self.land(dev, room, park);
+        Ok(lost? | last?)
     }
 
     /// Takes the wanted pages of one block from the CPU and adds them to the batch.
@@ -418,16 +465,21 @@ impl Core {
     }
 }
 
-impl<'a> Collected<'a> {
-    fn copy(self, dev: &Device) -> Copied<'a> {
-        let list = &self.0.dma[..self.0.dma_count];
-        let fence = dev.driver.copy(list);
-        let reached = dev.driver.wait(fence, list).is_ok();
+impl Collected<'_> {
+    fn copy(self, dev: &Device) -> Flying {
+        Flying(dev.driver.copy(&self.0.dma[..self.0.dma_count]))
+    }
+}
+
+impl Flying {
+    fn land<'a>(self, batch: &'a mut Batch, dev: &Device) -> Copied<'a> {
+        let list = &batch.dma[..batch.dma_count];
+        let reached = dev.driver.wait(self.0, list).is_ok();
         for dma in list {
             let counter = if dma.kind == DmaKind::Zero { &dev.counters.bytes_zeroed } else { &dev.counters.bytes_to_device };
             count(counter, dma.len);
         }
-        Copied { batch: self.0, reached }
+        Copied { batch, reached }
     }
 }
 

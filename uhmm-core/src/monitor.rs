@@ -66,6 +66,8 @@ pub(crate) struct Monitor {
     followed: usize,
     /// The block that was last brought home whole.
     last: Va,
+    /// The block to bring home next, before it is touched; 0 if none.
+    ahead: Va,
 }
 
 enum Served {
@@ -79,7 +81,7 @@ impl Monitor {
     pub(crate) fn new() -> Result<Self, Errno> {
         let faults = OwnSlice::new(c"uhmm faults", FAULTS)?;
         let changes = OwnSlice::new(c"uhmm changes", EVENTS)?;
-        Ok(Monitor { messages: MsgBuf::new(), faults, waiting: 0, changes, read: 0, followed: 0, last: 0 })
+        Ok(Monitor { messages: MsgBuf::new(), faults, waiting: 0, changes, read: 0, followed: 0, last: 0, ahead: 0 })
     }
 
     /// Serves until `stop` is signalled.
@@ -150,6 +152,24 @@ impl Monitor {
             }
         }
         self.waiting = later;
+        let ahead = core::mem::take(&mut self.ahead);
+        if ahead != 0 {
+            self.read_ahead(core, ahead);
+        }
+    }
+
+    /// Brings a block home that a stream is about to reach. What cannot come now is left to its fault.
+    fn read_ahead(&mut self, core: &Core, va: Va) {
+        let Some(block) = core.dir.get(va) else { return };
+        let mut state = block.lock();
+        let away = state.private() - state.parked;
+        if state.device == 0 || state.mover != 0 || away.is_empty() {
+            return;
+        }
+        let dev = core.device(state.device as usize - 1);
+        if home::bring_home(core, dev, &mut state, va, away).is_ok_and(|arrived| arrived == away) {
+            self.last = va;
+        }
     }
 
     fn serve(&mut self, core: &Core, mut fault: Fault) -> Served {
@@ -234,8 +254,12 @@ impl Monitor {
         let pages = (core.policy.cpu_fault(&ask) | Bits::one(page)) & away;
         state.touches = state.touches.saturating_add(1);
         count(&dev.counters.cpu_faults, 1);
+        let before = self.last;
         if pages == away {
             self.last = va;
+        }
+        if core.policy.read_ahead(&ask) && before.abs_diff(va) == BLOCK {
+            self.ahead = va.wrapping_add(va.wrapping_sub(before));
         }
         match home::bring_home(core, dev, state, va, pages) {
             Ok(arrived) if arrived.has(page) => {

@@ -25,6 +25,8 @@ use uhmm_os::{BLOCK, Errno, PAGE, thread};
 /// Spare trays of each kind: as many threads can bring pages home at once.
 const SPARES: usize = 32;
 const WASTE: usize = 4;
+/// Full trays that are looked at for the best fit.
+const SEARCH: usize = 16;
 /// Trays with fewer pages are emptied: smaller returns are copied by the kernel.
 const FEW: usize = 16;
 
@@ -177,16 +179,16 @@ impl Pool {
         }
     }
 
-    /// A tray whose slots `need` hold a page, or will when touched, for pages that come home.
-    pub fn take_full(&self, space: &Space, size: Size, need: Bits) -> Tray {
+    /// A tray whose slots `need`, but for at most `lack` of them, hold a page, or will when touched, for pages that come home.
+    pub fn take_full(&self, space: &Space, size: Size, need: Bits, lack: usize) -> Tray {
         loop {
             let mut inner = self.inner.lock();
-            if let Some(mut tray) = inner.take_full(size, need) {
+            if let Some(mut tray) = inner.take_full(size, need, lack) {
                 drop(inner);
                 // A page that the program had given up with MADV_FREE may have been reclaimed since.
                 let there = space.present(Span::block(tray.start)).map(|present| present.pages).unwrap_or_default();
                 tray.full &= there;
-                if tray.full.covers(need) {
+                if (need - tray.full).count() <= lack {
                     return tray;
                 }
                 self.put(tray);
@@ -281,25 +283,33 @@ impl Inner {
         Some(self.tray(size, index, full))
     }
 
-    /// The first of a few full trays that covers `need`.
-    fn take_full(&mut self, size: Size, need: Bits) -> Option<Tray> {
-        let arena = &mut self.arenas[size as usize];
+    /// Of the first full trays, the one that lacks the least of `need`, and has the least left over: another return may need the rest of a larger one.
+    fn take_full(&mut self, size: Size, need: Bits, lack: usize) -> Option<Tray> {
+        let arena = &self.arenas[size as usize];
         let (mut before, mut at) = (0, arena.full);
-        for _ in 0..16 {
-            let index = at.checked_sub(1)?;
+        let mut best: Option<((usize, usize), u32, u32)> = None;
+        for _ in 0..SEARCH {
+            let Some(index) = at.checked_sub(1) else { break };
             let Slot { full, next } = arena.slots[index as usize];
-            if full.covers(need) {
-                if before == 0 {
-                    arena.full = next
-                } else {
-                    arena.slots[before as usize - 1].next = next
+            let fit = ((need - full).count(), (full - need).count());
+            if fit.0 <= lack && best.is_none_or(|(most, ..)| fit < most) {
+                best = Some((fit, before, index));
+                if fit == (0, 0) {
+                    break;
                 }
-                self.pages -= full.count();
-                return Some(self.tray(size, index, full));
             }
             (before, at) = (at, next);
         }
-        None
+        let (_, before, index) = best?;
+        let arena = &mut self.arenas[size as usize];
+        let Slot { full, next } = arena.slots[index as usize];
+        if before == 0 {
+            arena.full = next
+        } else {
+            arena.slots[before as usize - 1].next = next
+        }
+        self.pages -= full.count();
+        Some(self.tray(size, index, full))
     }
 }
 

@@ -58,6 +58,7 @@ pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bo
             let Err(partial) = result else {
                 moved |= Bits::range(at..at + n);
                 at += n;
+                most = run.len();
                 continue;
             };
             let done = partial.done / PAGE;
@@ -71,7 +72,7 @@ pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bo
                     thread::yield_now();
                 }
                 Errno::NOENT => return (moved, MoveEnd::Vanished),
-                Errno::INVAL if n > 1 => most = n.div_ceil(2),
+                Errno::INVAL if n > 1 => most = within_mapping(space, va + at * PAGE, n),
                 _ => {
                     end = MoveEnd::Refused(at);
                     if hasty {
@@ -83,6 +84,14 @@ pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bo
         }
     }
     (moved, end)
+}
+
+/// How many of `n` pages from `at` on to try next, when all at once were refused: those of the first mapping, for one call moves within one only; else half.
+pub(crate) fn within_mapping(space: &Space, at: Va, n: usize) -> usize {
+    match space.mapping(at) {
+        Ok(Some(vma)) if (vma.end - at) / PAGE < n => (vma.end - at) / PAGE,
+        _ => n.div_ceil(2),
+    }
 }
 
 /// Write-protects pages of the program.

@@ -123,7 +123,7 @@ fn take(core: &Core, dev: &Device, va: Va) -> Option<(Bits, Tray)> {
             return None;
         }
         ranges::unmap(core, dev, &mut state, va, pages);
-        let tray = core.pool.take_full(&core.space, Size::Small, pages);
+        let tray = core.pool.take_full(&core.space, Size::Small, pages, 0);
         ranges::frame_runs(core, &state, pages, |run, frame| {
             let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len: run.len() * PAGE }];
             let fence = dev.driver.copy(&dma);

@@ -16,7 +16,7 @@ use uhmm_os::{Errno, PAGE, copy};
 /// Bytes that are claimed at once.
 pub const CHUNK: usize = 256 << 10;
 /// Batches from this size on are worth waking the engine's thread for.
-const WAKE: usize = 4 << 20;
+const WAKE: usize = 1 << 20;
 const SLOTS: usize = 64;
 /// Bits for an offset: one piece of a batch has at most 1 TiB.
 const OFFSET: u32 = 40;
