@@ -45,7 +45,9 @@ pub struct State {
     pub spoiled: Bits,
     /// The number of the migration that owns the busy pages; 0 if none.
     pub mover: u32,
-    /// The address of the tray that holds the pages which the mover took out; 0 if none.
+    /// Pages that the mover took out of the program, into the tray at address `tray` (0 if none).
+    pub taken: Bits,
+    /// See `taken`.
     pub tray: usize,
     /// The device that holds pages of this block, plus 1; 0 if none.
     pub device: u32,

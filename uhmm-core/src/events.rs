@@ -65,9 +65,9 @@ fn drop_now(core: &Core, block: &Block, part: Span, read: &mut dyn FnMut()) {
         if pages.is_empty() {
             return;
         }
-        let Some(mut tray) = core.pool.take_empty(Size::Small) else { return };
+        let Some(mut tray) = core.pool.take_empty(Size::Small, pages) else { return };
         let (moved, end) = ranges::move_out(&core.space, va, pages, &tray, false);
-        tray.full = moved;
+        tray.full |= moved;
         core.pool.put(tray);
         if end != MoveEnd::Pending {
             return;
@@ -114,8 +114,7 @@ fn rescue(core: &Core, state: &State, moving: Bits, target: Va, read: &mut dyn F
     if state.tray == 0 || moving.is_empty() {
         return;
     }
-    let held = core.space.present(Span::block(state.tray)).map(|present| present.pages).unwrap_or_default();
-    for page in (moving & held).pages() {
+    for page in (moving & state.taken).pages() {
         // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread.
         while home::copy_page(core, target + page * PAGE, state.tray + page * PAGE) == Err(Errno::AGAIN) {
             read();

@@ -20,7 +20,7 @@ use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::ranges;
 use crate::snapshot;
-use crate::space::ThreadBlocks;
+use crate::space::ThreadList;
 use crate::sync::*;
 use std::time::Instant;
 use uhmm_os::uffd::MoveMode;
@@ -126,13 +126,16 @@ fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> R
         })?;
     }
     let mut wants = [Want::default(); MAX_ARGS];
-    for (want, (start, end, access)) in wants.iter_mut().zip(ranges()) {
-        *want = Want::of(core, dev, start, end, access);
+    let mut threads = ThreadList::new();
+    for (want, range) in wants.iter_mut().zip(ranges()) {
+        *want = Want::of(core, dev, range, &mut threads);
     }
     // All arguments in one migration: the copies of one run while the next is collected.
     core.migrate(dev, &mut |parked| park(core, ledger, parked), |room, park| {
         let mut again = false;
-        for (index, (start, end, access)) in ranges().enumerate() {
+        // What is copied comes first: then what is only moved is collected while the copies run.
+        let order = |access| ranges().enumerate().filter(move |(_, range)| range.2 == access);
+        for (index, (start, end, access)) in order(Access::In).chain(order(Access::InOut)).chain(order(Access::Out)) {
             check::pieces(core, start, end, |piece| {
                 let pages = wants[index].span.and(Span::touching(piece.start, piece.end));
                 for part in pages.blocks().filter(|_| piece.movable) {
@@ -212,7 +215,7 @@ struct Want {
 }
 
 impl Want {
-    fn of(core: &Core, dev: &Device, start: Va, end: Va, access: Access) -> Self {
+    fn of(core: &Core, dev: &Device, (start, end, access): (Va, Va, Access), threads: &mut ThreadList) -> Self {
         let inside = Span::inside(start, end);
         // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
         if access != Access::In || end - start < LARGE {
@@ -222,8 +225,7 @@ impl Want {
             if inside.and(edge) == edge || usable(core, dev, edge, Access::In) == edge.bits() {
                 return Span::default();
             }
-            let vma = core.space.mapping(edge.start).ok().flatten();
-            if vma.is_some_and(|vma| ThreadBlocks::of(&vma, edge).blocks.is_empty()) { Span::default() } else { edge }
+            if threads.spares(edge) { Span::default() } else { edge }
         });
         Want { access: Some(access), span: Span::touching(start, end), excluded }
     }

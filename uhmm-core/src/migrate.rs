@@ -29,6 +29,9 @@ use uhmm_os::{Errno, PAGE, thread};
 /// Blocks in one batch: enough for a copy to be worth waking the engine, few enough for the next batch to be collected meanwhile.
 pub const BATCH: usize = 2;
 
+/// How often a full device with nothing to evict is asked again.
+const DRY: usize = 2000;
+
 /// What a device wants of pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Intent {
@@ -220,6 +223,7 @@ impl Core {
     pub(crate) fn block_resident(&self, dev: &Device, room: &mut Room, ask: &Ask, park: Park<'_>) -> Result<bool, Error> {
         let mut again = false;
         let mut populated = false;
+        let mut dry = 0;
         loop {
             let look = self.collect(dev, &mut room.batches[room.at], ask, populated)?;
             if let Look::Taken { again: more } = look {
@@ -231,13 +235,24 @@ impl Core {
             if let Look::Done = look {
                 return Ok(again);
             }
-            // Nobody waits for others while he holds blocks in transit.
+            // Nobody waits for others while he holds blocks in transit. What he waited for may have been among them.
+            let held = room.flying.is_some() || room.batches[room.at].count > 0;
             again |= self.drain(dev, room, park)?;
             match look {
+                Look::Wait if held => {}
                 Look::Wait => thread::yield_now(),
                 Look::Settle => self.space.settle(),
                 Look::Elsewhere(other) => home::send_home(self, self.device(other), ask.part.start)?,
-                Look::Full => home::evict_one(self, dev, !ask.pinned)?,
+                Look::Full => {
+                    // Nothing to evict may mean that others hold blocks in transit, or that the CPU has just taken the last one home.
+                    if let Err(e) = home::evict_one(self, dev, !ask.pinned) {
+                        dry += 1;
+                        if dry > DRY {
+                            return Err(e);
+                        }
+                        thread::yield_now();
+                    }
+                }
                 Look::Stale => return Ok(true),
                 Look::Populate(run) => {
                     populated = true;
@@ -348,6 +363,7 @@ impl Core {
             });
         }
         state.mover = self.next_mover();
+        state.taken = item.moved;
         state.tray = item.tray.as_ref().map_or(0, |tray| tray.start);
         let (moved, copied) = (item.moved | item.zeroed, item.copied);
         state.shift(moved, PageState::System, Cause::Collect, PageState::Moving);
@@ -395,9 +411,9 @@ impl Core {
 
     /// The device is going to write pages that both have: the CPU's copies go.
     fn take_shared(&self, state: &mut State, block: Va, shared: Bits) -> Result<(), Errno> {
-        let Some(mut tray) = self.pool.take_empty(Size::Small) else { return Ok(()) };
+        let Some(mut tray) = self.pool.take_empty(Size::Small, shared) else { return Ok(()) };
         let (moved, end) = ranges::move_out(&self.space, block, shared, &tray, false);
-        tray.full = moved;
+        tray.full |= moved;
         self.pool.put(tray);
         state.shift(moved, PageState::Duplicated, Cause::DeviceWrite, PageState::Private);
         match end {
@@ -439,9 +455,9 @@ impl Core {
                     item.zeroed = fresh;
                     return MoveEnd::All;
                 }
-                let Some(mut tray) = self.pool.take_empty(size) else { return MoveEnd::All };
+                let Some(mut tray) = self.pool.take_empty(size, here) else { return MoveEnd::All };
                 let (moved, end) = ranges::move_out(&self.space, item.va, here, &tray, !populated);
-                tray.full = moved;
+                tray.full |= moved;
                 item.moved = moved;
                 item.zeroed = fresh - here;
                 item.tray = Some(tray);
@@ -524,6 +540,7 @@ fn commit_block(core: &Core, dev: &Device, mut item: Item, reached: bool, park: 
     state.shift(copied, PageState::Copying, Cause::Commit, shared);
     state.mover = 0;
     state.tray = 0;
+    state.taken = Bits::EMPTY;
     let mapped = ranges::map(core, dev, &mut state, item.va, moved | copied);
     if item.intent == Intent::Discard {
         state.parked |= item.moved & moved;

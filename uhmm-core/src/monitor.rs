@@ -17,7 +17,7 @@ use crate::policy::CpuFault;
 use crate::ranges;
 use uhmm_os::EventFd;
 use uhmm_os::uffd::{Event, MsgBuf};
-use uhmm_os::{BLOCK, Errno, PAGE};
+use uhmm_os::{BLOCK, Errno, PAGE, tasks, thread};
 
 /// Faults that can wait. A thread waits for one at most, and faults are delivered before older events: with less room than there are threads, faults
 /// that wait for an event could keep it from being read. Linux has 32,768 threads by default; what does not fit is woken, to fault again.
@@ -66,8 +66,32 @@ pub(crate) struct Monitor {
     followed: usize,
     /// The block that was last brought home whole.
     last: Va,
-    /// The block to bring home next, before it is touched; 0 if none.
-    ahead: Va,
+    place: Place,
+}
+
+/// Where the monitor runs: on the core of who faults. To wake it there costs a switch; to wake it on another core that sleeps costs an interrupt and that
+/// core's waking up, five times as much.
+#[derive(Debug)]
+struct Place {
+    core: usize,
+    faults: u32,
+}
+
+impl Place {
+    /// Every how many faults it asks where the toucher runs.
+    const EVERY: u32 = 8;
+
+    /// A fault of this thread was served.
+    fn follow(&mut self, tid: u32) {
+        let ask = self.faults.is_multiple_of(Self::EVERY);
+        self.faults = self.faults.wrapping_add(1);
+        if ask
+            && let Some(core) = tasks::last_core(tid).filter(|&core| core != self.core)
+            && thread::set_affinity(&[core]).is_ok()
+        {
+            self.core = core;
+        }
+    }
 }
 
 enum Served {
@@ -81,7 +105,16 @@ impl Monitor {
     pub(crate) fn new() -> Result<Self, Errno> {
         let faults = OwnSlice::new(c"uhmm faults", FAULTS)?;
         let changes = OwnSlice::new(c"uhmm changes", EVENTS)?;
-        Ok(Monitor { messages: MsgBuf::new(), faults, waiting: 0, changes, read: 0, followed: 0, last: 0, ahead: 0 })
+        Ok(Monitor {
+            messages: MsgBuf::new(),
+            faults,
+            waiting: 0,
+            changes,
+            read: 0,
+            followed: 0,
+            last: 0,
+            place: Place { core: usize::MAX, faults: 0 },
+        })
     }
 
     /// Serves until `stop` is signalled.
@@ -152,24 +185,6 @@ impl Monitor {
             }
         }
         self.waiting = later;
-        let ahead = core::mem::take(&mut self.ahead);
-        if ahead != 0 {
-            self.read_ahead(core, ahead);
-        }
-    }
-
-    /// Brings a block home that a stream is about to reach. What cannot come now is left to its fault.
-    fn read_ahead(&mut self, core: &Core, va: Va) {
-        let Some(block) = core.dir.get(va) else { return };
-        let mut state = block.lock();
-        let away = state.private() - state.parked;
-        if state.device == 0 || state.mover != 0 || away.is_empty() {
-            return;
-        }
-        let dev = core.device(state.device as usize - 1);
-        if home::bring_home(core, dev, &mut state, va, away).is_ok_and(|arrived| arrived == away) {
-            self.last = va;
-        }
     }
 
     fn serve(&mut self, core: &Core, mut fault: Fault) -> Served {
@@ -254,15 +269,12 @@ impl Monitor {
         let pages = (core.policy.cpu_fault(&ask) | Bits::one(page)) & away;
         state.touches = state.touches.saturating_add(1);
         count(&dev.counters.cpu_faults, 1);
-        let before = self.last;
         if pages == away {
             self.last = va;
         }
-        if core.policy.read_ahead(&ask) && before.abs_diff(va) == BLOCK {
-            self.ahead = va.wrapping_add(va.wrapping_sub(before));
-        }
         match home::bring_home(core, dev, state, va, pages) {
             Ok(arrived) if arrived.has(page) => {
+                self.place.follow(fault.tid);
                 state.spoiled |= own;
                 Served::Done
             }

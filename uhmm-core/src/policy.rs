@@ -39,10 +39,6 @@ pub trait Policy: Send + Sync + core::fmt::Debug {
     fn device_fault(&self, fault: &DeviceFault) -> Bits;
     /// What to bring home. The touched page is brought in any case; pages that are not away are ignored.
     fn cpu_fault(&self, fault: &CpuFault) -> Bits;
-    /// Whether to bring the next block home too, after the toucher was woken, while it reads what it has.
-    fn read_ahead(&self, _fault: &CpuFault) -> bool {
-        false
-    }
 }
 
 /// The first policy: a launch moves what it declares; a device fault brings the block; a lone CPU touch brings a leaf of 64 KiB, a
@@ -64,9 +60,5 @@ impl Policy for Declared {
         }
         let start = fault.page / LEAF * LEAF;
         Bits::range(start..(start + LEAF).min(PAGES))
-    }
-
-    fn read_ahead(&self, fault: &CpuFault) -> bool {
-        fault.stream && !fault.write
     }
 }

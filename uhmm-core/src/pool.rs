@@ -27,7 +27,7 @@ const SPARES: usize = 32;
 const WASTE: usize = 4;
 /// Full trays that are looked at for the best fit.
 const SEARCH: usize = 16;
-/// Trays with fewer pages are emptied: smaller returns are copied by the kernel.
+/// Trays with fewer pages serve no return, for those are larger or copied by the kernel.
 const FEW: usize = 16;
 
 /// Small pages or huge ones.
@@ -73,6 +73,8 @@ struct Arena {
     fresh: usize,
     empty: u32,
     full: u32,
+    /// Trays with fewer than [`FEW`] pages, which are filled up by further small migrations.
+    crumbs: u32,
 }
 
 #[derive(Debug)]
@@ -101,7 +103,7 @@ pub struct Pool {
 fn arena(trays: usize, size: Size) -> Result<Arena, Errno> {
     let memory = own::map(c"uhmm pool", trays * BLOCK)?;
     advise(&memory, size)?;
-    Ok(Arena { memory, slots: OwnSlice::new(c"uhmm pool slots", trays)?, fresh: 0, empty: 0, full: 0 })
+    Ok(Arena { memory, slots: OwnSlice::new(c"uhmm pool slots", trays)?, fresh: 0, empty: 0, full: 0, crumbs: 0 })
 }
 
 fn advise(memory: &Mapping, size: Size) -> Result<(), Errno> {
@@ -160,11 +162,11 @@ impl Pool {
         })
     }
 
-    /// A registered tray without a page, for pages that leave the program. `None` if there is none left.
-    pub fn take_empty(&self, size: Size) -> Option<Tray> {
+    /// A registered tray whose slots `need` are empty, for pages that leave the program. `None` if there is none left.
+    pub fn take_empty(&self, size: Size, need: Bits) -> Option<Tray> {
         loop {
             let mut inner = self.inner.lock();
-            if let Some(tray) = inner.take_empty(size) {
+            if let Some(tray) = inner.take_crumbs(size, need).or_else(|| inner.take_empty(size)) {
                 return Some(tray);
             }
             // All trays hold something that fitted nobody: the first one is emptied.
@@ -213,16 +215,18 @@ impl Pool {
             inner.spares[tray.size as usize].free |= 1 << tray.index;
             return;
         }
-        // A few pages would fit no return, which are larger or do without a tray.
-        let few = (1..FEW).contains(&tray.full.count());
-        if few || inner.pages + tray.full.count() > self.bound.load(Ordering::Relaxed) {
+        if inner.pages + tray.full.count() > self.bound.load(Ordering::Relaxed) {
             drop(inner);
             self.throw_away(&mut tray);
             inner = self.inner.lock();
         }
         inner.pages += tray.full.count();
         let arena = &mut inner.arenas[tray.size as usize];
-        let list = if tray.full.is_empty() { &mut arena.empty } else { &mut arena.full };
+        let list = match tray.full.count() {
+            0 => &mut arena.empty,
+            1..FEW => &mut arena.crumbs,
+            _ => &mut arena.full,
+        };
         let next = core::mem::replace(list, tray.index + 1);
         arena.slots[tray.index as usize] = Slot { full: tray.full, next };
     }
@@ -274,11 +278,25 @@ impl Inner {
         Some(self.tray(size, index, Bits::EMPTY))
     }
 
+    /// The first tray with a few pages, if `need` is free there.
+    fn take_crumbs(&mut self, size: Size, need: Bits) -> Option<Tray> {
+        let arena = &mut self.arenas[size as usize];
+        let index = arena.crumbs.checked_sub(1)?;
+        let Slot { full, next } = arena.slots[index as usize];
+        if full.meets(need) || need.count() >= FEW {
+            return None;
+        }
+        arena.crumbs = next;
+        self.pages -= full.count();
+        Some(self.tray(size, index, full))
+    }
+
     fn pop_full(&mut self, size: Size) -> Option<Tray> {
         let arena = &mut self.arenas[size as usize];
-        let index = arena.full.checked_sub(1)?;
+        let list = if arena.crumbs != 0 { &mut arena.crumbs } else { &mut arena.full };
+        let index = list.checked_sub(1)?;
         let Slot { full, next } = arena.slots[index as usize];
-        arena.full = next;
+        *list = next;
         self.pages -= full.count();
         Some(self.tray(size, index, full))
     }

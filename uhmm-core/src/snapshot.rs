@@ -15,10 +15,9 @@ use crate::launch::{LARGE, Ledger};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
-use crate::space::{self, ThreadBlocks};
+use crate::space::{self, ThreadList};
 use crate::sync::*;
 use core::ops::Range;
-use uhmm_os::maps::Vma;
 use uhmm_os::{PAGE, copy, thread};
 
 /// Ends all snapshots of the launch that has just ended: how many pages did not stay on the device.
@@ -27,10 +26,11 @@ use uhmm_os::{PAGE, copy, thread};
 /// The first address that was to be written and could not be.
 pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, Va> {
     let mut result = Ok(0);
+    let mut threads = ThreadList::new();
     for index in 0..core::mem::take(&mut ledger.bounced_count) {
         let va = ledger.bounced[index];
         if success {
-            keep(core, dev, va, args);
+            keep(core, dev, va, args, &mut threads);
         }
         let written = take(core, dev, va);
         if let Some((pages, tray)) = written {
@@ -52,7 +52,7 @@ fn written(args: &[RawArg], page: Va) -> impl Iterator<Item = (Range<usize>, usi
 }
 
 /// Lets the pages of large arguments stay on the device.
-fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
+fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], threads: &mut ThreadList) {
     let _hold = core.space.hold();
     let Some(block) = core.dir.get(va) else { return };
     let mut state = block.lock();
@@ -63,8 +63,7 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
         let at = va + page * PAGE;
         let span = Span { start: at, end: at + PAGE };
         let large = written(args, at).any(|(_, len)| len >= LARGE);
-        let may = |vma: &Vma| space::movable(vma) && ThreadBlocks::of(vma, span).blocks.is_empty();
-        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| may(&vma)) {
+        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| space::movable(&vma)) || !threads.spares(span) {
             continue;
         }
         if !state.reg.has(page) {
@@ -78,10 +77,10 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
 }
 
 fn keep_page(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, page: usize, args: &[RawArg]) {
-    let Some(mut tray) = core.pool.take_empty(Size::Small) else { return };
     let one = Bits::one(page);
+    let Some(mut tray) = core.pool.take_empty(Size::Small, one) else { return };
     let (moved, end) = ranges::move_out(&core.space, va, one, &tray, false);
-    tray.full = moved;
+    tray.full |= moved;
     if end == MoveEnd::All {
         ranges::unmap(core, dev, state, va, one);
         // The bytes between the written ranges are the CPU's.

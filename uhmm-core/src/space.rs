@@ -147,7 +147,7 @@ impl ThreadBlocks {
     pub fn of(vma: &Vma, span: Span) -> Self {
         let mut found = ThreadBlocks::default();
         let listed = tasks::for_each_robust_list_head(|head| {
-            found.blocks |= Span::touching(head.saturating_sub(Self::BEFORE), head + Self::AFTER).and(span).bits();
+            found.blocks |= Self::around(head).and(span).bits();
             if vma.start <= head && head < vma.end {
                 found.stacks |= Span::touching(vma.start, head).and(span).bits();
             }
@@ -159,5 +159,47 @@ impl ThreadBlocks {
             found.stacks = span.bits();
         }
         found
+    }
+
+    fn around(head: Va) -> Span {
+        Span::touching(head.saturating_sub(Self::BEFORE), head + Self::AFTER)
+    }
+}
+
+/// All thread blocks of one moment, for who asks about several pages; listed when first asked.
+#[derive(Debug)]
+pub struct ThreadList {
+    heads: [Va; ThreadList::MOST],
+    count: Option<usize>,
+}
+
+impl ThreadList {
+    const MOST: usize = 256;
+
+    /// A list that is not made yet.
+    pub fn new() -> Self {
+        ThreadList { heads: [0; Self::MOST], count: None }
+    }
+
+    /// Whether `span` holds none. With more threads than the list holds, every span may hold one.
+    pub fn spares(&mut self, span: Span) -> bool {
+        let heads = &mut self.heads;
+        let count = *self.count.get_or_insert_with(|| {
+            let mut count = 0;
+            let listed = tasks::for_each_robust_list_head(|head| {
+                if let Some(slot) = heads.get_mut(count) {
+                    *slot = head;
+                }
+                count += 1;
+            });
+            if listed { count } else { usize::MAX }
+        });
+        count <= Self::MOST && self.heads[..count].iter().all(|&head| ThreadBlocks::around(head).and(span).is_empty())
+    }
+}
+
+impl Default for ThreadList {
+    fn default() -> Self {
+        ThreadList::new()
     }
 }

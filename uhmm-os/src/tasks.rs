@@ -71,6 +71,37 @@ fn robust_list_head(tid: usize) -> Option<usize> {
     Some(unsafe { head.assume_init() }).filter(|&head| head != 0)
 }
 
+/// The core on which a thread of this process ran last (proc_pid_stat(5), field 39).
+pub fn last_core(tid: u32) -> Option<usize> {
+    // "/proc/self/task/" and a number and "/stat", without formatting machinery.
+    let mut path = [0u8; 48];
+    let mut digits = [0u8; 10];
+    let (mut count, mut rest) = (0, tid);
+    while rest > 0 || count == 0 {
+        digits[count] = b'0' + (rest % 10) as u8;
+        (count, rest) = (count + 1, rest / 10);
+    }
+    let parts = b"/proc/self/task/".iter().chain(digits[..count].iter().rev()).chain(b"/stat");
+    path.iter_mut().zip(parts).for_each(|(to, from)| *to = *from);
+    let mut text = [0u8; 512];
+    // SAFETY: the path ends with a zero, for it is shorter than its array; the buffer is valid for writes of its length; what was opened is closed.
+    let len = unsafe {
+        let flags = abi::O_RDONLY | abi::O_CLOEXEC;
+        let fd = call(abi::__NR_openat, [abi::AT_FDCWD as usize, path.as_ptr() as usize, flags as usize, 0]).ok()?;
+        let read = call(abi::__NR_read, [fd, text.as_mut_ptr() as usize, text.len()]);
+        let _ = call(abi::__NR_close, [fd]);
+        read.ok()?
+    };
+    core_field(&text[..len])
+}
+
+/// Field 39 of a stat line. The second field is a name in parentheses that may hold anything, so fields are counted from its end.
+fn core_field(line: &[u8]) -> Option<usize> {
+    let name_end = line.iter().rposition(|&byte| byte == b')')?;
+    let field = line[name_end + 1..].split(|&byte| byte == b' ').filter(|field| !field.is_empty()).nth(39 - 3)?;
+    field.iter().try_fold(0usize, |number, &digit| digit.is_ascii_digit().then(|| number * 10 + usize::from(digit - b'0')))
+}
+
 /// Writes to standard error, unbuffered.
 pub fn write_stderr(text: &[u8]) {
     // SAFETY: the text is valid for reads of its length.
@@ -80,6 +111,23 @@ pub fn write_stderr(text: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_threads_core_is_found_whatever_its_name() {
+        std::thread::Builder::new()
+            .name(") 1 2 (x".into())
+            .spawn(|| {
+                crate::thread::set_affinity(&[0]).unwrap();
+                assert_eq!(last_core(crate::thread::gettid()), Some(0));
+                let last = crate::thread::num_cores() - 1;
+                crate::thread::set_affinity(&[last]).unwrap();
+                assert_eq!(last_core(crate::thread::gettid()), Some(last));
+            })
+            .unwrap()
+            .join()
+            .unwrap();
+        assert_eq!(last_core(u32::MAX), None);
+    }
 
     #[test]
     fn every_thread_has_its_head_in_its_own_control_block() {

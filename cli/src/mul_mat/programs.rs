@@ -53,8 +53,25 @@ pub(crate) struct Arrays {
 impl Arrays {
     /// New vectors with the matrices of `problem`.
     pub(crate) fn fill(problem: &Problem) -> Arrays {
+        Self::fill_with_room(problem, 0)
+    }
+
+    /// The same, with two pages of room after each array, so that no two of them share a page: when the explicit program copies its arrays, it touches
+    /// no page of uhmm's.
+    pub(crate) fn fill_apart(problem: &Problem) -> Arrays {
+        Self::fill_with_room(problem, 2 * 4096 / size_of::<f32>())
+    }
+
+    fn fill_with_room(problem: &Problem, room: usize) -> Arrays {
+        let copy = |data: &[f32]| {
+            let mut copy = Vec::with_capacity(data.len() + room);
+            copy.extend_from_slice(data);
+            copy
+        };
         let Shape { m, n, .. } = problem.shape;
-        Arrays { r: vec![f32::NAN; m * n], a: problem.a.as_slice().to_vec(), b: problem.b.as_slice().to_vec() }
+        let mut r = Vec::with_capacity(m * n + room);
+        r.resize(m * n, f32::NAN);
+        Arrays { r, a: copy(problem.a.as_slice()), b: copy(problem.b.as_slice()) }
     }
 }
 
