@@ -156,6 +156,13 @@ impl Core {
         self.next_launch.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Whether the thread is a worker of any device.
+    pub(crate) fn has_worker(&self, tid: u32) -> bool {
+        let mut worker = false;
+        self.for_each_device(|dev| worker |= dev.driver.owns_thread(tid));
+        worker
+    }
+
     /// A number that no device has.
     pub(crate) fn free_device(&self) -> Option<usize> {
         self.devices.iter().position(|slot| slot.load(Ordering::Relaxed) == 0)
@@ -258,10 +265,7 @@ impl DeviceRef {
 
     fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> R + Send) -> Result<R, Error> {
         // A worker would wait for the end of its own launch.
-        let tid = thread::gettid();
-        let mut worker = false;
-        self.hold.core().for_each_device(|dev| worker |= dev.driver.owns_thread(tid));
-        if worker {
+        if self.hold.core().has_worker(thread::gettid()) {
             return Err(Error::Reentrant);
         }
         // SAFETY: queues serve with a Seat.

@@ -12,6 +12,7 @@
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `snapshot` | the life of a launch |
 //! | [`core`], [`process`] | the core and its devices; one core per process, its threads, its beginning and end |
+//! | `fork` | what happens before and after a fork |
 //! | [`own`], `sync`, `desk` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
 pub mod args;
@@ -26,6 +27,7 @@ pub mod directory;
 pub mod driver;
 mod error;
 mod events;
+mod fork;
 mod home;
 pub mod kernel;
 mod launch;

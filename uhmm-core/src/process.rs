@@ -19,6 +19,7 @@ use crate::desk::Desk;
 use crate::device_fault;
 use crate::driver::{DeviceInfo, Driver};
 use crate::error::Error;
+use crate::fork;
 use crate::monitor::Monitor;
 use crate::own::{self, OwnBox};
 use crate::sync::*;
@@ -70,9 +71,9 @@ struct Running {
 }
 
 /// The lock over the core's beginning and end.
-struct Held;
+pub(crate) struct Held;
 
-fn lock() -> Result<Held, Error> {
+pub(crate) fn lock() -> Result<Held, Error> {
     loop {
         match page(LOCK) {
             Ok(()) => return Ok(Held),
@@ -104,6 +105,21 @@ fn identity() -> [u64; 2] {
 }
 
 impl Held {
+    /// The lock that this thread has taken before and given up the value of.
+    pub(crate) fn again() -> Self {
+        Held
+    }
+
+    /// Has the keeper of the running core do something. `None` if there is no core.
+    pub(crate) fn ask_keeper<R: Send>(&self, job: impl FnOnce(&Core) -> R + Send) -> Option<R> {
+        let running = self.running().ok().flatten()?;
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        let core = &raw const *running.core as usize;
+        // SAFETY: the keeper serves with (); the core cannot end while the lock is held.
+        unsafe { running.desk.ask(move |(): &()| job(&*(core as *const Core))) }
+    }
+
     /// The running core, if there is one.
     fn running(&self) -> Result<Option<*mut Running>, Error> {
         match page(MEETING) {
@@ -135,6 +151,8 @@ impl Held {
 #[derive(Debug)]
 pub struct CoreRef {
     core: *const Core,
+    /// The process that it belongs to: a forked child inherits the value, not the core.
+    process: u32,
 }
 
 // SAFETY: it is a counted reference to a core, which is Sync.
@@ -160,12 +178,17 @@ impl CoreRef {
         // SAFETY: the lock is held, so this is the only reference.
         let running = unsafe { &mut *running };
         running.users += 1;
-        Ok(CoreRef { core: &raw const *running.core })
+        Ok(CoreRef { core: &raw const *running.core, process: std::process::id() })
     }
 
     pub(crate) fn core(&self) -> &Core {
+        assert!(self.is_ours(), "uhmm was opened by the parent of this process: open it again after a fork");
         // SAFETY: the core lives while it has a user, and this is one.
         unsafe { &*self.core }
+    }
+
+    fn is_ours(&self) -> bool {
+        self.process == std::process::id()
     }
 
     /// The device called `config.name`: the open one, or else a new one. Its hold on the core is its own.
@@ -196,7 +219,7 @@ impl CoreRef {
             }
         };
         running.users += 1;
-        Ok(DeviceRef::new(CoreRef { core: self.core }, index))
+        Ok(DeviceRef::new(CoreRef { core: self.core, process: self.process }, index))
     }
 
     /// The open devices.
@@ -216,6 +239,9 @@ impl CoreRef {
 
 impl Drop for CoreRef {
     fn drop(&mut self) {
+        if !self.is_ours() {
+            return;
+        }
         let Ok(held) = lock() else { return };
         let Ok(Some(at)) = held.running() else { return };
         // SAFETY: the lock is held, so this is the only reference.
@@ -234,6 +260,7 @@ impl Drop for CoreRef {
 /// Starts the keeper, which starts the rest.
 fn start() -> Result<Running, Error> {
     system::pin_library(start as *const () as usize);
+    fork::register().map_err(|e| Error::System("register fork handlers", e))?;
     let desk = OwnBox::new(c"uhmm desk", Desk::new())
         .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
     /// # Safety

@@ -12,6 +12,8 @@ crate::tests![
     programs_started_meanwhile_are_not_disturbed,
     launches_from_many_threads,
     the_programs_descriptors_are_its_own,
+    a_forked_child_sees_the_contents,
+    forks_during_launches,
 ];
 
 fn threads() -> Vec<String> {
@@ -228,4 +230,71 @@ fn the_programs_descriptors_are_its_own() {
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1));
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 2));
+}
+
+/// Runs `child` in a forked child, and its exit status is 0.
+fn forked(child: impl FnOnce() -> bool) {
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let right = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(false);
+        unsafe { libc::_exit(i32::from(!right)) };
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "status {status:#x}");
+}
+
+/// A page that is on a device has nothing in a forked child, which would read zeroes: everything comes home before a fork.
+fn a_forked_child_sees_the_contents() {
+    let (hmm, dev) = device(64);
+    let mut data: Vec<u32> = (0..1_000_000).collect();
+    let shared: Vec<u32> = (0..500_000).collect();
+    let sum = |ctx: &Ctx<'_>| assert_eq!(ctx.inp::<u32>(0)[77], 77);
+    for round in 1..4 {
+        dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+        dev.run(&sum, 1, args![uhmm::inp(&shared)]).unwrap();
+        assert_eq!(pages_present(&data), 0);
+        forked(|| {
+            let inherited = data.iter().enumerate().all(|(i, &x)| x == i as u32 + round) && shared[499_999] == 499_999;
+            data[5] = 0;
+            // The parent's uhmm is not the child's, which may have one of its own.
+            let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| hmm.devices())).is_err();
+            let mut own: Vec<u32> = (0..300_000).collect();
+            let (_hmm, dev) = device(16);
+            dev.run(&increment, groups(own.len()), args![inout(&mut own)]).unwrap();
+            inherited && refused && own.iter().enumerate().all(|(i, &x)| x == i as u32 + 1)
+        });
+        assert_eq!(data[5], 5 + round, "the child's write is the child's");
+    }
+    dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+    assert_eq!(pages_present(&data), 0, "migration goes on");
+    assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 4));
+}
+
+/// Threads fork while others launch; each child sees what its thread had.
+fn forks_during_launches() {
+    let (_hmm, dev) = device(32);
+    let end = std::time::Instant::now() + seconds(5);
+    std::thread::scope(|scope| {
+        for seed in 0..3u32 {
+            let dev = &dev;
+            scope.spawn(move || {
+                let mut data = vec![seed; 300_000];
+                let mut expected = seed;
+                while std::time::Instant::now() < end {
+                    dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+                    expected += 1;
+                    let pid = unsafe { libc::fork() };
+                    if pid == 0 {
+                        // Only what is safe after a fork of a process with threads.
+                        let right = data.iter().all(|&x| x == expected);
+                        unsafe { libc::_exit(i32::from(!right)) };
+                    }
+                    let mut status = 0;
+                    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+                    assert_eq!(status, 0);
+                }
+            });
+        }
+    });
 }

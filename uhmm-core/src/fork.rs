@@ -1,0 +1,59 @@
+//! fork: both processes see the contents as of the fork.
+//!
+//! The child inherits neither uhmm's threads nor its memory, and a page that is away has nothing in the child. So before a fork everything comes
+//! home, and no launch begins until it is over; the launch that runs is waited for. The child starts without uhmm, and may start one of its own.
+//! What bypasses libc's fork (raw clone, `_Fork`) goes past this; vfork and posix_spawn need nothing, for they share the address space until exec.
+#![allow(unsafe_code)] // handlers that libc calls, and a lock that is taken in one and released in another
+
+use crate::core::{CURRENT, Core, NONE, current};
+use crate::process::{self, Held};
+use crate::sync::*;
+use uhmm_os::{Errno, system, thread};
+
+/// The core whose `prepare` lock is held over a fork.
+static HELD: AtomicUsize = AtomicUsize::new(0);
+static REGISTERED: AtomicBool = AtomicBool::new(false);
+
+/// Has libc call the handlers, from the first core of this copy of the crate on.
+pub(crate) fn register() -> Result<(), Errno> {
+    if REGISTERED.swap(true, Ordering::AcqRel) {
+        return Ok(());
+    }
+    // SAFETY: the handlers are this copy's code, which stays in the process (`system::pin_library`), and do nothing without a core.
+    unsafe { system::atfork(before, after_in_parent, after_in_child) }
+}
+
+extern "C" fn before() {
+    let Some(core) = current() else { return };
+    if core.has_worker(thread::gettid()) {
+        return; // a kernel that forks: its own launch cannot be waited for
+    }
+    // Held until the fork is over, so that the core neither begins nor ends meanwhile.
+    let Ok(held) = process::lock() else { return };
+    let asked = held.ask_keeper(|core: &Core| {
+        core::mem::forget(core.prepare.lock());
+        core.evict_all();
+        core::ptr::from_ref(core) as usize
+    });
+    match asked {
+        Some(core) => {
+            HELD.store(core, Ordering::Release);
+            core::mem::forget(held);
+        }
+        None => drop(held), // it has ended since
+    }
+}
+
+extern "C" fn after_in_parent() {
+    let core = HELD.swap(0, Ordering::AcqRel);
+    if core != 0 {
+        // SAFETY: the core could not end since `before`, which took this lock and gave its guard up.
+        unsafe { (*(core as *const Core)).prepare.force_unlock() };
+        drop(Held::again());
+    }
+}
+
+extern "C" fn after_in_child() {
+    HELD.store(0, Ordering::Release);
+    CURRENT.store(NONE, Ordering::Release);
+}
