@@ -326,21 +326,33 @@ impl Core {
             Err(e) => return Err(dev.failed(e)),
         }
         let fresh = want - state.resident();
-        if fresh.is_empty() {
-            return Ok(Look::Done);
-        }
-        let span = Span::block(part.start);
+        Ok(if fresh.is_empty() { Look::Done } else { self.collect_fresh(dev, batch, &mut state, part.start, fresh, intent, populated) })
+    }
+
+    /// Takes pages that the device has nothing of from the CPU.
+    #[allow(clippy::too_many_arguments)] // one step of `collect`, which holds the locks
+    fn collect_fresh(
+        &self,
+        dev: &Device,
+        batch: &mut Batch,
+        state: &mut BlockGuard<'_>,
+        va: Va,
+        fresh: Bits,
+        intent: Intent,
+        populated: bool,
+    ) -> Look {
+        let span = Span::block(va);
         if intent != Intent::Snapshot
-            && let Err(e) = self.watch(&mut state, span, fresh)
+            && let Err(e) = self.watch(state, span, fresh)
         {
-            return Ok(if e == Errno::AGAIN { Look::Settle } else { Look::Done });
+            return if e == Errno::AGAIN { Look::Settle } else { Look::Done };
         }
         let present = match self.space.present(ranges::hull(span, fresh)) {
             Ok(present) => present,
-            Err(_) => return Ok(Look::Done),
+            Err(_) => return Look::Done,
         };
-        if ranges::take_frames(self, dev, &mut state, span.start, fresh).is_err() {
-            return Ok(Look::Full);
+        if ranges::take_frames(self, dev, state, span.start, fresh).is_err() {
+            return Look::Full;
         }
         state.device = dev.id();
         let mut item = Item { va: span.start, intent, moved: Bits::EMPTY, zeroed: Bits::EMPTY, copied: Bits::EMPTY, tray: None };
@@ -349,18 +361,18 @@ impl Core {
         let end = self.take(&mut item, fresh, here, huge, populated);
         let taken = item.moved | item.zeroed | item.copied;
         if taken.is_empty() {
-            ranges::give_frames(self, dev, &mut state, span.start, fresh);
+            ranges::give_frames(self, dev, state, span.start, fresh);
             if let Some(tray) = item.tray {
                 self.pool.put(tray);
             }
-            return Ok(match end {
+            return match end {
                 MoveEnd::Refused(page) if !populated => {
                     let run = here.run_at(page);
                     Look::Populate(ranges::pages(span, run.start..run.end))
                 }
                 MoveEnd::Pending => Look::Settle,
                 _ => Look::Done,
-            });
+            };
         }
         state.mover = self.next_mover();
         state.taken = item.moved;
@@ -368,11 +380,11 @@ impl Core {
         let (moved, copied) = (item.moved | item.zeroed, item.copied);
         state.shift(moved, PageState::System, Cause::Collect, PageState::Moving);
         state.shift(copied, PageState::System, Cause::Collect, PageState::Copying);
-        ranges::give_frames(self, dev, &mut state, span.start, fresh - taken);
+        ranges::give_frames(self, dev, state, span.start, fresh - taken);
         state.touches = 0;
         state.huge = present.huge && item.moved == Bits::ALL;
         dev.mem.touch(&self.dir, span.start);
-        self.list_copies(batch, &state, &item);
+        self.list_copies(batch, state, &item);
         batch.items[batch.count] = Some(item);
         batch.count += 1;
         let again = match end {
@@ -380,7 +392,7 @@ impl Core {
             MoveEnd::Refused(_) => !populated,
             MoveEnd::All => false,
         };
-        Ok(Look::Taken { again })
+        Look::Taken { again }
     }
 
     /// Settles what is resident already: duplicated pages that are to be written, and pages that are not in the device's page table.
