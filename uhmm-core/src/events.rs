@@ -69,8 +69,10 @@ fn drop_now(core: &Core, block: &Block, part: Span, read: &mut dyn FnMut()) {
         let (moved, end) = ranges::move_out(&core.space, va, pages, &tray, false);
         tray.full |= moved;
         core.pool.put(tray);
-        if end != MoveEnd::Pending {
-            return;
+        match end {
+            MoveEnd::All | MoveEnd::Refused(_) => return,
+            MoveEnd::Vanished => continue, // the kernel has begun: what it has not come to yet is still to be taken
+            MoveEnd::Pending => {}
         }
         drop(state);
         read();
