@@ -26,11 +26,14 @@ fn unmapped_memory_frees_the_devices() {
     let mut between = vec![];
     for _ in 0..20 {
         between.push(Pages::new(6 << 20)); // so that each round has another address
-        let mut pages = filled(6 << 20);
+        let mut pages = Pages::huge(6 << 20); // whole blocks, which share none with a mapping that stays
+        pages.slice::<u32>().fill(1);
         let data = pages.slice::<u32>();
         dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
         assert_eq!(pages_present(data), 0);
     }
+    // munmap returns when its event is read; a launch begins when it has been followed.
+    dev.run(&|_: &Ctx<'_>| (), 1, args![]).unwrap();
     // All of it is free again, without an eviction.
     let _all = dev.alloc::<u8>(8 << 20).unwrap();
     assert_eq!(dev.stats().evictions, 0);
