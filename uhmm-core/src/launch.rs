@@ -250,14 +250,16 @@ fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
 /// Takes snapshots of what is not resident by now: edges, and pages that cannot move.
 fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, span: Span, access: Access) -> Result<(), Error> {
     for part in span.blocks() {
-        if usable(core, dev, part, access) != part.bits() {
-            core.make_resident(dev, part, Intent::Snapshot, &|part| usable(core, dev, part, access), &mut |parked| {
-                core.pool.put(parked.tray)
-            })?;
-            let have = usable(core, dev, part, access);
-            if let Some(page) = (part.bits() - have).next(0) {
+        // A thread that touches what lies beside the range brings pages of it home between two looks: look again.
+        let mut looks = 0;
+        while let Some(page) = (part.bits() - usable(core, dev, part, access)).next(0) {
+            if looks == 100 {
                 return Err(Error::Gone { address: Span::block(part.start).start + page * PAGE });
             }
+            looks += 1;
+            core.make_resident(dev, part, Intent::Snapshot, &|part| usable(core, dev, part, access), &mut |parked| {
+                core.pool.put(parked.tray);
+            })?;
         }
         let bounced = core.dir.get(part.start).map_or(Bits::EMPTY, |block| block.lock().bounced());
         let va = Span::block(part.start).start;
