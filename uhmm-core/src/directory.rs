@@ -130,11 +130,6 @@ impl State {
         }
         debug_assert!(dev || to == PageState::Moving || to == PageState::Copying || !self.win.meets(pages), "still mapped on the device");
     }
-
-    /// Whether the block has nothing on any device and nothing on its way there.
-    pub fn is_idle(&self) -> bool {
-        (self.dev | self.gone | self.busy).is_empty() && self.mover == 0
-    }
 }
 
 /// One block.

@@ -231,11 +231,6 @@ impl Pool {
         arena.slots[tray.index as usize] = Slot { full: tray.full, next };
     }
 
-    /// Changes the number of unused pages that are kept.
-    pub fn set_bound(&self, pages: usize) {
-        self.bound.store(pages, Ordering::Relaxed);
-    }
-
     /// Frees the tray's pages, through memory that can be dropped without an event.
     fn throw_away(&self, tray: &mut Tray) {
         let Ok(index) = self.waste_free.fetch_update(Ordering::Acquire, Ordering::Relaxed, |free| (free != 0).then(|| free & (free - 1)))
