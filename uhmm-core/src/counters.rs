@@ -39,7 +39,7 @@ macro_rules! counters {
 counters! {
     /// Bytes copied to the device.
     bytes_to_device,
-    /// Bytes copied from the device.
+    /// Bytes copied from the device, counted before who waits for them is woken.
     bytes_to_cpu,
     /// Bytes zeroed on the device for pages that the program never touched or only writes.
     bytes_zeroed,
@@ -53,7 +53,7 @@ counters! {
     launches_failed,
     /// Pages that moved to the device.
     pages_to_device,
-    /// Pages that came back.
+    /// Pages that came back, counted after who waits for them was woken.
     pages_to_cpu,
     /// Pages that were duplicated.
     pages_duplicated,

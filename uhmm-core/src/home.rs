@@ -53,6 +53,7 @@ fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
             return;
         }
         let (target, len) = (to + run.start * PAGE, run.len() * PAGE);
+        count(&dev.counters.bytes_to_cpu, len); // first, for the copy wakes the toucher, who may look
         let copied = match dev.driver.peek(frame) {
             // SAFETY: the frames are not mapped for the device and valid; the target pages are empty and watched, as the directory says.
             Some(source) => unsafe { core.space.uffd.copy(target, source, len, CopyMode::empty()) },
@@ -68,7 +69,6 @@ fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
             }
         };
         let done = copied.map_or_else(|partial| partial.done / PAGE, |()| run.len());
-        count(&dev.counters.bytes_to_cpu, done * PAGE);
         arrived |= Bits::range(run.start..run.start + done);
         if let Err(partial) = copied {
             result = after(partial.errno, &mut arrived, run.start + done);

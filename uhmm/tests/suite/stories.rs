@@ -22,6 +22,8 @@ crate::tests![
     the_host_refuses_overlap_too,
     a_start_that_fails_for_want_of_address_space_ends,
     a_large_zeroing_ends,
+    a_touch_beside_an_array_fails_no_launch,
+    bytes_that_came_home_are_counted_when_the_toucher_goes_on,
 ];
 
 const BLOCK: usize = 2 << 20;
@@ -322,4 +324,50 @@ fn a_large_zeroing_ends() {
     let dev = hmm.soft("large").memory(5 << 30).threads(1).open().unwrap();
     let buffer = dev.alloc::<u8>((4 << 30) + PAGE).unwrap();
     assert_eq!(buffer.len(), (4 << 30) + PAGE);
+}
+
+/// A thread that read what lies beside an array brought the array's edge pages home between the launch's two looks at them, and the launch gave up with an
+/// error: 30 of 1300.
+fn a_touch_beside_an_array_fails_no_launch() {
+    let (_hmm, dev) = small("soft");
+    let mut memory = vec![7u8; 100 + 70_000 + 100];
+    let (before, rest) = memory.split_at_mut(100);
+    let (array, after) = rest.split_at_mut(70_000);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for beside in [&*before, &*after] {
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(unsafe { beside.as_ptr().read_volatile() }, 7);
+                }
+            });
+        }
+        let end = Instant::now() + seconds(5);
+        let mut result = Ok(());
+        while Instant::now() < end && result.is_ok() {
+            result = dev.run(&increment_bytes, 1, args![inout(array)]);
+        }
+        stop.store(true, Ordering::Relaxed);
+        result.unwrap();
+    });
+    assert!(array.iter().all(|&x| x == array[0]));
+}
+
+fn increment_bytes(ctx: &Ctx<'_>) {
+    ctx.out::<u8>(0).chunk(usize::MAX).iter_mut().for_each(|x| *x = x.wrapping_add(1));
+}
+
+/// A small return was counted after the kernel had woken who waited for it: a program that looked at once saw that nothing had come home.
+fn bytes_that_came_home_are_counted_when_the_toucher_goes_on() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(1);
+    let range = part(&pages, 0, 16 * PAGE);
+    let end = Instant::now() + seconds(2);
+    while Instant::now() < end {
+        dev.run(&fill(3), 1, args![inout(range)]).unwrap();
+        let before = dev.stats();
+        assert_eq!(unsafe { range.as_ptr().read_volatile() }, 3);
+        assert_ne!(dev.stats().bytes_to_cpu, before.bytes_to_cpu);
+    }
 }
