@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // one pointer for the signal handler, and devices that stay until the core goes
 
 use crate::args::{Args, MAX_ARGS, RawArg};
+use crate::assist::Assist;
 use crate::bits::Bits;
 use crate::counters::{Counters, Stats};
 use crate::desk::Desk;
@@ -48,6 +49,7 @@ pub struct Core {
     pub(crate) pool: Pool,
     pub(crate) policy: OwnBox<dyn Policy>,
     pub(crate) prepare: Mutex<()>,
+    pub(crate) assist: Assist,
     devices: [AtomicUsize; MAX_DEVICES],
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
     next_mover: AtomicU32,
@@ -103,6 +105,7 @@ impl Core {
             pool,
             policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
             prepare: Mutex::new(()),
+            assist: Assist::default(),
             devices: [const { AtomicUsize::new(0) }; MAX_DEVICES],
             rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,
             next_mover: AtomicU32::new(1),

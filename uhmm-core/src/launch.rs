@@ -1,7 +1,6 @@
 //! The life of a launch: check, prepare, run, finish. It runs on the device's queue thread.
 //!
-//! *Prepare* makes what is declared resident: `inp` is duplicated, `inout` moves, `out` moves without an upload while its old pages are parked.
-//! Pages that hold other data too (the edges of a range) or cannot move get a snapshot instead, while the CPU keeps its page. *Finish* gives parked pages to
+//! *Prepare* makes what is declared resident ([`crate::prepare`]): by migration, or by a snapshot while the CPU keeps its page. *Finish* gives parked pages to
 //! the pool, or puts them back if the kernel failed; and of each snapshot writes exactly the bytes back that a written argument covers
 //! ([`crate::snapshot`]). Nothing else is copied back: the CPU's touch does that.
 //!
@@ -15,12 +14,12 @@ use crate::counters::count;
 use crate::driver::{KernelFault, Launch};
 use crate::error::Error;
 use crate::kernel::{Bound, Entry, Grid};
-use crate::migrate::{Ask, Intent, Parked};
+use crate::migrate::{Intent, Parked};
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
+use crate::prepare::{prepare, register_ahead};
 use crate::ranges;
 use crate::snapshot;
-use crate::space::ThreadList;
 use crate::sync::*;
 use std::time::Instant;
 use uhmm_os::uffd::MoveMode;
@@ -69,6 +68,27 @@ impl Ledger {
             last_changes: u64::MAX,
         })
     }
+
+    /// The next launch has to prepare.
+    pub(crate) fn forget_last(&mut self) {
+        self.last_changes = u64::MAX;
+    }
+
+    /// Keeps old pages until the launch has ended.
+    pub(crate) fn park(&mut self, core: &Core, parked: Parked) {
+        if self.parked_count == self.parked.len() {
+            // More blocks than the device has room for cannot be parked at once; keep the program running in any case.
+            core.pool.put(parked.tray);
+            return;
+        }
+        let slot = self.parked.at(self.parked_count);
+        #[allow(unsafe_code)]
+        // SAFETY: in bounds, ours alone; nothing valid is overwritten, for entries beyond the count are vacant.
+        unsafe {
+            slot.write(Some(parked))
+        };
+        self.parked_count += 1;
+    }
 }
 
 /// Runs a launch from check to finish.
@@ -110,170 +130,6 @@ fn signature(args: &[RawArg]) -> [(Va, Va, Option<Access>); MAX_ARGS] {
 fn unchanged(core: &Core, dev: &Device, ledger: &Ledger, args: &[RawArg]) -> bool {
     let _hold = core.space.hold(); // an event that was read is followed
     dev.changes.load(Ordering::Acquire) == ledger.last_changes && ledger.last == signature(args)
-}
-
-fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
-    dev.set_pin(core.next_launch());
-    ledger.last_changes = u64::MAX;
-    let ranges = || args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1);
-    for (start, end, _) in ranges() {
-        dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
-        check::pieces(core, start, end, |piece| {
-            if piece.movable {
-                register_ahead(core, Span::inside(start, end).and(Span::touching(piece.start, piece.end)));
-            }
-            Ok(())
-        })?;
-    }
-    let mut wants = [Want::default(); MAX_ARGS];
-    let mut threads = ThreadList::new();
-    for (want, range) in wants.iter_mut().zip(ranges()) {
-        *want = Want::of(core, dev, range, &mut threads);
-    }
-    // All arguments in one migration: the copies of one run while the next is collected.
-    core.migrate(dev, &mut |parked| park(core, ledger, parked), |room, park| {
-        let mut again = false;
-        // What is copied comes first: then what is only moved is collected while the copies run.
-        let order = |access| ranges().enumerate().filter(move |(_, range)| range.2 == access);
-        for (index, (start, end, access)) in order(Access::In).chain(order(Access::InOut)).chain(order(Access::Out)) {
-            check::pieces(core, start, end, |piece| {
-                let pages = wants[index].span.and(Span::touching(piece.start, piece.end));
-                for part in pages.blocks().filter(|_| piece.movable) {
-                    // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
-                    let block = Span::block(part.start);
-                    let alike = wants.iter().filter(|want| want.access == Some(access));
-                    let mut want = alike.fold(wants[index].pages(part), |sum, other| sum | other.pages(block));
-                    if want != Bits::ALL {
-                        want = wants[index].pages(part);
-                    }
-                    let part = if want == Bits::ALL { block } else { part };
-                    let ask = Ask { part, want, intent: intent(access), pinned: true, seq: None };
-                    again |= core.block_resident(dev, room, &ask, park)?;
-                }
-                Ok(())
-            })?;
-        }
-        Ok(again)
-    })?;
-    for (start, end, access) in ranges() {
-        snapshot_rest(core, dev, ledger, Span::touching(start, end), access)?;
-    }
-    Ok(())
-}
-
-fn intent(access: Access) -> Intent {
-    match access {
-        Access::In => Intent::Duplicate,
-        Access::Out => Intent::Discard,
-        Access::InOut => Intent::Move,
-    }
-}
-
-fn park(core: &Core, ledger: &mut Ledger, parked: Parked) {
-    if ledger.parked_count == ledger.parked.len() {
-        // More blocks than the device has room for cannot be parked at once; keep the program running in any case.
-        core.pool.put(parked.tray);
-        return;
-    }
-    let slot = ledger.parked.at(ledger.parked_count);
-    #[allow(unsafe_code)]
-    // SAFETY: in bounds, ours alone; nothing valid is overwritten, for entries beyond the count are vacant.
-    unsafe {
-        slot.write(Some(parked))
-    };
-    ledger.parked_count += 1;
-}
-
-/// Watches a large range by one call, where it is not watched at all yet, instead of block by block.
-fn register_ahead(core: &Core, span: Span) {
-    if span.len() <= BLOCK {
-        return;
-    }
-    let mut any = false;
-    core.dir.for_each(span, |block, part| any |= block.lock().reg.meets(part.bits()));
-    if any {
-        return;
-    }
-    let _hold = core.space.hold();
-    if core.space.register(span).is_err() {
-        return; // block by block will tell which part cannot be watched
-    }
-    for part in span.blocks() {
-        if let Ok(block) = core.dir.get_or_make(part.start) {
-            block.lock().reg |= part.bits();
-        }
-    }
-}
-
-/// The pages of an argument that go to the device whole.
-#[derive(Clone, Copy, Default)]
-struct Want {
-    access: Option<Access>,
-    span: Span,
-    /// Edge pages that hold a thread block too, which must not even be protected.
-    excluded: [Span; 2],
-}
-
-impl Want {
-    fn of(core: &Core, dev: &Device, (start, end, access): (Va, Va, Access), threads: &mut ThreadList) -> Self {
-        let inside = Span::inside(start, end);
-        // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
-        if access != Access::In || end - start < LARGE {
-            return Want { access: Some(access), span: inside, excluded: Default::default() };
-        }
-        let excluded = [Span::touching(start, start + 1), Span::touching(end - 1, end)].map(|edge| {
-            if inside.and(edge) == edge || usable(core, dev, edge, Access::In) == edge.bits() {
-                return Span::default();
-            }
-            if threads.spares(edge) { Span::default() } else { edge }
-        });
-        Want { access: Some(access), span: Span::touching(start, end), excluded }
-    }
-
-    /// Those in `part`, which lies in one block.
-    fn pages(&self, part: Span) -> Bits {
-        self.excluded.iter().fold(self.span.and(part).bits(), |pages, edge| pages - edge.and(part).bits())
-    }
-}
-
-/// Pages of a block that the device can use as `access` needs.
-fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
-    let Some(block) = core.dir.get(part.start) else { return Bits::EMPTY };
-    let state = block.lock();
-    if state.device != dev.id() {
-        return Bits::EMPTY;
-    }
-    let pages = if access.writes() { state.private() | state.bounced() } else { state.resident() };
-    pages & state.win & part.bits()
-}
-
-/// Takes snapshots of what is not resident by now: edges, and pages that cannot move.
-fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, span: Span, access: Access) -> Result<(), Error> {
-    for part in span.blocks() {
-        // A thread that touches what lies beside the range brings pages of it home between two looks: look again.
-        let mut looks = 0;
-        while let Some(page) = (part.bits() - usable(core, dev, part, access)).next(0) {
-            if looks == 100 {
-                return Err(Error::Gone { address: Span::block(part.start).start + page * PAGE });
-            }
-            looks += 1;
-            core.make_resident(dev, part, Intent::Snapshot, &|part| usable(core, dev, part, access), &mut |parked| {
-                core.pool.put(parked.tray);
-            })?;
-        }
-        let bounced = core.dir.get(part.start).map_or(Bits::EMPTY, |block| block.lock().bounced());
-        let va = Span::block(part.start).start;
-        let known = ledger.bounced_count > 0 && ledger.bounced[..ledger.bounced_count].contains(&va);
-        if bounced.meets(part.bits()) && !known {
-            if ledger.bounced_count == ledger.bounced.len() {
-                let info = dev.driver.info();
-                return Err(Error::NoRoom { device: info.name, needed: span.len(), capacity: info.memory });
-            }
-            ledger.bounced[ledger.bounced_count] = va;
-            ledger.bounced_count += 1;
-        }
-    }
-    Ok(())
 }
 
 fn execute(dev: &Device, request: &Request, groups: usize) -> Result<(), KernelFault> {

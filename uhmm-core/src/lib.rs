@@ -10,12 +10,13 @@
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
-//! | `check`, `launch`, `snapshot` | the life of a launch |
+//! | `check`, `launch`, `prepare`, `snapshot` | the life of a launch |
 //! | [`core`], [`process`] | the core and its devices; one core per process, its threads, its beginning and end |
 //! | `fork` | what happens before and after a fork |
-//! | [`own`], `sync`, `desk` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
+//! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
 pub mod args;
+mod assist;
 pub mod bits;
 pub mod check;
 pub mod core;
@@ -38,6 +39,7 @@ pub mod own;
 pub mod page;
 pub mod policy;
 pub mod pool;
+mod prepare;
 pub mod process;
 mod ranges;
 mod snapshot;

@@ -176,30 +176,15 @@ impl Core {
         skip: &dyn Fn(Span) -> Bits,
         park: Park<'_>,
     ) -> Result<(), Error> {
-        self.migrate(dev, park, |room, park| {
-            span.blocks().try_fold(false, |again, part| {
-                let ask = Ask { part, want: part.bits() - skip(part), intent, pinned: true, seq: None };
-                Ok(again | self.block_resident(dev, room, &ask, park)?)
-            })
-        })
-    }
-
-    /// Runs `pass`, which asks for blocks by [`block_resident`](Self::block_resident), until nothing is worth another look.
-    ///
-    /// # Errors
-    /// As [`make_resident`](Self::make_resident).
-    pub(crate) fn migrate(
-        &self,
-        dev: &Device,
-        park: Park<'_>,
-        mut pass: impl FnMut(&mut Room, Park<'_>) -> Result<bool, Error>,
-    ) -> Result<(), Error> {
-        let mut room = self.room();
-        // A second pass looks again at what an event or a cancelled page left over; more are only needed while the program changes its mappings.
+        // As often as in `prepare`.
         for _pass in 0..8 {
-            let asked = pass(&mut room, park);
-            let again = self.drain(dev, &mut room, park)?;
-            if !(asked? | again) {
+            let again = self.one_pass(dev, park, |room, park| {
+                span.blocks().try_fold(false, |again, part| {
+                    let ask = Ask { part, want: part.bits() - skip(part), intent, pinned: true, seq: None };
+                    Ok(again | self.block_resident(dev, room, &ask, park)?)
+                })
+            })?;
+            if !again {
                 break;
             }
             self.space.settle();
@@ -207,16 +192,28 @@ impl Core {
         Ok(())
     }
 
+    /// One migration of blocks that `pass` asks for by [`block_resident`](Self::block_resident): true if something is worth another look.
+    ///
+    /// # Errors
+    /// As [`make_resident`](Self::make_resident).
+    pub(crate) fn one_pass(
+        &self,
+        dev: &Device,
+        park: Park<'_>,
+        pass: impl FnOnce(&mut Room, Park<'_>) -> Result<bool, Error>,
+    ) -> Result<bool, Error> {
+        let mut room = self.room();
+        let asked = pass(&mut room, park);
+        let again = self.drain(dev, &mut room, park)?;
+        Ok(asked? | again)
+    }
+
     /// Makes pages of one block resident as far as they can move, for a device that waits for them: true if it is worth another look.
     ///
     /// # Errors
     /// As [`make_resident`](Self::make_resident).
     pub(crate) fn make_block_resident(&self, dev: &Device, ask: &Ask) -> Result<bool, Error> {
-        let mut room = self.room();
-        let park: Park<'_> = &mut |parked| self.pool.put(parked.tray);
-        let asked = self.block_resident(dev, &mut room, ask, park);
-        let again = self.drain(dev, &mut room, park)?;
-        Ok(asked? | again)
+        self.one_pass(dev, &mut |parked| self.pool.put(parked.tray), |room, park| self.block_resident(dev, room, ask, park))
     }
 
     /// Takes part in a migration with one block: true if it should be looked at again.

@@ -5,6 +5,7 @@
 //! * The *keeper* comes first. It gives itself a descriptor table of its own, opens uhmm's descriptors there, starts the others (which share
 //!   the table), and does what must be done on such a thread.
 //! * The *monitor* serves CPU faults and follows the program's mapping changes.
+//! * The *assistant* takes part in preparing launches.
 //! * Each device has a *queue* thread that runs its launches, and whatever threads its driver starts.
 //!
 //! # How copies meet
@@ -13,6 +14,7 @@
 //! version are told from ours by the identity of the core's type, and refused.
 #![allow(unsafe_code)] // memory that is shared with threads until they are joined, and between copies of this crate
 
+use crate::assist::Assist;
 use crate::core::{CURRENT, Core, Device, DeviceRef, NONE, Seat};
 use crate::counters::Stats;
 use crate::desk::Desk;
@@ -64,6 +66,7 @@ struct Running {
     desk: OwnBox<Desk>,
     keeper: Thread,
     monitor: Thread,
+    assistant: Thread,
     queues: [Option<Thread>; MAX_DEVICES],
     users: usize,
     /// Ends it: the code of the copy that has started it, for its signal handler is that copy's.
@@ -275,7 +278,9 @@ fn start() -> Result<Running, Error> {
     // SAFETY: the keeper serves with ().
     let started = unsafe { desk.ask(|(): &()| start_core()) }.unwrap_or(Err(Error::System("reach the keeper", Errno::SRCH)));
     match started {
-        Ok((core, monitor)) => Ok(Running { core, desk, keeper, monitor, queues: [const { None }; MAX_DEVICES], users: 0, end }),
+        Ok((core, monitor, assistant)) => {
+            Ok(Running { core, desk, keeper, monitor, assistant, queues: [const { None }; MAX_DEVICES], users: 0, end })
+        }
         Err(e) => {
             desk.close();
             keeper.join();
@@ -285,7 +290,7 @@ fn start() -> Result<Running, Error> {
 }
 
 /// On the keeper.
-fn start_core() -> Result<(OwnBox<Core>, Thread), Error> {
+fn start_core() -> Result<(OwnBox<Core>, Thread, Thread), Error> {
     thread::unshare_files().map_err(|e| Error::System("get a descriptor table of its own", e))?;
     let core = OwnBox::new(c"uhmm core", Core::new()?)
         .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
@@ -307,14 +312,36 @@ fn start_core() -> Result<(OwnBox<Core>, Thread), Error> {
     let argument = OwnBox::new(c"uhmm monitor", post).map_err(reserve)?.leak().cast();
     // SAFETY: the core is dropped after the monitor was joined, in `end`.
     let monitor = unsafe { own::spawn(c"uhmm-monitor", STACK, monitor, argument) }.map_err(|e| Error::System("start a thread", e))?;
+    let assistant = match start_assistant(&core) {
+        Ok(assistant) => assistant,
+        Err(e) => {
+            let _ = core.stop.signal();
+            monitor.join();
+            return Err(Error::System("start a thread", e));
+        }
+    };
     CURRENT.store(&raw const *core as usize, Ordering::Release);
     if let Err(e) = signal::install(device_fault::on_signal) {
         CURRENT.store(NONE, Ordering::Release);
+        core.assist.close();
+        assistant.join();
         let _ = core.stop.signal();
         monitor.join();
         return Err(Error::System("install a signal handler", e));
     }
-    Ok((core, monitor))
+    Ok((core, monitor, assistant))
+}
+
+/// The core must outlive the thread.
+fn start_assistant(core: &Core) -> Result<Thread, Errno> {
+    /// # Safety
+    /// The argument is a `&Assist` that outlives the thread.
+    unsafe extern "C" fn assist(at: *mut ()) {
+        // SAFETY: by the contract.
+        unsafe { &*at.cast::<Assist>() }.serve();
+    }
+    // SAFETY: the core is dropped after the assistant was joined, in `end`.
+    unsafe { own::spawn(c"uhmm-assistant", STACK, assist, (&raw const core.assist).cast_mut().cast()) }
 }
 
 /// On the keeper: opens a device and starts its queue.
@@ -347,9 +374,11 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
 
 /// Everything comes home, threads end, memory goes.
 fn end(running: Running) {
-    let Running { core, desk, keeper, queues, monitor, .. } = running;
+    let Running { core, desk, keeper, queues, monitor, assistant, .. } = running;
     core.for_each_device(|dev| dev.desk().close());
     queues.into_iter().flatten().for_each(Thread::join);
+    core.assist.close();
+    assistant.join();
     let at = &raw const *core as usize;
     // SAFETY: the keeper serves with (), and the core outlives the question. Bringing pages home needs uhmm's descriptors, and the monitor.
     unsafe {

@@ -1,0 +1,238 @@
+//! Before a launch: everything that its arguments declare becomes resident on the device.
+//!
+//! `inp` is duplicated, `inout` moves, `out` moves without an upload while its old pages are parked; then what did not move, and the pages that hold other data
+//! too, get a snapshot ([`crate::snapshot`]). Pages of arguments from [`LARGE`] bytes on that are only read are shared whole, edges included.
+
+use crate::args::{Access, MAX_ARGS, RawArg};
+use crate::bits::Bits;
+use crate::check;
+use crate::core::{Core, Device};
+use crate::error::Error;
+use crate::launch::{LARGE, Ledger};
+use crate::migrate::{Ask, BATCH, Intent, Park, Room};
+use crate::page::{Span, Va};
+use crate::space::ThreadList;
+use crate::sync::*;
+use core::ops::Range;
+use uhmm_os::{BLOCK, PAGE};
+
+/// Makes what the arguments declare resident.
+///
+/// # Errors
+/// Those of migration; [`Error::Gone`] if an argument cannot be reached.
+pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
+    dev.set_pin(core.next_launch());
+    ledger.forget_last();
+    for (start, end, _) in ranges(args) {
+        dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
+        check::pieces(core, start, end, |piece| {
+            if piece.movable {
+                register_ahead(core, Span::inside(start, end).and(Span::touching(piece.start, piece.end)));
+            }
+            Ok(())
+        })?;
+    }
+    let mut wants = [Want::default(); MAX_ARGS];
+    let mut threads = ThreadList::new();
+    for (want, range) in wants.iter_mut().zip(ranges(args)) {
+        *want = Want::of(core, dev, range, &mut threads);
+    }
+    let plan = Plan { core, dev, args, wants, next: AtomicUsize::new(0) };
+    plan.carry_out(ledger)?;
+    for (start, end, access) in ranges(args) {
+        snapshot_rest(core, dev, ledger, Span::touching(start, end), access)?;
+    }
+    Ok(())
+}
+
+/// Blocks that a thread takes at a time.
+const SHARE: usize = BATCH;
+/// Launches over so many blocks are prepared on two threads.
+const MANY: usize = 2 * SHARE;
+
+/// What is to be made resident, for all arguments together: the copies of one run while the next is collected. Two threads carry it out, each its own
+/// migration; they take blocks by turns, in one order.
+struct Plan<'a> {
+    core: &'a Core,
+    dev: &'a Device,
+    args: &'a [RawArg],
+    wants: [Want; MAX_ARGS],
+    /// The first block that nobody has taken yet.
+    next: AtomicUsize,
+}
+
+impl Plan<'_> {
+    fn carry_out(&self, ledger: &mut Ledger) -> Result<(), Error> {
+        let blocks: usize = self.wants.iter().map(|want| want.span.blocks().count()).sum();
+        let ledger = Mutex::new(ledger);
+        // A second pass looks again at what an event or a cancelled page left over; more are only needed while the program changes its mappings.
+        for _pass in 0..8 {
+            self.next.store(0, Ordering::Relaxed);
+            let result = Mutex::new(Ok(false));
+            let work = || {
+                let own =
+                    self.core.one_pass(self.dev, &mut |parked| ledger.lock().park(self.core, parked), |room, park| self.pass(room, park));
+                let mut sum = result.lock();
+                *sum = match (&*sum, own) {
+                    (Ok(again), Ok(more)) => Ok(*again | more),
+                    (Ok(_), Err(e)) => Err(e),
+                    (Err(_), _) => return,
+                };
+            };
+            if blocks >= MANY {
+                self.core.assist.together(&work)
+            } else {
+                work()
+            }
+            if !result.into_inner()? {
+                break;
+            }
+            self.core.space.settle();
+        }
+        Ok(())
+    }
+
+    /// One thread's part of a pass: true if something is worth another look.
+    fn pass(&self, room: &mut Room, park: Park<'_>) -> Result<bool, Error> {
+        let mut again = false;
+        let (mut at, mut share) = (0, self.take_share());
+        // What is copied comes first: then what is only moved is collected while the copies run.
+        let order = |access| ranges(self.args).enumerate().filter(move |(_, range)| range.2 == access);
+        for (index, (start, end, access)) in order(Access::In).chain(order(Access::InOut)).chain(order(Access::Out)) {
+            check::pieces(self.core, start, end, |piece| {
+                let pages = self.wants[index].span.and(Span::touching(piece.start, piece.end));
+                for part in pages.blocks().filter(|_| piece.movable) {
+                    if at == share.end {
+                        share = self.take_share();
+                    }
+                    if share.contains(&at) {
+                        again |= self.core.block_resident(self.dev, room, &self.ask(index, access, part), park)?;
+                    }
+                    at += 1;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(again)
+    }
+
+    fn take_share(&self) -> Range<usize> {
+        let first = self.next.fetch_add(SHARE, Ordering::Relaxed);
+        first..first + SHARE
+    }
+
+    /// What argument `index` wants of a part of a block.
+    fn ask(&self, index: usize, access: Access, part: Span) -> Ask {
+        // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
+        let block = Span::block(part.start);
+        let alike = self.wants.iter().filter(|want| want.access == Some(access));
+        let whole = alike.fold(self.wants[index].pages(part), |sum, other| sum | other.pages(block)) == Bits::ALL;
+        let (part, want) = if whole { (block, Bits::ALL) } else { (part, self.wants[index].pages(part)) };
+        Ask { part, want, intent: intent(access), pinned: true, seq: None }
+    }
+}
+
+/// The non-empty process ranges of arguments.
+fn ranges(args: &[RawArg]) -> impl Iterator<Item = (Va, Va, Access)> {
+    args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1)
+}
+
+fn intent(access: Access) -> Intent {
+    match access {
+        Access::In => Intent::Duplicate,
+        Access::Out => Intent::Discard,
+        Access::InOut => Intent::Move,
+    }
+}
+
+/// Watches a large range by one call, where it is not watched at all yet, instead of block by block.
+pub(crate) fn register_ahead(core: &Core, span: Span) {
+    if span.len() <= BLOCK {
+        return;
+    }
+    let mut any = false;
+    core.dir.for_each(span, |block, part| any |= block.lock().reg.meets(part.bits()));
+    if any {
+        return;
+    }
+    let _hold = core.space.hold();
+    if core.space.register(span).is_err() {
+        return; // block by block will tell which part cannot be watched
+    }
+    for part in span.blocks() {
+        if let Ok(block) = core.dir.get_or_make(part.start) {
+            block.lock().reg |= part.bits();
+        }
+    }
+}
+
+/// The pages of an argument that go to the device whole.
+#[derive(Clone, Copy, Default)]
+struct Want {
+    access: Option<Access>,
+    span: Span,
+    /// Edge pages that hold a thread block too, which must not even be protected.
+    excluded: [Span; 2],
+}
+
+impl Want {
+    fn of(core: &Core, dev: &Device, (start, end, access): (Va, Va, Access), threads: &mut ThreadList) -> Self {
+        let inside = Span::inside(start, end);
+        // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
+        if access != Access::In || end - start < LARGE {
+            return Want { access: Some(access), span: inside, excluded: Default::default() };
+        }
+        let excluded = [Span::touching(start, start + 1), Span::touching(end - 1, end)].map(|edge| {
+            if inside.and(edge) == edge || usable(core, dev, edge, Access::In) == edge.bits() {
+                return Span::default();
+            }
+            if threads.spares(edge) { Span::default() } else { edge }
+        });
+        Want { access: Some(access), span: Span::touching(start, end), excluded }
+    }
+
+    /// Those in `part`, which lies in one block.
+    fn pages(&self, part: Span) -> Bits {
+        self.excluded.iter().fold(self.span.and(part).bits(), |pages, edge| pages - edge.and(part).bits())
+    }
+}
+
+/// Pages of a block that the device can use as `access` needs.
+fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
+    let Some(block) = core.dir.get(part.start) else { return Bits::EMPTY };
+    let state = block.lock();
+    if state.device != dev.id() {
+        return Bits::EMPTY;
+    }
+    let pages = if access.writes() { state.private() | state.bounced() } else { state.resident() };
+    pages & state.win & part.bits()
+}
+
+/// Takes snapshots of what is not resident by now: edges, and pages that cannot move.
+fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, span: Span, access: Access) -> Result<(), Error> {
+    for part in span.blocks() {
+        // A thread that touches what lies beside the range brings pages of it home between two looks: look again.
+        let mut looks = 0;
+        while let Some(page) = (part.bits() - usable(core, dev, part, access)).next(0) {
+            if looks == 100 {
+                return Err(Error::Gone { address: Span::block(part.start).start + page * PAGE });
+            }
+            looks += 1;
+            core.make_resident(dev, part, Intent::Snapshot, &|part| usable(core, dev, part, access), &mut |parked| {
+                core.pool.put(parked.tray);
+            })?;
+        }
+        let bounced = core.dir.get(part.start).map_or(Bits::EMPTY, |block| block.lock().bounced());
+        let va = Span::block(part.start).start;
+        let known = ledger.bounced_count > 0 && ledger.bounced[..ledger.bounced_count].contains(&va);
+        if bounced.meets(part.bits()) && !known {
+            if ledger.bounced_count == ledger.bounced.len() {
+                let info = dev.driver.info();
+                return Err(Error::NoRoom { device: info.name, needed: span.len(), capacity: info.memory });
+            }
+            ledger.bounced[ledger.bounced_count] = va;
+            ledger.bounced_count += 1;
+        }
+    }
+    Ok(())
+}
