@@ -9,7 +9,7 @@ use ndarray::{Array2, ArrayView2};
 use ndarray_npy::{ReadNpyExt, ViewNpyError, ViewNpyExt, WriteNpyExt};
 use std::fs::{File, Permissions};
 use std::io::BufWriter;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 /// A matrix of f32, row after row.
@@ -36,7 +36,8 @@ impl Matrix {
     }
 
     fn map(path: &Path) -> Result<Matrix> {
-        let file = File::open(path)?;
+        // Without waiting for the other end, if it is a pipe.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
         let metadata = file.metadata()?;
         if !metadata.is_file() {
             bail!("not a regular file");

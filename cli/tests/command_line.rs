@@ -20,6 +20,7 @@ fn main() {
         Trial::test("one_file_alone_is_a_usage_error", one_file_alone),
         Trial::test("files_that_do_not_fit_are_refused", files_that_do_not_fit),
         Trial::test("infinite_values_are_refused", infinite_values),
+        Trial::test("a_pipe_is_no_matrix", a_pipe_is_no_matrix),
         Trial::test("a_closed_pipe_is_no_error", a_closed_pipe),
         Trial::test("no_colours_without_a_terminal", no_colours),
         needs_rights("no_such_device", no_such_device),
@@ -291,9 +292,20 @@ fn infinite_values() -> Outcome {
     for value in [f32::NAN, f32::INFINITY] {
         let folder = TempDir::new()?;
         let [a, b] = write_files(&folder, &npy("<f4", false, "(1, 1)", &[value]), &good)?;
-        fails_with(&["mul-mat", &a, &b], &["infinite values or values that are no number"])?;
+        fails_with(&["mul-mat", &a, &b], &["A holds infinite values or values that are no number"])?;
     }
-    Ok(())
+    let folder = TempDir::new()?;
+    let [a, b] = write_files(&folder, &npy("<f4", false, "(1, 1)", &[1e30]), &npy("<f4", false, "(1, 1)", &[1e30]))?;
+    fails_with(&["mul-mat", &a, &b], &["can exceed what f32 holds", "scale the matrices down"])
+}
+
+/// A pipe that nobody writes to: `mul-mat` waited for its other end.
+fn a_pipe_is_no_matrix() -> Outcome {
+    let folder = TempDir::new()?;
+    let [a, b] = write_files(&folder, &npy("<f4", false, "(1, 1)", &[1.0]), &[])?;
+    fs::remove_file(&b)?;
+    assert!(Command::new("mkfifo").arg(&b).status()?.success());
+    fails_with(&["mul-mat", &a, &b], &["b.npy", "not a regular file"])
 }
 
 /// A left matrix that must be refused, in a file `a.npy`.

@@ -61,8 +61,13 @@ impl Sides {
                 b.columns()
             );
         }
-        if !(largest(a.as_slice()) * largest(b.as_slice()) * a.columns() as f64).is_finite() {
-            bail!("the matrices hold infinite values or values that are no number: a product of them cannot be checked");
+        for (name, matrix) in [("A", &a), ("B", &b)] {
+            if !largest(matrix.as_slice()).is_finite() {
+                bail!("{name} holds infinite values or values that are no number: a product cannot be checked");
+            }
+        }
+        if largest(a.as_slice()) * largest(b.as_slice()) * a.columns() as f64 > f64::from(f32::MAX) {
+            bail!("the product of such large values can exceed what f32 holds: scale the matrices down");
         }
         Ok(Sides { a, b, exact })
     }

@@ -149,15 +149,24 @@ impl Window {
     }
 }
 
+/// How often a page that is held is tried again.
+const BUSY: usize = 10_000;
+
 /// Moves pages between the device's own mappings. A scratch page in the way goes.
 fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &dyn Fn(usize)) -> Result<(), Errno> {
     let mut done = 0;
+    let mut busy = 0;
     while done < len {
         // SAFETY: both ranges are the device's own, and the directory's lock on the block keeps others from them.
         let Err(partial) = (unsafe { uffd.move_pages(to + done, from + done, len - done, MoveMode::empty()) }) else { break };
         done += partial.done;
         match partial.errno {
             Errno::AGAIN => thread::yield_now(),
+            // Somebody holds the page for a moment (the kernel's own compaction, a reader of our memory from outside).
+            Errno::BUSY if busy < BUSY => {
+                busy += 1;
+                thread::yield_now();
+            }
             Errno::EXIST => {
                 unscratch(to + done);
                 // SAFETY: what lies in the window where the directory has no page is a scratch page.
