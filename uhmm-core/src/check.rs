@@ -5,7 +5,6 @@ use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::kernel::Grid;
 use crate::page::{Span, Va};
-use crate::space;
 use uhmm_os::BLOCK;
 
 /// A part of an argument that lies in one mapping.
@@ -17,6 +16,8 @@ pub(crate) struct Piece {
     pub end: Va,
     /// Whether its pages can move.
     pub movable: bool,
+    /// Whether copies of its pages can stay on the device: the CPU's writes are noticed.
+    pub shareable: bool,
 }
 
 /// Checks a launch's grid and arguments.
@@ -112,13 +113,16 @@ pub(crate) fn pieces(core: &Core, start: Va, end: Va, mut f: impl FnMut(Piece) -
     let mut piece: Option<Piece> = None;
     while at < end {
         let Ok(Some(vma)) = core.space.maps.find(at) else { break };
-        let next = Piece { start: at.max(vma.start), end: end.min(vma.end), movable: space::movable(&vma) };
+        let next =
+            Piece { start: at.max(vma.start), end: end.min(vma.end), movable: core.space.moves(&vma), shareable: core.space.shares(&vma) };
         at = vma.end;
         if next.start >= next.end {
             break;
         }
         match &mut piece {
-            Some(piece) if piece.end == next.start && piece.movable == next.movable => piece.end = next.end,
+            Some(piece) if piece.end == next.start && (piece.movable, piece.shareable) == (next.movable, next.shareable) => {
+                piece.end = next.end
+            }
             _ => {
                 if let Some(done) = piece.replace(next) {
                     f(done)?;

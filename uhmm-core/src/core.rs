@@ -22,8 +22,10 @@ use crate::page::Span;
 use crate::policy::{Declared, Policy};
 use crate::pool::Pool;
 use crate::process::{CoreRef, MAX_DEVICES};
+use crate::snapshot::Fetched;
 use crate::space::Space;
 use crate::sync::*;
+use crate::twins::Twins;
 use uhmm_os::{BLOCK, Errno, EventFd, PAGE, system, thread};
 
 /// Migrations that can be at work at once without waiting for room.
@@ -50,6 +52,7 @@ pub struct Core {
     pub(crate) policy: OwnBox<dyn Policy>,
     pub(crate) prepare: Mutex<()>,
     pub(crate) assist: Assist,
+    pub(crate) twins: Twins,
     devices: [AtomicUsize; MAX_DEVICES],
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
     next_mover: AtomicU32,
@@ -65,6 +68,7 @@ pub struct Device {
     pub(crate) mem: DeviceMemory,
     pub(crate) counters: Counters,
     pub(crate) ledger: Mutex<Ledger>,
+    pub(crate) fetched: Mutex<Fetched>,
     /// Raised by every change of the device's page table.
     pub(crate) changes: AtomicU64,
     pin: AtomicU64,
@@ -94,7 +98,7 @@ impl Core {
         let memory = system::total_memory() as usize;
         let blocks = memory / BLOCK;
         let space = Space::open()?;
-        let pool = Pool::new(blocks.max(64), memory / 8 / PAGE)?;
+        let pool = Pool::new(space.mode, blocks.max(64), memory / 8 / PAGE)?;
         let mut made = Vec::with_capacity(ROOMS);
         for _ in 0..ROOMS {
             made.push(Mutex::new(Room::new().map_err(reserve)?));
@@ -106,6 +110,7 @@ impl Core {
             policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
             prepare: Mutex::new(()),
             assist: Assist::default(),
+            twins: Twins::new(blocks).map_err(reserve)?,
             devices: [const { AtomicUsize::new(0) }; MAX_DEVICES],
             rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,
             next_mover: AtomicU32::new(1),
@@ -205,6 +210,7 @@ impl Device {
             mem: DeviceMemory::new(memory).map_err(reserve)?,
             counters: Counters::default(),
             ledger: Mutex::new(Ledger::new(memory).map_err(reserve)?),
+            fetched: Mutex::new(Fetched::new(memory).map_err(reserve)?),
             changes: AtomicU64::new(0),
             pin: AtomicU64::new(0),
             allocated: AtomicUsize::new(0),

@@ -7,18 +7,25 @@
 use crate::bits::Bits;
 use crate::core::{self, Core, Device};
 use crate::counters::count;
+use crate::directory::State;
 use crate::driver::KernelFault;
 use crate::error::Error;
 use crate::migrate::{Ask, Intent};
+use crate::mode::Mode;
 use crate::notifier;
-use crate::page::{Span, Va};
+use crate::page::{Cause, PageState, Span, Va};
 use crate::policy;
-use crate::space::{self, ThreadBlocks};
+use crate::ranges;
+use crate::space::ThreadBlocks;
+use uhmm_os::maps::Vma;
 use uhmm_os::signal::FaultInfo;
 use uhmm_os::{BLOCK, PAGE, tasks, thread};
 
 /// Looks before the page is given up: each but the first is owed to a change of the mappings or to another thread.
 const LOOKS: usize = 10_000;
+
+/// Refusals before a page is taken for one that never moves.
+const REFUSALS: usize = 50;
 
 /// What the signal handler calls, for any thread of the process: true if the access can be repeated.
 pub(crate) fn on_signal(info: &FaultInfo) -> bool {
@@ -50,8 +57,27 @@ fn on_worker(core: &Core, dev: &Device, info: &FaultInfo) -> bool {
     let va = info.address ^ dev.driver.info().mask;
     match serve(core, dev, va, info.write) {
         Ok(()) => true,
-        Err(fault) => dev.driver.scratch(info.address, fault),
+        Err(fault) => {
+            if let KernelFault::Wild { write: true, .. } = fault {
+                let_write(core, dev, va);
+            }
+            dev.driver.scratch(info.address, fault)
+        }
     }
+}
+
+/// A touch that is being served.
+struct Touch<'a> {
+    core: &'a Core,
+    dev: &'a Device,
+    va: Va,
+    write: bool,
+    /// The page stays where it is: the kernel gets a snapshot.
+    stays: bool,
+    /// Something near would not move, or could not be copied (it lies beyond the end of a file): only the page itself is asked for.
+    alone: bool,
+    /// How often the kernel has refused to move it.
+    refusals: usize,
 }
 
 /// Makes the page at `va` accessible to the device.
@@ -61,56 +87,130 @@ fn on_worker(core: &Core, dev: &Device, info: &FaultInfo) -> bool {
 pub(crate) fn serve(core: &Core, dev: &Device, va: Va, write: bool) -> Result<(), KernelFault> {
     count(&dev.counters.device_faults, 1);
     dev.driver.note_fault(va, write);
-    let wild = KernelFault::Wild { address: va, write };
-    let unreachable = KernelFault::Unreachable { address: va };
-    let page = va % BLOCK / PAGE;
+    let mut touch = Touch { core, dev, va, write, stays: false, alone: false, refusals: 0 };
     for _ in 0..LOOKS {
-        let block = core.dir.get_or_make(va).map_err(|_| wild)?;
-        let seq = notifier::read_begin(block);
-        let vma = core.space.mapping(va).map_err(|_| unreachable)?.ok_or(wild)?;
-        if !vma.read || (write && !vma.write) {
-            return Err(wild);
-        }
-        let part = Span::block(va).and(Span { start: vma.start, end: vma.end });
-        let (want, intent) = {
-            let state = block.lock();
-            let ours = state.device == dev.id();
-            if ours && state.win.has(page) && !(write && state.duplicated().has(page)) {
-                return Ok(()); // another worker was first
-            }
-            if ours && state.resident().has(page) {
-                // Here, but not mapped, or not for writing. What both have becomes the device's alone: entering a page read-only takes two steps while kernels
-                // run, and a write between them would be lost.
-                (Bits::one(page), Intent::Move)
-            } else {
-                drop(state);
-                if !space::movable(&vma) {
-                    return Err(unreachable);
-                }
-                let threads = ThreadBlocks::of(&vma, part);
-                if threads.blocks.has(page) {
-                    return Err(unreachable);
-                }
-                // The kernel's own captures lie on a stack too: only what it touches there through the window is fetched.
-                let candidates = part.bits() - threads.blocks - (threads.stacks - Bits::one(page));
-                let ask = policy::DeviceFault { page, write, candidates };
-                ((core.policy.device_fault(&ask) & self::present_or(core, part, page)) & candidates | Bits::one(page), Intent::Move)
-            }
-        };
-        let ask = Ask { part, want, intent, pinned: false, seq: Some(seq) };
-        match core.make_block_resident(dev, &ask) {
-            Ok(_) => {}
-            Err(Error::NoRoom { .. }) => return Err(KernelFault::NoRoom { address: va }),
-            Err(_) => return Err(unreachable),
-        }
-        let state = block.lock();
-        if state.device == dev.id() && state.win.has(page) && !(write && state.duplicated().has(page)) {
+        if touch.look()? {
             return Ok(());
         }
-        drop(state);
         core.space.settle();
     }
-    Err(unreachable)
+    Err(KernelFault::Unreachable { address: va })
+}
+
+impl Touch<'_> {
+    fn page(&self) -> usize {
+        self.va % BLOCK / PAGE
+    }
+
+    /// Whether the device can go on.
+    fn is_served(&self, state: &State) -> bool {
+        let page = self.page();
+        let readonly = state.duplicated() | state.rdonly;
+        state.device == self.dev.id() && state.win.has(page) && !(self.write && readonly.has(page))
+    }
+
+    /// One look at the page, and one attempt to bring it: true if it is there.
+    fn look(&mut self) -> Result<bool, KernelFault> {
+        let (core, dev, page) = (self.core, self.dev, self.page());
+        let wild = KernelFault::Wild { address: self.va, write: self.write };
+        let unreachable = KernelFault::Unreachable { address: self.va };
+        let no_room = KernelFault::NoRoom { address: self.va };
+        let block = core.dir.get_or_make(self.va).map_err(|_| wild)?;
+        let seq = notifier::read_begin(block);
+        let vma = core.space.mapping(self.va).map_err(|_| unreachable)?.ok_or(wild)?;
+        if !vma.read || (self.write && !vma.write) {
+            return Err(wild);
+        }
+        let (ask, fetched) = {
+            let state = block.lock();
+            if self.is_served(&state) {
+                return Ok(true); // another worker was first
+            }
+            if state.rdonly.has(page) && state.win.has(page) {
+                return Err(no_room); // no twin could be made
+            }
+            let here = state.device == dev.id() && state.resident().has(page);
+            let fetched = state.bounced();
+            drop(state);
+            (Ask { pinned: false, seq: Some(seq), ..self.ask(&vma, here, fetched) }, fetched)
+        };
+        if ask.intent == Intent::Snapshot && !dev.fetched.lock().push(Span::block(self.va).start) {
+            return Err(no_room);
+        }
+        let refused = match core.make_block_resident(dev, &ask) {
+            Ok(outcome) => outcome.refused,
+            Err(Error::NoRoom { .. }) => return Err(no_room),
+            Err(_) => return Err(unreachable),
+        };
+        let state = block.lock();
+        if self.is_served(&state) {
+            return Ok(true);
+        }
+        if refused && !state.resident().has(page) && !notifier::read_retry(block, seq) {
+            match (ask.want == Bits::one(page), self.stays) {
+                (false, _) => self.alone = true,
+                (true, true) => return Err(unreachable), // not even its bytes can be read
+                // A system call may pin it for a moment; a locked page is refused for ever, and its neighbours were.
+                (true, false) => {
+                    self.refusals += 1;
+                    if self.refusals > REFUSALS || !fetched.is_empty() {
+                        (self.stays, self.alone) = (true, false);
+                    }
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// What to bring.
+    fn ask(&mut self, vma: &Vma, here: bool, fetched: Bits) -> Ask {
+        let (core, page) = (self.core, self.page());
+        let part = Span::block(self.va).and(Span { start: vma.start, end: vma.end });
+        let one = Bits::one(page);
+        if here {
+            // Here, but not mapped, or not for writing. What both have becomes the device's alone: entering a page read-only takes two steps while kernels
+            // run, and a write between them would be lost.
+            let intent = if core.space.mode == Mode::Full { Intent::Move } else { Intent::Snapshot };
+            return Ask { twins: one, ..Ask::new(part, one, intent) };
+        }
+        let threads = if self.stays { ThreadBlocks::default() } else { ThreadBlocks::of(vma, part) };
+        self.stays |= !core.space.moves(vma) || threads.blocks.has(page);
+        if self.stays {
+            let want = if self.alone { one } else { leaf(part, page, fetched) };
+            let (twins, rdonly) = if vma.write { (want, Bits::EMPTY) } else { (Bits::EMPTY, want) };
+            return Ask { twins, rdonly, ..Ask::new(part, want, Intent::Snapshot) };
+        }
+        // The kernel's own captures lie on a stack too: only what it touches there through the window is fetched.
+        let candidates = part.bits() - threads.blocks - (threads.stacks - one);
+        let ask = policy::DeviceFault { page, write: self.write, candidates };
+        let want = (core.policy.device_fault(&ask) & present_or(core, part, page)) & candidates | one;
+        Ask::new(part, if self.alone { one } else { want }, Intent::Move)
+    }
+}
+
+/// A kernel wrote what the process may only read. Its launch fails; that it can run on, the page becomes a snapshot that nobody writes back.
+fn let_write(core: &Core, dev: &Device, va: Va) {
+    let Some(block) = core.dir.get(va) else { return };
+    let (start, one) = (Span::block(va).start, Bits::one(va % BLOCK / PAGE));
+    let _hold = core.space.hold();
+    let mut state = block.lock();
+    if state.device != dev.id() || state.mover != 0 || !dev.fetched.lock().push(start) {
+        return; // the access is repeated
+    }
+    if one.meets(state.duplicated()) && ranges::unprotect(core, start, one).is_ok() {
+        state.shift(one, PageState::Duplicated, Cause::Bounce, PageState::Bounced);
+    }
+    if one.meets(state.bounced() & state.win) {
+        state.rdonly -= one;
+        ranges::with_runs(core, &state, start, one, true, |runs| dev.driver.allow_writes(runs));
+    }
+}
+
+/// Pages to take a snapshot of: 64 KiB around the touched one, or the rest of the block if it is not the first there.
+fn leaf(part: Span, page: usize, fetched: Bits) -> Bits {
+    let start = page / policy::LEAF * policy::LEAF;
+    let near = if fetched.is_empty() { Bits::range(start..start + policy::LEAF) } else { Bits::ALL };
+    near & part.bits()
 }
 
 /// Pages that exist, and the touched one: holes are not filled just because they are near.

@@ -43,6 +43,12 @@ pub struct State {
     pub parked: Bits,
     /// Parked pages that came home all the same, because a worker of the launch touched them at their process address.
     pub spoiled: Bits,
+    /// Snapshots that the device may only read.
+    pub rdonly: Bits,
+    /// Snapshots with a twin: their contents as they were taken, in the slot `twin` ([`crate::twins`]).
+    pub twins: Bits,
+    /// See `twins`; 0 if there is none.
+    pub twin: u32,
     /// The number of the migration that owns the busy pages; 0 if none.
     pub mover: u32,
     /// Pages that the mover took out of the program, into the tray at address `tray` (0 if none).

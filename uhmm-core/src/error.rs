@@ -12,6 +12,12 @@ pub enum Error {
     /// userfaultfd cannot be used; the message says what gives the right.
     #[error("cannot use userfaultfd: {0}")]
     NoUserfaultfd(#[from] OpenError),
+    /// The environment asks for a mode that does not exist.
+    #[error("UHMM_MODE is {name:?}: it must be full, user-mode-only or none, or unset for the best that can be had")]
+    NoMode {
+        /// What it asks for.
+        name: String,
+    },
     /// No device of that name.
     #[error("no such device: {name:?} (there is: {known})")]
     NoDevice {

@@ -9,6 +9,7 @@ use crate::core::Core;
 use crate::counters::count;
 use crate::directory::{Block, State};
 use crate::home;
+use crate::mode::Mode;
 use crate::monitor::Change;
 use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
@@ -57,6 +58,9 @@ fn unmapped(core: &Core, span: Span) {
 /// drop does not find them. So what the range holds goes here and now, while no migration can look; the kernel then finds it empty.
 fn drop_now(core: &Core, block: &Block, part: Span, read: &mut dyn FnMut()) {
     let va = Span::block(part.start).start;
+    if core.space.mode != Mode::Full {
+        return; // copies are checked at each launch, and an empty page is no clean one
+    }
     loop {
         let state = block.lock();
         let watched = part.bits() & (state.reg - state.busy());
@@ -108,6 +112,8 @@ fn forget(core: &Core, state: &mut State, va: Va, bits: Bits) {
     state.shift(bounced, PageState::Bounced, Cause::Unmap, PageState::System);
     state.parked -= bits;
     state.spoiled -= bits;
+    state.rdonly -= bits;
+    state.twins -= bits;
     ranges::give_frames(core, dev, state, va, private | shared | bounced);
 }
 

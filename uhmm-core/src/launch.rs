@@ -15,6 +15,7 @@ use crate::driver::{KernelFault, Launch};
 use crate::error::Error;
 use crate::kernel::{Bound, Entry, Grid};
 use crate::migrate::{Intent, Parked};
+use crate::mode::Mode;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::prepare::{prepare, register_ahead};
@@ -129,7 +130,7 @@ fn signature(args: &[RawArg]) -> [(Va, Va, Option<Access>); MAX_ARGS] {
 /// Whether everything is where the last launch left it. Its pin is kept then.
 fn unchanged(core: &Core, dev: &Device, ledger: &Ledger, args: &[RawArg]) -> bool {
     let _hold = core.space.hold(); // an event that was read is followed
-    dev.changes.load(Ordering::Acquire) == ledger.last_changes && ledger.last == signature(args)
+    core.space.mode == Mode::Full && dev.changes.load(Ordering::Acquire) == ledger.last_changes && ledger.last == signature(args)
 }
 
 fn execute(dev: &Device, request: &Request, groups: usize) -> Result<(), KernelFault> {
@@ -162,7 +163,24 @@ fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], succe
     ledger.last = signature(args);
     // A snapshot serves one launch only, so that the next one has to prepare.
     ledger.last_changes = if success && ended == Ok(0) { dev.changes.load(Ordering::Acquire) } else { u64::MAX };
+    if core.space.mode == Mode::UserModeOnly {
+        unmap_shared(core, dev, args);
+    }
     ended.map(|_| ()).map_err(|address| Error::Gone { address })
+}
+
+/// Takes copies that stay out of the device's page table: the next launch enters them again when it has looked whether the CPU has written the pages since.
+fn unmap_shared(core: &Core, dev: &Device, args: &[RawArg]) {
+    for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1) {
+        core.dir.for_each(Span::touching(start, end), |block, part| {
+            let _hold = core.space.hold();
+            let mut state = block.lock();
+            if state.device == dev.id() {
+                let shared = state.duplicated();
+                ranges::unmap(core, dev, &mut state, Span::block(part.start).start, shared);
+            }
+        });
+    }
 }
 
 /// The kernel failed: the old pages replace what it left, so that every byte reads as before the launch.

@@ -14,12 +14,13 @@
 #![allow(unsafe_code)] // moves pages between mappings of its own
 
 use crate::bits::{Bits, PAGES};
+use crate::mode::Mode;
 use crate::own::{self, OwnSlice, Zeroed};
 use crate::page::Span;
 use crate::space::Space;
 use crate::sync::*;
 use uhmm_os::mem::{self, Advice, Mapping};
-use uhmm_os::uffd::{Features, MoveMode, RegisterMode, Rights, Userfaultfd};
+use uhmm_os::uffd::{Features, MoveMode, RegisterMode, Userfaultfd};
 use uhmm_os::{BLOCK, Errno, PAGE, thread};
 
 /// Spare trays of each kind: as many threads can bring pages home at once.
@@ -126,12 +127,14 @@ impl Pool {
     ///
     /// # Errors
     /// `ENOMEM` if address space cannot be reserved; those of userfaultfd.
-    pub fn new(trays: usize, bound: usize) -> Result<Self, crate::Error> {
+    pub fn new(mode: Mode, trays: usize, bound: usize) -> Result<Self, crate::Error> {
         let system = |e| crate::Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
-        let waste = Userfaultfd::open(Rights::Full, Features::MOVE)?;
+        let waste = mode.open(Features::MOVE)?;
         let waste_memory = own::map(c"uhmm pool", WASTE * BLOCK).map_err(system)?;
         advise(&waste_memory, Size::Small).map_err(system)?;
-        waste.register(waste_memory.start(), WASTE * BLOCK, RegisterMode::MISSING).map_err(system)?;
+        if mode != Mode::None {
+            waste.register(waste_memory.start(), WASTE * BLOCK, RegisterMode::MISSING).map_err(system)?;
+        }
         let inner = Inner {
             arenas: [arena(trays, Size::Small).map_err(system)?, arena(trays, Size::Huge).map_err(system)?],
             spares: [spares(Size::Small).map_err(system)?, spares(Size::Huge).map_err(system)?],
@@ -151,6 +154,9 @@ impl Pool {
     /// # Errors
     /// Those of userfaultfd; nothing is registered then.
     pub fn register(&self, space: &Space) -> Result<(), Errno> {
+        if space.mode == Mode::None {
+            return Ok(()); // nothing leaves the program
+        }
         let inner = self.inner.lock();
         let [small, huge] = [0, 1].map(|size: usize| {
             let start = inner.arenas[size].memory.start();

@@ -5,7 +5,7 @@
 
 use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::bits::Bits;
-use crate::check;
+use crate::check::{self, Piece};
 use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::launch::{LARGE, Ledger};
@@ -40,7 +40,7 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
     let plan = Plan { core, dev, args, wants, next: AtomicUsize::new(0) };
     plan.carry_out(ledger)?;
     for (start, end, access) in ranges(args) {
-        snapshot_rest(core, dev, ledger, Span::touching(start, end), access)?;
+        snapshot_rest(core, dev, ledger, args, Span::touching(start, end), access)?;
     }
     Ok(())
 }
@@ -100,13 +100,18 @@ impl Plan<'_> {
         let order = |access| ranges(self.args).enumerate().filter(move |(_, range)| range.2 == access);
         for (index, (start, end, access)) in order(Access::In).chain(order(Access::InOut)).chain(order(Access::Out)) {
             check::pieces(self.core, start, end, |piece| {
-                let pages = self.wants[index].span.and(Span::touching(piece.start, piece.end));
-                for part in pages.blocks().filter(|_| piece.movable) {
+                let whole = Span::touching(piece.start, piece.end);
+                let pages = match access {
+                    _ if piece.movable => self.wants[index].span.and(whole),
+                    Access::Out => Span::inside(start, end).and(whole),
+                    _ => whole,
+                };
+                for part in pages.blocks() {
                     if at == share.end {
                         share = self.take_share();
                     }
                     if share.contains(&at) {
-                        again |= self.core.block_resident(self.dev, room, &self.ask(index, access, part), park)?;
+                        again |= self.core.block_resident(self.dev, room, &self.ask(index, access, part, piece), park)?;
                     }
                     at += 1;
                 }
@@ -122,14 +127,30 @@ impl Plan<'_> {
     }
 
     /// What argument `index` wants of a part of a block.
-    fn ask(&self, index: usize, access: Access, part: Span) -> Ask {
+    fn ask(&self, index: usize, access: Access, part: Span, piece: Piece) -> Ask {
+        if !piece.movable {
+            let intent = match access {
+                Access::In if piece.shareable => Intent::Duplicate,
+                Access::Out => Intent::Blank,
+                _ => Intent::Snapshot,
+            };
+            return Ask { twins: beyond(self.dev, self.args, part), ..Ask::new(part, part.bits(), intent) };
+        }
         // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
         let block = Span::block(part.start);
         let alike = self.wants.iter().filter(|want| want.access == Some(access));
         let whole = alike.fold(self.wants[index].pages(part), |sum, other| sum | other.pages(block)) == Bits::ALL;
         let (part, want) = if whole { (block, Bits::ALL) } else { (part, self.wants[index].pages(part)) };
-        Ask { part, want, intent: intent(access), pinned: true, seq: None }
+        Ask::new(part, want, intent(access))
     }
+}
+
+/// Pages of a part of a block that no argument covers whole: where the kernel can follow pointers, it may write beyond what is declared.
+fn beyond(dev: &Device, args: &[RawArg], part: Span) -> Bits {
+    if !dev.driver.info().replayable_faults {
+        return Bits::EMPTY;
+    }
+    ranges(args).fold(part.bits(), |rest, (start, end, _)| rest - Span::inside(start, end).and(part).bits())
 }
 
 /// The non-empty process ranges of arguments.
@@ -209,7 +230,7 @@ fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
 }
 
 /// Takes snapshots of what is not resident by now: edges, and pages that cannot move.
-fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, span: Span, access: Access) -> Result<(), Error> {
+fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], span: Span, access: Access) -> Result<(), Error> {
     for part in span.blocks() {
         // A thread that touches what lies beside the range brings pages of it home between two looks: look again.
         let mut looks = 0;
@@ -218,13 +239,15 @@ fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, span: Span, acc
                 return Err(Error::Gone { address: Span::block(part.start).start + page * PAGE });
             }
             looks += 1;
-            core.make_resident(dev, part, Intent::Snapshot, &|part| usable(core, dev, part, access), &mut |parked| {
-                core.pool.put(parked.tray);
-            })?;
+            let want = part.bits() - usable(core, dev, part, access);
+            let ask = Ask { twins: beyond(dev, args, part), ..Ask::new(part, want, Intent::Snapshot) };
+            if core.make_block_resident(dev, &ask)?.again {
+                core.space.settle();
+            }
         }
         let bounced = core.dir.get(part.start).map_or(Bits::EMPTY, |block| block.lock().bounced());
         let va = Span::block(part.start).start;
-        let known = ledger.bounced_count > 0 && ledger.bounced[..ledger.bounced_count].contains(&va);
+        let known = ledger.bounced_count > 0 && ledger.bounced[ledger.bounced_count - 1] == va;
         if bounced.meets(part.bits()) && !known {
             if ledger.bounced_count == ledger.bounced.len() {
                 let info = dev.driver.info();

@@ -22,6 +22,7 @@ use crate::device_fault;
 use crate::driver::{DeviceInfo, Driver};
 use crate::error::Error;
 use crate::fork;
+use crate::mode::Mode;
 use crate::monitor::Monitor;
 use crate::own::{self, OwnBox};
 use crate::sync::*;
@@ -40,7 +41,7 @@ const LOCK: usize = 0x2f00_0000_0000;
 const MEETING: usize = LOCK + PAGE;
 
 /// Makes a driver, on the keeper. What it starts there shares uhmm's descriptors.
-pub type OpenDriver = fn(&DeviceConfig, &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error>;
+pub type OpenDriver = fn(&DeviceConfig, Mode, &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error>;
 
 /// How a device is to be opened.
 #[derive(Clone, Copy, Debug)]
@@ -232,6 +233,11 @@ impl CoreRef {
         all
     }
 
+    /// What this process may do.
+    pub fn mode(&self) -> Mode {
+        self.core().space.mode
+    }
+
     /// The counters of all devices, added up.
     pub fn stats(&self) -> Stats {
         let mut sum = Stats::default();
@@ -352,7 +358,7 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
     };
     let mut others = vec![];
     core.for_each_device(|dev| others.push(dev.driver.info().clone()));
-    let driver = open(&config, &others)?;
+    let driver = open(&config, core.space.mode, &others)?;
     let dev = OwnBox::new(c"uhmm device", Device::new(index, driver)?)
         .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
     let seat = OwnBox::new(c"uhmm seat", Seat { core, dev: dev.leak() })

@@ -154,7 +154,8 @@ pub(crate) fn with_runs(core: &Core, state: &State, va: Va, bits: Bits, write: b
 pub(crate) fn map(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bits) -> Result<(), Errno> {
     dev.changed();
     let mut result = Ok(());
-    for (part, write) in [(bits & state.duplicated(), false), (bits - state.duplicated(), true)] {
+    let read = state.duplicated() | state.rdonly;
+    for (part, write) in [(bits & read, false), (bits - read, true)] {
         let mut done = Bits::EMPTY;
         with_runs(core, state, va, part, write, |runs| {
             if result.is_ok() {

@@ -1,24 +1,26 @@
 //! The end of snapshots: pages that hold other data too, or cannot move, of which a launch had a copy on the device.
 //!
-//! Of such a page exactly the bytes count that a written argument covers. For a small argument, and for pages that cannot move, they are written
+//! Of such a page exactly the bytes count that a written argument covers, and those that the kernel has changed besides ([`crate::twins`]). For a small argument, and for pages that cannot move, they are written
 //! to the CPU's page. For a large argument the page joins the rest of the range on the device: the CPU's page is taken away, which stops its
 //! other bytes from changing, those are brought up to date on the device, and the page is Private. So a second launch moves nothing.
 #![allow(unsafe_code)] // writes bytes of arguments, which the launch has borrowed, into the program
 
-use crate::args::RawArg;
+use crate::args::{MAX_ARGS, RawArg};
 use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::counters::count;
-use crate::directory::BlockGuard;
+use crate::directory::{Block, BlockGuard, Frame};
 use crate::driver::{Dma, DmaKind};
 use crate::launch::{LARGE, Ledger};
+use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Span, Va};
-use crate::pool::{Size, Tray};
+use crate::pool::Size;
 use crate::ranges::{self, MoveEnd};
-use crate::space::{self, ThreadList};
+use crate::space::ThreadList;
 use crate::sync::*;
+use crate::twins;
 use core::ops::Range;
-use uhmm_os::{PAGE, copy, thread};
+use uhmm_os::{BLOCK, Errno, PAGE, copy, thread};
 
 /// Ends all snapshots of the launch that has just ended: how many pages did not stay on the device.
 ///
@@ -27,18 +29,22 @@ use uhmm_os::{PAGE, copy, thread};
 pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, Va> {
     let mut result = Ok(0);
     let mut threads = ThreadList::new();
-    for index in 0..core::mem::take(&mut ledger.bounced_count) {
-        let va = ledger.bounced[index];
-        if success {
+    let mut end = |va, keeps: bool| {
+        if success && keeps {
             keep(core, dev, va, args, &mut threads);
         }
-        let written = take(core, dev, va);
-        if let Some((pages, tray)) = written {
-            if success && let Ok(dropped) = result {
-                result = write_back(args, va, pages, &tray, dev).map(|()| dropped + pages.count());
-            }
-            core.pool.put(tray);
-        }
+        let ended = end_block(core, dev, va, args, success);
+        result = match (result, ended) {
+            (Ok(sum), Ok(pages)) => Ok(sum + pages),
+            (Err(address), _) | (_, Err(address)) => Err(address),
+        };
+    };
+    for index in 0..core::mem::take(&mut ledger.bounced_count) {
+        end(ledger.bounced[index], true);
+    }
+    // Those that the kernel itself asked for. It has ended: there will be no more.
+    while let Some(va) = dev.fetched.lock().pop() {
+        end(va, false);
     }
     result
 }
@@ -63,7 +69,7 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], threads: &mut Thread
         let at = va + page * PAGE;
         let span = Span { start: at, end: at + PAGE };
         let large = written(args, at).any(|(_, len)| len >= LARGE);
-        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| space::movable(&vma)) || !threads.spares(span) {
+        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| core.space.moves(&vma)) || !threads.spares(span) {
             continue;
         }
         if !state.reg.has(page) {
@@ -83,30 +89,99 @@ fn keep_page(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, page
     tray.full |= moved;
     if end == MoveEnd::All {
         ranges::unmap(core, dev, state, va, one);
-        // The bytes between the written ranges are the CPU's.
+        // What the kernel wrote, declared or found by the twin, goes over the CPU's page; all of that is the device's page from now on.
         let frame = core.dir.frame(state, page);
-        let mut at = 0;
-        while at < PAGE {
-            let inside = written(args, va + page * PAGE).find(|(range, _)| range.contains(&at));
-            if let Some((range, _)) = inside {
-                at = range.end;
-                continue;
-            }
-            let next = written(args, va + page * PAGE).map(|(range, _)| range.start).filter(|&start| start > at).min().unwrap_or(PAGE);
-            let dma = [Dma { kind: DmaKind::ToDevice, host: tray.slot(page) + at, frame, offset: at, len: next - at }];
-            let fence = dev.driver.copy(&dma);
-            let _ = dev.driver.wait(fence, &dma);
-            count(&dev.counters.bytes_to_device, next - at);
-            at = next;
+        let now = read_frame(dev, frame);
+        // SAFETY: the tray is ours, and the slot holds the page that was just moved there.
+        let merged = unsafe { &mut *(tray.slot(page) as *mut [u8; PAGE]) };
+        if state.twins.has(page) {
+            twins::changes(core.twins.of(state.twin, page), &now, |range| merged[range.clone()].copy_from_slice(&now[range]));
         }
+        for (range, _) in written(args, va + page * PAGE) {
+            merged[range.clone()].copy_from_slice(&now[range]);
+        }
+        let dma = [Dma { kind: DmaKind::ToDevice, host: tray.slot(page), frame, offset: 0, len: PAGE }];
+        let fence = dev.driver.copy(&dma);
+        let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
+        count(&dev.counters.bytes_to_device, PAGE);
         state.shift(one, PageState::Bounced, Cause::LaunchEnd, PageState::Private);
         let _ = ranges::map(core, dev, state, va, one); // else a device fault maps it
     }
     core.pool.put(tray);
 }
 
-/// Takes the block's snapshots off the device: which pages, and a tray with their contents.
-fn take(core: &Core, dev: &Device, va: Va) -> Option<(Bits, Tray)> {
+/// The contents of a frame that is not in the device's page table.
+fn read_frame(dev: &Device, frame: Frame) -> [u8; PAGE] {
+    let mut now = [0u8; PAGE];
+    let dma = [Dma { kind: DmaKind::ToHost, host: now.as_mut_ptr() as usize, frame, offset: 0, len: PAGE }];
+    let fence = dev.driver.copy(&dma);
+    let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
+    now
+}
+
+/// Blocks of which the running kernel got snapshots by touching them.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    blocks: OwnSlice<usize>,
+    count: usize,
+}
+
+impl Fetched {
+    /// For a device of `memory` bytes.
+    pub(crate) fn new(memory: usize) -> Result<Self, Errno> {
+        Ok(Fetched { blocks: OwnSlice::new(c"uhmm ledger", memory / PAGE + 1)?, count: 0 })
+    }
+
+    /// Notes a block, unless it was the last one. False if there is no room.
+    pub(crate) fn push(&mut self, va: Va) -> bool {
+        if self.count > 0 && self.blocks[self.count - 1] == va {
+            return true;
+        }
+        if self.count == self.blocks.len() {
+            return false;
+        }
+        self.blocks[self.count] = va;
+        self.count += 1;
+        true
+    }
+
+    fn pop(&mut self) -> Option<Va> {
+        self.count = self.count.checked_sub(1)?;
+        Some(self.blocks[self.count])
+    }
+}
+
+/// Takes the block's snapshots off the device, with `success` after what the kernel wrote there has been written to the program: how many pages went.
+fn end_block(core: &Core, dev: &Device, va: Va, args: &[RawArg], success: bool) -> Result<usize, Va> {
+    let Some((block, pages, twins, slot)) = claim(core, dev, va) else { return Ok(0) };
+    let mut result = Ok(pages.count());
+    if success {
+        // No lock is held: the program's pages may fault. What is claimed stays where it is.
+        if let Err(address) = write_declared(core, dev, args, va, pages) {
+            result = Err(address);
+        }
+        for page in twins.pages() {
+            if let Err(address) = write_changes(core, dev, va, page, slot) {
+                result = Err(address);
+            }
+        }
+    }
+    let _hold = core.space.hold();
+    let mut state = block.lock();
+    let pages = pages & state.bounced(); // what was unmapped meanwhile has gone already
+    state.shift(pages, PageState::Bounced, Cause::LaunchEnd, PageState::System);
+    state.rdonly -= pages;
+    state.mover = 0;
+    core.twins.release(&mut state);
+    ranges::give_frames(core, dev, &mut state, va, pages);
+    if core::mem::take(&mut state.waiters) {
+        let _ = core.space.uffd.wake(va, BLOCK);
+    }
+    result
+}
+
+/// Takes the block's snapshots out of the device's page table, and the block for ourselves.
+fn claim<'a>(core: &'a Core, dev: &Device, va: Va) -> Option<(&'a Block, Bits, Bits, u32)> {
     loop {
         let hold = core.space.hold();
         let block = core.dir.get(va)?;
@@ -119,35 +194,86 @@ fn take(core: &Core, dev: &Device, va: Va) -> Option<(Bits, Tray)> {
         block.keep.store(false, Ordering::Relaxed);
         let pages = state.bounced();
         if pages.is_empty() {
+            core.twins.release(&mut state);
             return None;
         }
         ranges::unmap(core, dev, &mut state, va, pages);
-        let tray = core.pool.take_full(&core.space, Size::Small, pages, 0);
-        ranges::frame_runs(core, &state, pages, |run, frame| {
-            let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len: run.len() * PAGE }];
-            let fence = dev.driver.copy(&dma);
-            let _ = dev.driver.wait(fence, &dma);
-        });
-        state.shift(pages, PageState::Bounced, Cause::LaunchEnd, PageState::System);
-        ranges::give_frames(core, dev, &mut state, va, pages);
-        return Some((pages, tray));
+        state.mover = core.next_mover();
+        return Some((block, pages, state.twins & pages, state.twin));
     }
 }
 
-/// Writes the bytes that written arguments cover, and no other, into the program's pages. No lock is held: it may fault.
-fn write_back(args: &[RawArg], va: Va, pages: Bits, tray: &Tray, dev: &Device) -> Result<(), Va> {
+/// Writes the bytes that written arguments cover, and no other, into the program's pages.
+fn write_declared(core: &Core, dev: &Device, args: &[RawArg], va: Va, pages: Bits) -> Result<(), Va> {
+    let mut room = core.room();
+    let list = room.list();
+    let mut count = 0;
     let mut result = Ok(());
-    for page in pages.pages() {
-        let at = va + page * PAGE;
-        for (range, _) in written(args, at) {
-            // SAFETY: the bytes are an argument's that the launch has borrowed exclusively; the tray is ours. What was unmapped all the same
-            // is an error, not a crash.
-            let copied = unsafe { copy::guarded((at + range.start) as *mut u8, (tray.slot(page) + range.start) as *const u8, range.len()) };
-            match copied {
-                Ok(()) => count(&dev.counters.bytes_to_cpu, range.len()),
-                Err(address) => result = Err(address),
+    let mut send = |list: &[Dma]| {
+        let fence = dev.driver.copy(list);
+        if let Err(e) = dev.driver.wait(fence, list) {
+            result = Err(e.address);
+        }
+        list.iter().for_each(|dma| count_bytes(dev, dma.len));
+    };
+    let Some(block) = core.dir.get(va) else { return Ok(()) };
+    let each = |run: Range<usize>, frame: Frame, f: &mut dyn FnMut(Dma)| {
+        let (from, to) = (va + run.start * PAGE, va + run.end * PAGE);
+        for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.2.writes()) {
+            let (start, end) = (start.max(from), end.min(to));
+            if start < end {
+                let at = start - from;
+                let frame = frame + (at / PAGE) as Frame;
+                f(Dma { kind: DmaKind::GuardedToHost, host: start, frame, offset: at % PAGE, len: end - start });
             }
         }
+    };
+    // The frames are ours while the block is; their numbers are read under the lock, a part at a time.
+    let mut rest = pages;
+    while !rest.is_empty() {
+        let mut done = Bits::EMPTY;
+        {
+            let state = block.lock();
+            ranges::frame_runs(core, &state, rest, |run, frame| {
+                if count + MAX_ARGS <= list.len() {
+                    done |= Bits::range(run.clone());
+                    each(run, frame, &mut |dma| {
+                        list[count] = dma;
+                        count += 1;
+                    });
+                }
+            });
+        }
+        send(&list[..count]);
+        count = 0;
+        rest -= done;
     }
+    result
+}
+
+fn count_bytes(dev: &Device, bytes: usize) {
+    count(&dev.counters.bytes_to_cpu, bytes);
+}
+
+/// Writes what differs from the page's twin into the program's page.
+fn write_changes(core: &Core, dev: &Device, va: Va, page: usize, slot: u32) -> Result<(), Va> {
+    let frame = {
+        let block = core.dir.get(va).ok_or(va)?;
+        let state = block.lock();
+        if !state.bounced().has(page) {
+            return Ok(()); // unmapped meanwhile
+        }
+        core.dir.frame(&state, page)
+    };
+    let now = read_frame(dev, frame);
+    let mut result = Ok(());
+    twins::changes(core.twins.of(slot, page), &now, |range| {
+        let at = va + page * PAGE + range.start;
+        // SAFETY: the kernel, which may do what the caller may, has written these bytes; what was unmapped all the same is an error, not a crash.
+        match unsafe { copy::guarded(at as *mut u8, now[range.start..].as_ptr(), range.len()) } {
+            Ok(()) => count_bytes(dev, range.len()),
+            Err(address) => result = Err(address),
+        }
+    });
     result
 }

@@ -8,11 +8,12 @@
 //! locks, [`Space::settle`]s and looks again.
 
 use crate::bits::Bits;
+use crate::mode::Mode;
 use crate::page::{Span, Va};
 use crate::sync::*;
 use uhmm_os::maps::{Maps, Vma, VmaKind};
 use uhmm_os::pagemap::{Category, Pagemap, Region, ScanArgs};
-use uhmm_os::uffd::{Features, RegisterMode, Rights, Userfaultfd};
+use uhmm_os::uffd::{Features, RegisterMode, Userfaultfd};
 use uhmm_os::{Errno, tasks, thread};
 
 /// What the userfaultfd must be able to do.
@@ -40,6 +41,8 @@ pub struct Present {
 pub struct Space {
     /// The userfaultfd of the program's ranges and of the pools.
     pub uffd: Userfaultfd,
+    /// What this process may do.
+    pub mode: Mode,
     /// The process's mappings.
     pub maps: Maps,
     pagemap: Pagemap,
@@ -52,8 +55,10 @@ impl Space {
     /// # Errors
     /// [`crate::Error::NoUserfaultfd`] with what is missing; system errors of /proc.
     pub fn open() -> Result<Self, crate::Error> {
+        let (mode, uffd) = Mode::choose()?;
         Ok(Space {
-            uffd: Userfaultfd::open(Rights::Full, NEEDED)?,
+            uffd,
+            mode,
             maps: Maps::open().map_err(|e| crate::Error::System("open /proc/self/maps", e))?,
             pagemap: Pagemap::open().map_err(|e| crate::Error::System("open /proc/self/pagemap", e))?,
             events: RwLock::new(()),
@@ -82,7 +87,8 @@ impl Space {
     /// # Errors
     /// `EBUSY` where another userfaultfd has it, `EINVAL` where the kernel cannot watch.
     pub fn register(&self, span: Span) -> Result<(), Errno> {
-        self.uffd.register(span.start, span.len(), RegisterMode::MISSING | RegisterMode::WP)
+        let missing = if self.mode == Mode::Full { RegisterMode::MISSING } else { RegisterMode::empty() };
+        self.uffd.register(span.start, span.len(), missing | RegisterMode::WP)
     }
 
     /// Which pages of `span`, which lies in one block, exist on the CPU's side.
@@ -112,12 +118,48 @@ impl Space {
         Ok(found)
     }
 
+    /// Pages of `span`, which lies in one block, that the CPU has not written since they were protected asynchronously.
+    pub fn clean(&self, span: Span) -> Bits {
+        let args = ScanArgs {
+            inverted: Category::WRITTEN,
+            any_of: Category::PRESENT | Category::SWAPPED,
+            return_mask: Category::WPALLOWED,
+            ..ScanArgs::all_of(Category::WPALLOWED | Category::WRITTEN)
+        };
+        let mut clean = Bits::EMPTY;
+        let mut at = span.start;
+        while at < span.end {
+            let mut regions = [Region::EMPTY; 32];
+            let Ok(scan) = self.pagemap.scan(at, span.end, &args, &mut regions) else { break };
+            for region in &regions[..scan.filled] {
+                clean |= Span { start: region.start, end: region.end }.and(span).bits();
+            }
+            if scan.walk_end <= at {
+                break;
+            }
+            at = scan.walk_end;
+        }
+        clean
+    }
+
     /// The mapping that covers `va`, if there is one.
     ///
     /// # Errors
     /// Those of /proc.
     pub fn mapping(&self, va: Va) -> Result<Option<Vma>, Errno> {
         self.maps.covering(va)
+    }
+}
+
+impl Space {
+    /// Whether pages of the mapping may leave the program and stay on a device.
+    pub fn moves(&self, vma: &Vma) -> bool {
+        self.mode == Mode::Full && movable(vma)
+    }
+
+    /// Whether copies of the mapping's pages may stay on a device while the CPU keeps its own.
+    pub fn shares(&self, vma: &Vma) -> bool {
+        self.mode != Mode::None && vma.is_private_anonymous() && vma.read
     }
 }
 

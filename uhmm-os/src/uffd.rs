@@ -97,6 +97,14 @@ fn range(start: usize, len: usize) -> abi::uffdio_range {
 pub struct Userfaultfd(OwnedFd);
 
 impl Userfaultfd {
+    /// A descriptor that watches nothing, where there is no userfaultfd: it never has a message, and every ioctl answers `ENOTTY`.
+    ///
+    /// # Errors
+    /// Those of eventfd(2).
+    pub fn none() -> Result<Self, Errno> {
+        Ok(Userfaultfd(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)?))
+    }
+
     /// Takes over the descriptor of an [`Event::Fork`]: the child's userfaultfd, with the parent's features and registrations.
     ///
     /// # Safety

@@ -14,16 +14,18 @@
 
 pub mod dma;
 pub mod memory;
+mod remap;
 pub mod window;
 pub mod worker;
 
 use dma::Engine;
 use memory::Memory;
 use uhmm_core::driver::{DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
 use uhmm_core::page::Span;
 use uhmm_core::{DeviceConfig, Error};
-use uhmm_os::uffd::{Features, Rights, Userfaultfd};
+use uhmm_os::uffd::{Features, Userfaultfd};
 use uhmm_os::{BLOCK, Errno, system, thread};
 use window::Window;
 use worker::Workers;
@@ -46,7 +48,7 @@ pub struct Soft {
 ///
 /// # Errors
 /// [`Error::Device`] if it cannot be had as asked; [`Error::NoUserfaultfd`].
-pub fn open(config: &DeviceConfig, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
+pub fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
     let memory = if config.memory == 0 { system::total_memory() as usize / 4 } else { config.memory };
     let memory = memory / BLOCK * BLOCK;
     let refuse = |why: String| Error::Device { name: config.name.into(), why };
@@ -58,15 +60,15 @@ pub fn open(config: &DeviceConfig, others: &[DeviceInfo]) -> Result<OwnBox<dyn D
         return Err(refuse(format!("{threads} threads are more than {}", worker::MOST)));
     }
     let wanted = Features::SIGBUS | Features::MOVE | Features::PAGEFAULT_FLAG_WP | Features::EXACT_ADDRESS;
-    let uffd = Userfaultfd::open(Rights::Full, wanted)?;
+    let uffd = mode.open(wanted)?;
     let reserve = |e: Errno| refuse(format!("cannot reserve address space for {memory} bytes of device memory: {e}"));
-    let device_memory = Memory::new(memory).map_err(reserve)?;
+    let device_memory = Memory::new(memory, mode != Mode::None).map_err(reserve)?;
     let Some(mask) = window::free_mask(others) else {
         return Err(refuse("no part of the address space is free for its window: at most 4 software devices fit a process".into()));
     };
-    let window = Window::new(mask).map_err(reserve)?;
+    let window = Window::new(mask, mode != Mode::None).map_err(reserve)?;
     let soft = Soft {
-        info: DeviceInfo { name: config.name, memory, threads, mask, replayable_faults: true },
+        info: DeviceInfo { name: config.name, memory, threads, mask, replayable_faults: mode != Mode::None },
         workers: Workers::new(threads).map_err(reserve)?,
         engine: Engine::new().map_err(reserve)?,
         window,
@@ -156,6 +158,6 @@ unsafe impl Driver for Soft {
         if in_window && self.window.open(&self.uffd, Span::block(address ^ self.info.mask)).is_err() {
             return false;
         }
-        self.workers.put_scratch(&self.uffd, address, in_window)
+        self.workers.put_scratch(&self.uffd, &self.window, address, in_window)
     }
 }

@@ -17,6 +17,8 @@ use uhmm_os::{BLOCK, Errno, PAGE};
 pub struct Memory {
     arenas: [Mapping; 2],
     units: usize,
+    /// Pages go to the window and back by UFFDIO_MOVE, which wants the destination registered.
+    watched: bool,
 }
 
 impl Memory {
@@ -24,14 +26,14 @@ impl Memory {
     ///
     /// # Errors
     /// `ENOMEM` where limits refuse it.
-    pub fn new(bytes: usize) -> Result<Self, Errno> {
+    pub fn new(bytes: usize, watched: bool) -> Result<Self, Errno> {
         let arena = |advice| {
             let memory = own::map(c"uhmm device memory", bytes)?;
             // SAFETY: the mapping is ours and empty. A kernel without huge pages does without the advice.
             let _ = unsafe { mem::madvise(memory.start(), bytes, advice) };
             Ok::<_, Errno>(memory)
         };
-        Ok(Memory { arenas: [arena(Advice::Hugepage)?, arena(Advice::NoHugepage)?], units: bytes / BLOCK })
+        Ok(Memory { arenas: [arena(Advice::Hugepage)?, arena(Advice::NoHugepage)?], units: bytes / BLOCK, watched })
     }
 
     /// Where a frame lies.
@@ -53,7 +55,7 @@ impl Memory {
         let start = self.unit(unit);
         // SAFETY: ours, and nobody uses it yet.
         unsafe { mem::madvise(start, BLOCK, Advice::PopulateWrite)? };
-        uffd.register(start, BLOCK, RegisterMode::MISSING)
+        if self.watched { uffd.register(start, BLOCK, RegisterMode::MISSING) } else { Ok(()) }
     }
 
     /// Takes a unit's pages.

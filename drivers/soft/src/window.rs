@@ -3,10 +3,12 @@
 //! The page at process address `v` is seen at `v ^ mask`. Linux places a program's mappings where bits 46 to 44 are 000 (programs
 //! without position independence), 101 (programs, heap) or 111 (mappings, stacks); four masks never land one of these on another. The window
 //! is made by whole blocks, when they are first needed, never over a mapping of the program's; it is not inherited by a forked child and not in a core dump.
-//! It belongs to a userfaultfd that raises SIGBUS in who touches a page that is not there.
+//! It belongs to a userfaultfd that raises SIGBUS in who touches a page that is not there. Without userfaultfd it is inaccessible where nothing is mapped, and
+//! mremap carries the pages ([`crate::remap`]).
 #![allow(unsafe_code)] // moves pages between the device's own mappings
 
 use crate::memory::Memory;
+use crate::remap;
 use rustix_futex_sync::Mutex;
 use uhmm_core::driver::{DeviceInfo, MapRun};
 use uhmm_core::own::OwnSlice;
@@ -31,6 +33,8 @@ pub fn in_window(address: usize, mask: usize) -> bool {
 #[derive(Debug)]
 pub struct Window {
     mask: usize,
+    /// Pages come and go by UFFDIO_MOVE; else by mremap.
+    watched: bool,
     /// One bit for each block of the address space that has a window.
     open: Mutex<OwnSlice<u64>>,
 }
@@ -40,8 +44,13 @@ impl Window {
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub fn new(mask: usize) -> Result<Self, Errno> {
-        Ok(Window { mask, open: Mutex::new(OwnSlice::new(c"uhmm window table", (1 << 47) / BLOCK / 64)?) })
+    pub fn new(mask: usize, watched: bool) -> Result<Self, Errno> {
+        Ok(Window { mask, watched, open: Mutex::new(OwnSlice::new(c"uhmm window table", (1 << 47) / BLOCK / 64)?) })
+    }
+
+    /// Whether pages come and go by UFFDIO_MOVE.
+    pub fn watched(&self) -> bool {
+        self.watched
     }
 
     fn at(&self, va: usize) -> usize {
@@ -78,10 +87,13 @@ impl Window {
 
     fn make(&self, uffd: &Userfaultfd, start: usize, end: usize) -> Result<(), Errno> {
         let (at, len) = (self.at(start), end - start);
-        let mapping = mem::map(&Reserve { hint: at, len, align: BLOCK, name: c"uhmm window", prot: Prot::ReadWrite, exact: true })?;
+        let prot = if self.watched { Prot::ReadWrite } else { Prot::None };
+        let mapping = mem::map(&Reserve { hint: at, len, align: BLOCK, name: c"uhmm window", prot, exact: true })?;
         // SAFETY: the mapping is ours and empty. A kernel without huge pages does without the advice.
         let _ = unsafe { mem::madvise(at, len, Advice::Hugepage) };
-        uffd.register(at, len, RegisterMode::MISSING | RegisterMode::WP)?;
+        if self.watched {
+            uffd.register(at, len, RegisterMode::MISSING | RegisterMode::WP)?;
+        }
         mapping.into_raw();
         Ok(())
     }
@@ -115,11 +127,15 @@ impl Window {
         for (index, run) in batch.iter().enumerate() {
             let len = run.pages * PAGE;
             let at = self.at(run.va);
-            let result = self
-                .open(uffd, Span { start: run.va, end: run.va + len })
-                .and_then(|()| move_all(uffd, at, memory.address(run.frame), len, &unscratch))
+            let from = memory.address(run.frame);
+            let result = self.open(uffd, Span { start: run.va, end: run.va + len }).and_then(|()| {
+                if !self.watched {
+                    return remap::enter(at, from, len, run.write);
+                }
+                move_all(uffd, at, from, len, &unscratch)?;
                 // SAFETY: the window is ours.
-                .and_then(|()| if run.write { Ok(()) } else { unsafe { uffd.write_protect(at, len, true) } });
+                if run.write { Ok(()) } else { unsafe { uffd.write_protect(at, len, true) } }
+            });
             if let Err(e) = result {
                 self.unmap(uffd, memory, &batch[..index]);
                 return Err(e);
@@ -131,15 +147,33 @@ impl Window {
     /// Lets workers write mapped pages.
     pub fn allow_writes(&self, uffd: &Userfaultfd, batch: &[MapRun]) {
         for run in batch {
+            if !self.watched {
+                remap::allow_writes(self.at(run.va), run.pages * PAGE);
+                continue;
+            }
             // SAFETY: the window is ours.
             let _ = unsafe { uffd.write_protect(self.at(run.va), run.pages * PAGE, false) };
+        }
+    }
+
+    /// Puts a page of zeroes where the window has none. False if that cannot be.
+    pub fn put_scratch(&self, uffd: &Userfaultfd, page: usize) -> bool {
+        if !self.watched {
+            remap::allow_writes(page, PAGE);
+            return true;
+        }
+        match uffd.zeropage(page, PAGE) {
+            Ok(()) => true,
+            // Somebody was first, or the window has just been closed: the access is repeated.
+            Err(partial) => matches!(partial.errno, Errno::EXIST | Errno::AGAIN | Errno::NOENT),
         }
     }
 
     /// Moves pages back from the window into the arena.
     pub fn unmap(&self, uffd: &Userfaultfd, memory: &Memory, batch: &[MapRun]) {
         for run in batch {
-            let moved = move_all(uffd, memory.address(run.frame), self.at(run.va), run.pages * PAGE, &|_| {});
+            let (to, from, len) = (memory.address(run.frame), self.at(run.va), run.pages * PAGE);
+            let moved = if self.watched { move_all(uffd, to, from, len, &|_| {}) } else { remap::leave(to, from, len) };
             if moved.is_err() {
                 // The directory and the window disagree: going on would hand a frame out whose contents are somewhere else.
                 tasks::write_stderr(b"uhmm: a page is missing from a device's page table; stopping before data is lost\n");

@@ -4,6 +4,7 @@
 //! pointer gets a scratch page, so that its kernel runs on; scratch pages go when the launch ends.
 #![allow(unsafe_code)] // makes kernels' contexts; puts scratch pages down and takes them up
 
+use crate::{remap, window::Window};
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use rustix_futex_sync::{Condvar, Mutex};
 use uhmm_core::driver::{KernelFault, Launch};
@@ -54,7 +55,7 @@ struct State {
 
 #[derive(Debug)]
 struct Scratch {
-    /// Page addresses; bit 0 is set for those of the process's side.
+    /// Page addresses; bit 0 is set for those of the process's side, bit 1 for those of a window without userfaultfd.
     pages: [usize; SCRATCH],
     count: usize,
 }
@@ -134,19 +135,17 @@ impl Workers {
     }
 
     /// Puts a page of zeroes where a worker touched nothing. False if that cannot be.
-    pub fn put_scratch(&self, uffd: &Userfaultfd, address: usize, in_window: bool) -> bool {
+    pub fn put_scratch(&self, uffd: &Userfaultfd, window: &Window, address: usize, in_window: bool) -> bool {
         let page = address & !(PAGE - 1);
         let mut scratch = self.shared.scratch.lock();
         if scratch.count == SCRATCH {
             scratch.clear();
         }
         if in_window {
-            match uffd.zeropage(page, PAGE) {
-                Ok(()) => {}
-                // Somebody was first, or the window has just been closed: the access is repeated.
-                Err(partial) => return matches!(partial.errno, Errno::EXIST | Errno::AGAIN | Errno::NOENT),
+            if !window.put_scratch(uffd, page) {
+                return false;
             }
-            scratch.push(page);
+            scratch.push(if window.watched() { page } else { page | 2 });
         } else {
             let at = Reserve { hint: page, len: PAGE, align: PAGE, name: c"uhmm scratch", prot: Prot::ReadWrite, exact: true };
             let Ok(mapping) = mem::map(&at) else { return false };
@@ -240,7 +239,14 @@ impl Scratch {
         for &page in &self.pages[..self.count] {
             // SAFETY: the page was put there by `put_scratch`, and is still a scratch page, or `forget_scratch` would have taken it off.
             unsafe {
-                let _ = if page & 1 == 0 { mem::madvise(page, PAGE, Advice::DontNeed) } else { mem::munmap(page & !1, PAGE) };
+                let _ = match page % PAGE {
+                    0 => mem::madvise(page, PAGE, Advice::DontNeed),
+                    1 => mem::munmap(page & !1, PAGE),
+                    _ => {
+                        remap::forget(page & !2, PAGE);
+                        Ok(())
+                    }
+                };
             }
         }
         self.count = 0;

@@ -10,19 +10,24 @@
 //! * Program memory is read only in the copy step, guarded, without a lock.
 //! * A page that cannot move is no error: it stays, and the caller sees that it is not resident.
 
-use crate::bits::{Bits, PAGES};
+mod batch;
+
+pub use batch::{Parked, Room};
+
+use crate::bits::Bits;
 use crate::core::{Core, Device};
-use crate::counters::count;
-use crate::directory::{BlockGuard, Frame, State};
-use crate::driver::{Dma, DmaKind, Fence};
+use crate::directory::{BlockGuard, State};
+use crate::driver::DmaKind;
 use crate::error::Error;
 use crate::home;
+use crate::mode::Mode;
 use crate::notifier;
-use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Span, Va};
-use crate::pool::{Size, Tray};
+use crate::pool::Size;
 use crate::ranges::{self, MoveEnd};
+use crate::space::Present;
 use crate::sync::*;
+use batch::{Batch, Collected, Item};
 use uhmm_os::mem::{self, Advice};
 use uhmm_os::{Errno, PAGE, thread};
 
@@ -43,94 +48,25 @@ pub enum Intent {
     Discard,
     /// To see a snapshot for one launch, while the CPU goes on with its page.
     Snapshot,
+    /// To have a page for one launch that it overwrites, while the CPU goes on with its own.
+    Blank,
 }
 
-/// One block on its way.
-#[derive(Debug)]
-struct Item {
-    va: Va,
-    intent: Intent,
-    /// Pages that were taken out of the program, in `tray`.
-    moved: Bits,
-    /// Pages that start as zeroes on the device.
-    zeroed: Bits,
-    /// Pages that are copied from where they are.
-    copied: Bits,
-    tray: Option<Tray>,
-}
-
-/// The room for one migration, in memory that never migrates: a batch that is collected, and one that is copied.
-#[derive(Debug)]
-pub struct Room {
-    batches: [Batch; 2],
-    /// The one that is collected.
-    at: usize,
-    /// What the other one waits for.
-    flying: Option<Flying>,
-}
-
-/// One batch.
-#[derive(Debug)]
-struct Batch {
-    items: [Option<Item>; BATCH],
-    count: usize,
-    dma: OwnSlice<Dma>,
-    dma_count: usize,
-}
-
-#[allow(unsafe_code)]
-// SAFETY: the first kind, and zeroes.
-unsafe impl crate::own::Zeroed for Dma {}
-
-impl Room {
-    /// Room without a migration.
-    ///
-    /// # Errors
-    /// `ENOMEM`.
-    pub fn new() -> Result<Self, Errno> {
-        Ok(Room { batches: [Batch::new()?, Batch::new()?], at: 0, flying: None })
+impl Intent {
+    /// Whether the CPU keeps its page and the device's goes when the launch ends.
+    pub(crate) fn bounces(self) -> bool {
+        matches!(self, Intent::Snapshot | Intent::Blank)
     }
-}
-
-impl Batch {
-    fn new() -> Result<Self, Errno> {
-        Ok(Batch { items: [const { None }; BATCH], count: 0, dma: OwnSlice::new(c"uhmm batch", BATCH * PAGES)?, dma_count: 0 })
-    }
-
-    fn push_dma(&mut self, kind: DmaKind, host: usize, frame: Frame, pages: usize) {
-        self.dma[self.dma_count] = Dma { kind, host, frame, offset: 0, len: pages * PAGE };
-        self.dma_count += 1;
-    }
-}
-
-/// Blocks whose pages were taken and are not copied yet.
-struct Collected<'a>(&'a mut Batch);
-/// Blocks that are being copied.
-#[derive(Debug)]
-struct Flying(Fence);
-/// Blocks whose contents are on the device and not mapped yet. `reached` is false if some program memory could not be read.
-struct Copied<'a> {
-    batch: &'a mut Batch,
-    reached: bool,
-}
-
-/// Old pages of a block that a launch overwrites.
-#[derive(Debug)]
-pub struct Parked {
-    /// The block.
-    pub va: Va,
-    /// Which pages.
-    pub pages: Bits,
-    /// Where they are.
-    pub tray: Tray,
 }
 
 /// How one look at a block ended.
 enum Look {
     /// Everything wanted is resident, or cannot be.
     Done,
-    /// An item was added to the batch; `again` if not everything that could move did.
-    Taken { again: bool },
+    /// An item was added to the batch; `again` if not everything that could move did, `refused` if something cannot.
+    Taken { again: bool, refused: bool },
+    /// Nothing moves: the kernel refuses.
+    Refused,
     /// Another migration owns the block, or a launch on another device holds a snapshot of it.
     Wait,
     /// An event is unread.
@@ -161,6 +97,25 @@ pub(crate) struct Ask {
     pub pinned: bool,
     /// What the asker knows of the mappings is as old as this; see [`crate::notifier`].
     pub seq: Option<u32>,
+    /// Snapshots that may be written beyond what is declared: what was changed is found by comparing.
+    pub twins: Bits,
+    /// Snapshots of what the process may only read.
+    pub rdonly: Bits,
+}
+
+impl Ask {
+    /// Of a launch's declared pages.
+    pub(crate) fn new(part: Span, want: Bits, intent: Intent) -> Self {
+        Ask { part, want, intent, pinned: true, seq: None, twins: Bits::EMPTY, rdonly: Bits::EMPTY }
+    }
+}
+
+/// How asking for one block ended.
+pub(crate) struct Outcome {
+    /// It is worth another look.
+    pub again: bool,
+    /// A page will not move, or cannot even be read, as it is.
+    pub refused: bool,
 }
 
 impl Core {
@@ -180,7 +135,7 @@ impl Core {
         for _pass in 0..8 {
             let again = self.one_pass(dev, park, |room, park| {
                 span.blocks().try_fold(false, |again, part| {
-                    let ask = Ask { part, want: part.bits() - skip(part), intent, pinned: true, seq: None };
+                    let ask = Ask::new(part, part.bits() - skip(part), intent);
                     Ok(again | self.block_resident(dev, room, &ask, park)?)
                 })
             })?;
@@ -208,12 +163,17 @@ impl Core {
         Ok(asked? | again)
     }
 
-    /// Makes pages of one block resident as far as they can move, for a device that waits for them: true if it is worth another look.
+    /// Makes pages of one block resident as far as they can move, for a device that waits for them.
     ///
     /// # Errors
     /// As [`make_resident`](Self::make_resident).
-    pub(crate) fn make_block_resident(&self, dev: &Device, ask: &Ask) -> Result<bool, Error> {
-        self.one_pass(dev, &mut |parked| self.pool.put(parked.tray), |room, park| self.block_resident(dev, room, ask, park))
+    pub(crate) fn make_block_resident(&self, dev: &Device, ask: &Ask) -> Result<Outcome, Error> {
+        let mut room = self.room();
+        room.refused = false;
+        let park: Park<'_> = &mut |parked| self.pool.put(parked.tray);
+        let asked = self.block_resident(dev, &mut room, ask, park);
+        let again = self.drain(dev, &mut room, park)?;
+        Ok(Outcome { again: asked? | again, refused: room.refused })
     }
 
     /// Takes part in a migration with one block: true if it should be looked at again.
@@ -223,13 +183,14 @@ impl Core {
         let mut dry = 0;
         loop {
             let look = self.collect(dev, &mut room.batches[room.at], ask, populated)?;
-            if let Look::Taken { again: more } = look {
+            room.refused |= matches!(look, Look::Refused | Look::Taken { refused: true, .. });
+            if let Look::Taken { again: more, .. } = look {
                 if room.batches[room.at].count == BATCH {
                     again |= self.fly(dev, room, park)?;
                 }
                 return Ok(again | more);
             }
-            if let Look::Done = look {
+            if let Look::Done | Look::Refused = look {
                 return Ok(again);
             }
             // Nobody waits for others while he holds blocks in transit. What he waited for may have been among them.
@@ -257,7 +218,7 @@ impl Core {
                     // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
                     let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
                 }
-                Look::Done | Look::Taken { .. } => unreachable!("handled above"),
+                Look::Done | Look::Refused | Look::Taken { .. } => unreachable!("handled above"),
             }
         }
     }
@@ -274,7 +235,11 @@ impl Core {
     /// Ends the batch that is being copied, if there is one.
     fn land(&self, dev: &Device, room: &mut Room, park: Park<'_>) -> Result<bool, Error> {
         match room.flying.take() {
-            Some(flying) => flying.land(&mut room.batches[room.at ^ 1], dev).commit(self, dev, park),
+            Some(flying) => {
+                let copied = flying.land(&mut room.batches[room.at ^ 1], dev);
+                room.refused |= !copied.reached;
+                copied.commit(self, dev, park)
+            }
             None => Ok(false),
         }
     }
@@ -291,7 +256,7 @@ impl Core {
 
     /// Takes the wanted pages of one block from the CPU and adds them to the batch.
     fn collect(&self, dev: &Device, batch: &mut Batch, ask: &Ask, populated: bool) -> Result<Look, Error> {
-        let Ask { part, want, intent, pinned, seq } = *ask;
+        let Ask { part, want, intent, pinned, seq, .. } = *ask;
         let _hold = self.space.hold();
         let block = self
             .dir
@@ -313,6 +278,7 @@ impl Core {
         if state.device != 0 {
             dev.mem.touch(&self.dir, Span::block(part.start).start);
         }
+        self.drop_stale(dev, &mut state, Span::block(part.start).start);
         let settled = self.settle_resident(dev, &mut state, part.start, want, intent);
         if !state.bounced().is_empty() {
             block.keep.store(true, Ordering::Relaxed);
@@ -322,29 +288,27 @@ impl Core {
             Err(Errno::AGAIN) => return Ok(Look::Settle),
             Err(e) => return Err(dev.failed(e)),
         }
+        let lack = ask.twins & want & state.bounced() - state.twins;
+        if !lack.is_empty() {
+            let va = Span::block(part.start).start;
+            ranges::unmap(self, dev, &mut state, va, lack);
+            self.twins.make(self, dev, &mut state, lack);
+            ranges::map(self, dev, &mut state, va, lack).map_err(|e| dev.failed(e))?;
+        }
         let fresh = want - state.resident();
-        Ok(if fresh.is_empty() { Look::Done } else { self.collect_fresh(dev, batch, &mut state, part.start, fresh, intent, populated) })
+        Ok(if fresh.is_empty() { Look::Done } else { self.collect_fresh(dev, batch, &mut state, ask, fresh, populated) })
     }
 
     /// Takes pages that the device has nothing of from the CPU.
-    #[allow(clippy::too_many_arguments)] // one step of `collect`, which holds the locks
-    fn collect_fresh(
-        &self,
-        dev: &Device,
-        batch: &mut Batch,
-        state: &mut BlockGuard<'_>,
-        va: Va,
-        fresh: Bits,
-        intent: Intent,
-        populated: bool,
-    ) -> Look {
-        let span = Span::block(va);
-        if intent != Intent::Snapshot
+    fn collect_fresh(&self, dev: &Device, batch: &mut Batch, state: &mut BlockGuard<'_>, ask: &Ask, fresh: Bits, populated: bool) -> Look {
+        let (span, intent) = (Span::block(ask.part.start), ask.intent);
+        if !intent.bounces()
             && let Err(e) = self.watch(state, span, fresh)
         {
-            return if e == Errno::AGAIN { Look::Settle } else { Look::Done };
+            return if e == Errno::AGAIN { Look::Settle } else { Look::Refused };
         }
         let present = match self.space.present(ranges::hull(span, fresh)) {
+            _ if intent.bounces() => Present::default(),
             Ok(present) => present,
             Err(_) => return Look::Done,
         };
@@ -352,7 +316,9 @@ impl Core {
             return Look::Full;
         }
         state.device = dev.id();
-        let mut item = Item { va: span.start, intent, moved: Bits::EMPTY, zeroed: Bits::EMPTY, copied: Bits::EMPTY, tray: None };
+        let (twins, rdonly) = (ask.twins & fresh, ask.rdonly & fresh);
+        let mut item =
+            Item { va: span.start, intent, twins, rdonly, moved: Bits::EMPTY, zeroed: Bits::EMPTY, copied: Bits::EMPTY, tray: None };
         let here = present.pages & fresh;
         let huge = present.huge && fresh == Bits::ALL;
         let end = self.take(&mut item, fresh, here, huge, populated);
@@ -368,6 +334,7 @@ impl Core {
                     Look::Populate(ranges::pages(span, run.start..run.end))
                 }
                 MoveEnd::Pending => Look::Settle,
+                MoveEnd::Refused(_) => Look::Refused,
                 _ => Look::Done,
             };
         }
@@ -389,7 +356,18 @@ impl Core {
             MoveEnd::Refused(_) => !populated,
             MoveEnd::All => false,
         };
-        Look::Taken { again }
+        Look::Taken { again, refused: matches!(end, MoveEnd::Refused(_)) && populated }
+    }
+
+    /// Drops copies of what the CPU has written since they were made, where it does not wait for that.
+    fn drop_stale(&self, dev: &Device, state: &mut BlockGuard<'_>, va: Va) {
+        let shared = state.duplicated();
+        if self.space.mode == Mode::UserModeOnly && !shared.is_empty() && state.device == dev.id() {
+            let stale = shared - self.space.clean(ranges::hull(Span::block(va), shared));
+            ranges::unmap(self, dev, state, va, stale);
+            state.shift(stale, PageState::Duplicated, Cause::CpuWrite, PageState::System);
+            ranges::give_frames(self, dev, state, va, stale);
+        }
     }
 
     /// Settles what is resident already: duplicated pages that are to be written, and pages that are not in the device's page table.
@@ -397,7 +375,7 @@ impl Core {
         let block = Span::block(va).start;
         let shared = want & state.duplicated();
         if intent != Intent::Duplicate && !shared.is_empty() {
-            let taken = if intent == Intent::Snapshot {
+            let taken = if intent.bounces() {
                 ranges::unprotect(self, block, shared)?;
                 state.shift(shared, PageState::Duplicated, Cause::Bounce, PageState::Bounced);
                 Ok(())
@@ -443,11 +421,13 @@ impl Core {
     /// The heart of collecting: takes `fresh` pages, of which `here` exist, from the CPU as the item's intent says.
     fn take(&self, item: &mut Item, fresh: Bits, here: Bits, huge: bool, populated: bool) -> MoveEnd {
         match item.intent {
-            Intent::Snapshot => {
+            Intent::Snapshot | Intent::Blank => {
                 item.copied = fresh;
                 MoveEnd::All
             }
             Intent::Duplicate => {
+                // Without faults for missing pages holes are copied like pages, and found unwritten or not like them.
+                let here = if self.space.mode == Mode::Full { here } else { fresh };
                 for run in here.runs() {
                     match ranges::protect(self, ranges::pages(Span::block(item.va), run.clone())) {
                         Ok(()) => item.copied |= Bits::range(run),
@@ -476,7 +456,7 @@ impl Core {
     }
 
     fn list_copies(&self, batch: &mut Batch, state: &State, item: &Item) {
-        let Item { va, intent, moved, zeroed, copied, ref tray } = *item;
+        let Item { va, intent, moved, zeroed, copied, ref tray, .. } = *item;
         let discard = if intent == Intent::Discard { moved } else { Bits::EMPTY };
         ranges::frame_runs(self, state, zeroed | discard, |run, frame| batch.push_dma(DmaKind::Zero, 0, frame, run.len()));
         if let Some(tray) = tray {
@@ -484,94 +464,9 @@ impl Core {
                 batch.push_dma(DmaKind::ToDevice, tray.slot(run.start), frame, run.len())
             });
         }
+        let kind = if intent == Intent::Blank { DmaKind::Zero } else { DmaKind::GuardedToDevice };
         ranges::frame_runs(self, state, copied, |run, frame| {
-            batch.push_dma(DmaKind::GuardedToDevice, va + run.start * PAGE, frame, run.len());
+            batch.push_dma(kind, va + run.start * PAGE, frame, run.len());
         });
     }
-}
-
-impl Collected<'_> {
-    fn copy(self, dev: &Device) -> Flying {
-        Flying(dev.driver.copy(&self.0.dma[..self.0.dma_count]))
-    }
-}
-
-impl Flying {
-    fn land<'a>(self, batch: &'a mut Batch, dev: &Device) -> Copied<'a> {
-        let list = &batch.dma[..batch.dma_count];
-        let reached = dev.driver.wait(self.0, list).is_ok();
-        for dma in list {
-            let counter = if dma.kind == DmaKind::Zero { &dev.counters.bytes_zeroed } else { &dev.counters.bytes_to_device };
-            count(counter, dma.len);
-        }
-        Copied { batch, reached }
-    }
-}
-
-impl Copied<'_> {
-    fn commit(self, core: &Core, dev: &Device, park: Park<'_>) -> Result<bool, Error> {
-        let mut result = Ok(false);
-        for item in self.batch.items.iter_mut().take(self.batch.count) {
-            let Some(item) = item.take() else { continue };
-            match commit_block(core, dev, item, self.reached, park) {
-                Ok(lost) => {
-                    if let Ok(any) = &mut result {
-                        *any |= lost;
-                    }
-                }
-                Err(e) => result = Err(dev.failed(e)),
-            }
-        }
-        self.batch.count = 0;
-        self.batch.dma_count = 0;
-        result
-    }
-}
-
-/// Ends the migration of one block: true if pages were lost on the way.
-fn commit_block(core: &Core, dev: &Device, mut item: Item, reached: bool, park: Park<'_>) -> Result<bool, Errno> {
-    let _hold = core.space.hold();
-    let Some(block) = core.dir.get(item.va) else { return Ok(false) };
-    let mut state = block.lock();
-    let all = item.moved | item.zeroed | item.copied;
-    let mut copied = item.copied & state.busy();
-    let moved = (item.moved | item.zeroed) & state.busy();
-    if !reached {
-        // Some program memory could not be read: nothing that was copied in place is trusted.
-        if item.intent == Intent::Duplicate {
-            let _ = ranges::unprotect(core, item.va, copied);
-        }
-        state.shift(copied, PageState::Copying, Cause::Undo, PageState::System);
-        copied = Bits::EMPTY;
-    }
-    state.shift(moved, PageState::Moving, Cause::Commit, PageState::Private);
-    let shared = if item.intent == Intent::Snapshot { PageState::Bounced } else { PageState::Duplicated };
-    state.shift(copied, PageState::Copying, Cause::Commit, shared);
-    state.mover = 0;
-    state.tray = 0;
-    state.taken = Bits::EMPTY;
-    let mapped = ranges::map(core, dev, &mut state, item.va, moved | copied);
-    if item.intent == Intent::Discard {
-        state.parked |= item.moved & moved;
-    }
-    if !state.parked.is_empty() || !state.bounced().is_empty() {
-        block.keep.store(true, Ordering::Relaxed);
-    }
-    let lost = all - (moved | copied);
-    ranges::give_frames(core, dev, &mut state, item.va, lost);
-    if core::mem::take(&mut state.waiters) {
-        let _ = core.space.uffd.wake(item.va, PAGES * PAGE);
-    }
-    count(&dev.counters.pages_to_device, moved.count());
-    count(if item.intent == Intent::Snapshot { &dev.counters.pages_bounced } else { &dev.counters.pages_duplicated }, copied.count());
-    drop(state);
-    if let Some(tray) = item.tray.take() {
-        if item.intent == Intent::Discard && !(item.moved & moved).is_empty() {
-            park(Parked { va: item.va, pages: item.moved & moved, tray });
-        } else {
-            core.pool.put(tray);
-        }
-    }
-    mapped?;
-    Ok(!lost.is_empty())
 }

@@ -1,0 +1,198 @@
+//! What is on its way: one batch that is collected and one that is copied, and how a batch ends.
+
+use super::{BATCH, Intent, Park};
+use crate::bits::{Bits, PAGES};
+use crate::core::{Core, Device};
+use crate::counters::count;
+use crate::directory::Frame;
+use crate::driver::{Dma, DmaKind, Fence};
+use crate::error::Error;
+use crate::own::OwnSlice;
+use crate::page::{Cause, PageState, Va};
+use crate::pool::Tray;
+use crate::ranges;
+use crate::sync::*;
+use uhmm_os::{Errno, PAGE};
+
+/// One block on its way.
+#[derive(Debug)]
+pub(super) struct Item {
+    pub(super) va: Va,
+    pub(super) intent: Intent,
+    /// Pages that were taken out of the program, in `tray`.
+    pub(super) moved: Bits,
+    /// Pages that start as zeroes on the device.
+    pub(super) zeroed: Bits,
+    /// Pages that are copied from where they are.
+    pub(super) copied: Bits,
+    pub(super) tray: Option<Tray>,
+    /// Of the copied pages, those of which a twin is made.
+    pub(super) twins: Bits,
+    /// Of the copied pages, those that the device may only read.
+    pub(super) rdonly: Bits,
+}
+
+/// The room for one migration, in memory that never migrates: a batch that is collected, and one that is copied.
+#[derive(Debug)]
+pub struct Room {
+    pub(super) batches: [Batch; 2],
+    /// The one that is collected.
+    pub(super) at: usize,
+    /// What the other one waits for.
+    pub(super) flying: Option<Flying>,
+    /// A page will not move, or cannot even be read, as it is: asking again leads nowhere.
+    pub(super) refused: bool,
+}
+
+/// One batch.
+#[derive(Debug)]
+pub(super) struct Batch {
+    pub(super) items: [Option<Item>; BATCH],
+    pub(super) count: usize,
+    dma: OwnSlice<Dma>,
+    dma_count: usize,
+}
+
+#[allow(unsafe_code)]
+// SAFETY: the first kind, and zeroes.
+unsafe impl crate::own::Zeroed for Dma {}
+
+impl Room {
+    /// Room without a migration.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub fn new() -> Result<Self, Errno> {
+        Ok(Room { batches: [Batch::new()?, Batch::new()?], at: 0, flying: None, refused: false })
+    }
+}
+
+impl Room {
+    /// Its list of copies, for who uses the room for nothing else.
+    pub(crate) fn list(&mut self) -> &mut [Dma] {
+        &mut self.batches[0].dma
+    }
+}
+
+impl Batch {
+    fn new() -> Result<Self, Errno> {
+        Ok(Batch { items: [const { None }; BATCH], count: 0, dma: OwnSlice::new(c"uhmm batch", BATCH * PAGES)?, dma_count: 0 })
+    }
+
+    pub(super) fn push_dma(&mut self, kind: DmaKind, host: usize, frame: Frame, pages: usize) {
+        self.dma[self.dma_count] = Dma { kind, host, frame, offset: 0, len: pages * PAGE };
+        self.dma_count += 1;
+    }
+}
+
+/// Blocks whose pages were taken and are not copied yet.
+pub(super) struct Collected<'a>(pub(super) &'a mut Batch);
+/// Blocks that are being copied.
+#[derive(Debug)]
+pub(super) struct Flying(Fence);
+/// Blocks whose contents are on the device and not mapped yet. `reached` is false if some program memory could not be read.
+pub(super) struct Copied<'a> {
+    batch: &'a mut Batch,
+    pub(super) reached: bool,
+}
+
+/// Old pages of a block that a launch overwrites.
+#[derive(Debug)]
+pub struct Parked {
+    /// The block.
+    pub va: Va,
+    /// Which pages.
+    pub pages: Bits,
+    /// Where they are.
+    pub tray: Tray,
+}
+
+impl Collected<'_> {
+    pub(super) fn copy(self, dev: &Device) -> Flying {
+        Flying(dev.driver.copy(&self.0.dma[..self.0.dma_count]))
+    }
+}
+
+impl Flying {
+    pub(super) fn land<'a>(self, batch: &'a mut Batch, dev: &Device) -> Copied<'a> {
+        let list = &batch.dma[..batch.dma_count];
+        let reached = dev.driver.wait(self.0, list).is_ok();
+        for dma in list {
+            let counter = if dma.kind == DmaKind::Zero { &dev.counters.bytes_zeroed } else { &dev.counters.bytes_to_device };
+            count(counter, dma.len);
+        }
+        Copied { batch, reached }
+    }
+}
+
+impl Copied<'_> {
+    pub(super) fn commit(self, core: &Core, dev: &Device, park: Park<'_>) -> Result<bool, Error> {
+        let mut result = Ok(false);
+        for item in self.batch.items.iter_mut().take(self.batch.count) {
+            let Some(item) = item.take() else { continue };
+            match commit_block(core, dev, item, self.reached, park) {
+                Ok(lost) => {
+                    if let Ok(any) = &mut result {
+                        *any |= lost;
+                    }
+                }
+                Err(e) => result = Err(dev.failed(e)),
+            }
+        }
+        self.batch.count = 0;
+        self.batch.dma_count = 0;
+        result
+    }
+}
+
+/// Ends the migration of one block: true if pages were lost on the way.
+fn commit_block(core: &Core, dev: &Device, mut item: Item, reached: bool, park: Park<'_>) -> Result<bool, Errno> {
+    let _hold = core.space.hold();
+    let Some(block) = core.dir.get(item.va) else { return Ok(false) };
+    let mut state = block.lock();
+    let all = item.moved | item.zeroed | item.copied;
+    let mut copied = item.copied & state.busy();
+    let moved = (item.moved | item.zeroed) & state.busy();
+    if !reached {
+        // Some program memory could not be read: nothing that was copied in place is trusted.
+        if item.intent == Intent::Duplicate {
+            let _ = ranges::unprotect(core, item.va, copied);
+        }
+        state.shift(copied, PageState::Copying, Cause::Undo, PageState::System);
+        copied = Bits::EMPTY;
+    }
+    state.shift(moved, PageState::Moving, Cause::Commit, PageState::Private);
+    if item.intent.bounces() {
+        state.rdonly |= item.rdonly & copied;
+        core.twins.make(core, dev, &mut state, item.twins & copied);
+    }
+    let shared = if item.intent.bounces() { PageState::Bounced } else { PageState::Duplicated };
+    state.shift(copied, PageState::Copying, Cause::Commit, shared);
+    state.mover = 0;
+    state.tray = 0;
+    state.taken = Bits::EMPTY;
+    let mapped = ranges::map(core, dev, &mut state, item.va, moved | copied);
+    if item.intent == Intent::Discard {
+        state.parked |= item.moved & moved;
+    }
+    if !state.parked.is_empty() || !state.bounced().is_empty() {
+        block.keep.store(true, Ordering::Relaxed);
+    }
+    let lost = all - (moved | copied);
+    ranges::give_frames(core, dev, &mut state, item.va, lost);
+    if core::mem::take(&mut state.waiters) {
+        let _ = core.space.uffd.wake(item.va, PAGES * PAGE);
+    }
+    count(&dev.counters.pages_to_device, moved.count());
+    count(if item.intent.bounces() { &dev.counters.pages_bounced } else { &dev.counters.pages_duplicated }, copied.count());
+    drop(state);
+    if let Some(tray) = item.tray.take() {
+        if item.intent == Intent::Discard && !(item.moved & moved).is_empty() {
+            park(Parked { va: item.va, pages: item.moved & moved, tray });
+        } else {
+            core.pool.put(tray);
+        }
+    }
+    mapped?;
+    Ok(!lost.is_empty())
+}
