@@ -113,9 +113,10 @@ pub(crate) fn pieces(core: &Core, start: Va, end: Va, mut f: impl FnMut(Piece) -
     let mut piece: Option<Piece> = None;
     while at < end {
         let Ok(Some(vma)) = core.space.maps.find(at) else { break };
-        let next =
-            Piece { start: at.max(vma.start), end: end.min(vma.end), movable: core.space.moves(&vma), shareable: core.space.shares(&vma) };
-        at = vma.end;
+        let from = at.max(vma.start);
+        let (movable, until) = core.space.moves(&vma, from);
+        let next = Piece { start: from, end: end.min(until), movable, shareable: core.space.shares(&vma) };
+        at = until;
         if next.start >= next.end {
             break;
         }

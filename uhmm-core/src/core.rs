@@ -16,6 +16,7 @@ use crate::error::Error;
 use crate::home;
 use crate::kernel::{Entry, Grid};
 use crate::launch::{self, Ledger, Request};
+use crate::left;
 use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::Span;
@@ -71,6 +72,8 @@ pub struct Device {
     pub(crate) fetched: Mutex<Fetched>,
     /// Raised by every change of the device's page table.
     pub(crate) changes: AtomicU64,
+    /// The running launch has found the memory full of what may not leave.
+    pub(crate) full: AtomicBool,
     pin: AtomicU64,
     allocated: AtomicUsize,
     desk: Desk,
@@ -212,6 +215,7 @@ impl Device {
             ledger: Mutex::new(Ledger::new(memory).map_err(reserve)?),
             fetched: Mutex::new(Fetched::new(memory).map_err(reserve)?),
             changes: AtomicU64::new(0),
+            full: AtomicBool::new(false),
             pin: AtomicU64::new(0),
             allocated: AtomicUsize::new(0),
             desk: Desk::new(),
@@ -327,6 +331,14 @@ impl DeviceRef {
             }
             Ok(())
         })?
+    }
+
+    /// Lets what launches write in a byte range stay on the device.
+    ///
+    /// # Errors
+    /// [`Error::Stay`].
+    pub fn leave(&self, start: usize, end: usize) -> Result<(), Error> {
+        self.ask(move |core, _| left::leave(core, start, end))?
     }
 
     /// Allocates memory on the device itself: the first frame and the device's address of it.

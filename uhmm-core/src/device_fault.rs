@@ -165,6 +165,7 @@ impl Touch<'_> {
     /// What to bring.
     fn ask(&mut self, vma: &Vma, here: bool, fetched: Bits) -> Ask {
         let (core, page) = (self.core, self.page());
+        let (moves, _) = core.space.moves(vma, self.va);
         let part = Span::block(self.va).and(Span { start: vma.start, end: vma.end });
         let one = Bits::one(page);
         if here {
@@ -174,14 +175,15 @@ impl Touch<'_> {
             return Ask { twins: one, ..Ask::new(part, one, intent) };
         }
         let threads = if self.stays { ThreadBlocks::default() } else { ThreadBlocks::of(vma, part) };
-        self.stays |= !core.space.moves(vma) || threads.blocks.has(page);
+        self.stays |= !moves || threads.blocks.has(page);
         if self.stays {
             let want = if self.alone { one } else { leaf(part, page, fetched) };
             let (twins, rdonly) = if vma.write { (want, Bits::EMPTY) } else { (Bits::EMPTY, want) };
             return Ask { twins, rdonly, ..Ask::new(part, want, Intent::Snapshot) };
         }
         // The kernel's own captures lie on a stack too: only what it touches there through the window is fetched.
-        let candidates = part.bits() - threads.blocks - (threads.stacks - one);
+        let left = if core.space.mode == Mode::Full { Bits::ALL } else { core.space.left.bits(part) };
+        let candidates = (part.bits() & left) - threads.blocks - (threads.stacks - one);
         let ask = policy::DeviceFault { page, write: self.write, candidates };
         let want = (core.policy.device_fault(&ask) & present_or(core, part, page)) & candidates | one;
         Ask::new(part, if self.alone { one } else { want }, Intent::Move)

@@ -18,6 +18,14 @@ pub enum Error {
         /// What it asks for.
         name: String,
     },
+    /// A range cannot stay on a device between launches.
+    #[error("memory at {address:#x} cannot stay on a device between launches: {why}")]
+    Stay {
+        /// Where the range starts.
+        address: usize,
+        /// Why.
+        why: &'static str,
+    },
     /// No device of that name.
     #[error("no such device: {name:?} (there is: {known})")]
     NoDevice {

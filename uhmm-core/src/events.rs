@@ -32,6 +32,7 @@ pub(crate) fn follow(core: &Core, change: &Change, read: &mut dyn FnMut()) {
 }
 
 fn unmapped(core: &Core, span: Span) {
+    core.space.left.remove(span);
     core.dir.for_each(span, |block, part| invalidate(core, block, part, true));
     // Addresses of the device for blocks that have no mapping left.
     for part in [span.start, span.end.saturating_sub(1)] {
@@ -58,12 +59,14 @@ fn unmapped(core: &Core, span: Span) {
 /// drop does not find them. So what the range holds goes here and now, while no migration can look; the kernel then finds it empty.
 fn drop_now(core: &Core, block: &Block, part: Span, read: &mut dyn FnMut()) {
     let va = Span::block(part.start).start;
-    if core.space.mode != Mode::Full {
-        return; // copies are checked at each launch, and an empty page is no clean one
+    // Copies of other memory are checked at each launch, and an empty page is no clean one.
+    let mine = if core.space.mode == Mode::Full { part.bits() } else { core.space.left.bits(part) };
+    if mine.is_empty() {
+        return;
     }
     loop {
         let state = block.lock();
-        let watched = part.bits() & (state.reg - state.busy());
+        let watched = mine & (state.reg - state.busy());
         let Ok(present) = core.space.present(part) else { return };
         let pages = present.pages & watched;
         if pages.is_empty() {
@@ -134,6 +137,7 @@ fn rescue(core: &Core, state: &State, moving: Bits, target: Va, read: &mut dyn F
 /// The program's pages are at `to` now. What a device has of them comes home there, whatever the new alignment.
 fn remapped(core: &Core, from: Va, to: Va, len: usize, read: &mut dyn FnMut()) {
     let old = Span { start: from, end: from + len };
+    core.space.left.remove(old);
     core.dir.for_each(old, |block, part| {
         notifier::invalidate(block);
         let va = Span::block(part.start).start;

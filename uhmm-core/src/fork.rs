@@ -6,6 +6,7 @@
 #![allow(unsafe_code)] // handlers that libc calls, and a lock that is taken in one and released in another
 
 use crate::core::{CURRENT, Core, NONE, current};
+use crate::left;
 use crate::process::{self, Held};
 use crate::sync::*;
 use uhmm_os::{Errno, system, thread};
@@ -33,6 +34,7 @@ extern "C" fn before() {
     let asked = held.ask_keeper(|core: &Core| {
         core::mem::forget(core.prepare.lock());
         core.evict_all();
+        core.space.left.for_each(|span| left::inherit(span, true));
         core::ptr::from_ref(core) as usize
     });
     match asked {
@@ -48,7 +50,10 @@ extern "C" fn after_in_parent() {
     let core = HELD.swap(0, Ordering::AcqRel);
     if core != 0 {
         // SAFETY: the core could not end since `before`, which took this lock and gave its guard up.
-        unsafe { (*(core as *const Core)).prepare.force_unlock() };
+        let core = unsafe { &*(core as *const Core) };
+        core.space.left.for_each(|span| left::inherit(span, false));
+        // SAFETY: as above.
+        unsafe { core.prepare.force_unlock() };
         drop(Held::again());
     }
 }

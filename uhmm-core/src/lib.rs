@@ -32,6 +32,7 @@ mod fork;
 mod home;
 pub mod kernel;
 mod launch;
+pub mod left;
 pub mod migrate;
 pub mod mode;
 mod monitor;

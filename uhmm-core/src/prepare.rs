@@ -10,6 +10,7 @@ use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::launch::{LARGE, Ledger};
 use crate::migrate::{Ask, BATCH, Intent, Park, Room};
+use crate::mode::Mode;
 use crate::page::{Span, Va};
 use crate::space::ThreadList;
 use crate::sync::*;
@@ -139,7 +140,8 @@ impl Plan<'_> {
         // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
         let block = Span::block(part.start);
         let alike = self.wants.iter().filter(|want| want.access == Some(access));
-        let whole = alike.fold(self.wants[index].pages(part), |sum, other| sum | other.pages(block)) == Bits::ALL;
+        let all = alike.fold(self.wants[index].pages(part), |sum, other| sum | other.pages(block)) == Bits::ALL;
+        let whole = all && self.core.space.mode == Mode::Full; // else neighbours may be of another kind
         let (part, want) = if whole { (block, Bits::ALL) } else { (part, self.wants[index].pages(part)) };
         Ask::new(part, want, intent(access))
     }

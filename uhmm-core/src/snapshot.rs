@@ -69,7 +69,7 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], threads: &mut Thread
         let at = va + page * PAGE;
         let span = Span { start: at, end: at + PAGE };
         let large = written(args, at).any(|(_, len)| len >= LARGE);
-        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| core.space.moves(&vma)) || !threads.spares(span) {
+        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| core.space.moves(&vma, at).0) || !threads.spares(span) {
             continue;
         }
         if !state.reg.has(page) {

@@ -8,6 +8,7 @@
 //! locks, [`Space::settle`]s and looks again.
 
 use crate::bits::Bits;
+use crate::left::Left;
 use crate::mode::Mode;
 use crate::page::{Span, Va};
 use crate::sync::*;
@@ -45,6 +46,8 @@ pub struct Space {
     pub mode: Mode,
     /// The process's mappings.
     pub maps: Maps,
+    /// Ranges that may stay on devices in user-mode-only mode.
+    pub left: Left,
     pagemap: Pagemap,
     events: RwLock<()>,
 }
@@ -59,6 +62,7 @@ impl Space {
         Ok(Space {
             uffd,
             mode,
+            left: Left::default(),
             maps: Maps::open().map_err(|e| crate::Error::System("open /proc/self/maps", e))?,
             pagemap: Pagemap::open().map_err(|e| crate::Error::System("open /proc/self/pagemap", e))?,
             events: RwLock::new(()),
@@ -87,7 +91,7 @@ impl Space {
     /// # Errors
     /// `EBUSY` where another userfaultfd has it, `EINVAL` where the kernel cannot watch.
     pub fn register(&self, span: Span) -> Result<(), Errno> {
-        let missing = if self.mode == Mode::Full { RegisterMode::MISSING } else { RegisterMode::empty() };
+        let missing = if self.mode == Mode::Full || self.left.at(span.start).0 { RegisterMode::MISSING } else { RegisterMode::empty() };
         self.uffd.register(span.start, span.len(), missing | RegisterMode::WP)
     }
 
@@ -152,9 +156,16 @@ impl Space {
 }
 
 impl Space {
-    /// Whether pages of the mapping may leave the program and stay on a device.
-    pub fn moves(&self, vma: &Vma) -> bool {
-        self.mode == Mode::Full && movable(vma)
+    /// Whether pages of the mapping, at `at`, may leave the program and stay on a device, and up to where that answer holds.
+    pub fn moves(&self, vma: &Vma, at: Va) -> (bool, Va) {
+        match self.mode {
+            Mode::Full => (movable(vma), vma.end),
+            Mode::UserModeOnly if movable(vma) => {
+                let (left, end) = self.left.at(at);
+                (left, end.min(vma.end))
+            }
+            _ => (false, vma.end),
+        }
     }
 
     /// Whether copies of the mapping's pages may stay on a device while the CPU keeps its own.

@@ -38,6 +38,7 @@ pub use uhmm_core::args::{Access, Arg, Args, IntoArg, MAX_ARGS, inout, inp, out,
 pub use uhmm_core::counters::Stats;
 pub use uhmm_core::driver::{DeviceInfo, KernelFault};
 pub use uhmm_core::kernel::{Ctx, Grid, Kernel, LOCAL_BYTES, Out};
+pub use uhmm_core::mode::Mode;
 
 use bytemuck::Pod;
 use uhmm_core::kernel::Entry;
@@ -54,13 +55,14 @@ pub struct Uhmm {
 }
 
 impl Uhmm {
-    /// Starts uhmm in this process, or joins what is running.
+    /// Starts uhmm in this process, or joins what is running, in the best [mode](Self::mode) that the process's rights allow, or the one that the environment
+    /// variable `UHMM_MODE` names (`full`, `user-mode-only`, `none`).
     ///
-    /// Costs three threads and some address space; memory is watched only from its first migration on.
+    /// Costs a few threads and some address space; memory is watched only from its first migration on.
     ///
     /// # Errors
-    /// [`Error::NoUserfaultfd`] without the right to handle page faults of the kernel; the message says which sysctl, capability or
-    /// device file gives it.
+    /// [`Error::NoUserfaultfd`] if `UHMM_MODE` names a mode for which the right is missing; the message says which sysctl, capability or
+    /// device file gives it. [`Error::NoMode`].
     pub fn new() -> Result<Self, Error> {
         Ok(Uhmm { core: CoreRef::get()? })
     }
@@ -90,6 +92,11 @@ impl Uhmm {
     /// The devices that are open in this process.
     pub fn devices(&self) -> Vec<DeviceInfo> {
         self.core.devices()
+    }
+
+    /// What this process may do, and so how much uhmm can: the same program is right in all modes.
+    pub fn mode(&self) -> Mode {
+        self.core.mode()
     }
 
     /// The counters of all open devices, added up.
@@ -161,6 +168,19 @@ impl Device {
     pub fn evict<T: Pod>(&self, data: &[T]) -> Result<(), Error> {
         let range = data.as_ptr_range();
         self.dev.evict(range.start as usize, range.end as usize)
+    }
+
+    /// Lets what launches write in `data` stay on the device until the CPU touches it, also in [`Mode::UserModeOnly`], where results otherwise come home before
+    /// [`run`](Self::run) returns. It is about the whole pages of `data`, for as long as they are mapped. In [`Mode::Full`] this is so for all memory.
+    ///
+    /// In user-mode-only mode, system calls on such pages fail with `EFAULT` while they are away, and a child that was forked past libc's fork has no
+    /// memory there.
+    ///
+    /// # Errors
+    /// [`Error::Stay`] in [`Mode::None`], and for memory that cannot move.
+    pub fn leave<T: Pod>(&self, data: &mut [T]) -> Result<(), Error> {
+        let range = data.as_ptr_range();
+        self.dev.leave(range.start as usize, range.end as usize)
     }
 
     /// Memory of the device's own, for programs that manage it by hand. It starts zeroed.

@@ -205,7 +205,9 @@ impl Core {
                     // Nothing to evict may mean that others hold blocks in transit, or that the CPU has just taken the last one home.
                     if let Err(e) = home::evict_one(self, dev, !ask.pinned) {
                         dry += 1;
-                        if dry > DRY {
+                        if dry > DRY || (!ask.pinned && dev.full.load(Ordering::Relaxed)) {
+                            // A kernel that goes on touching what does not fit is not made to wait each time.
+                            dev.full.store(true, Ordering::Relaxed);
                             return Err(e);
                         }
                         thread::yield_now();

@@ -107,6 +107,7 @@ fn rights() {
         assert_eq!(unsafe { libc::setresgid(65534, 65534, 65534) }, 0);
         assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0);
     }
+    unsafe { std::env::set_var(uhmm::Mode::VARIABLE, "full") };
     match Uhmm::new() {
         Err(error) => {
             let text = error.to_string();

@@ -1,11 +1,13 @@
 //! Runs each test in a child process, and tells tests what they need to know of the kernel.
 
+use crate::modes;
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use uhmm::Mode;
 
 /// A test, and whether it needs the right to handle the kernel's page faults.
 #[derive(Clone, Copy)]
@@ -26,28 +28,51 @@ macro_rules! tests {
 const CHILD: &str = "UHMM_TEST_CHILD";
 
 /// Runs one test if this is a child, else all of them, each in a child.
-pub fn run(tests: &[Test]) {
+pub fn run(tests: &[Test], lesser: &'static [Test]) {
     if let Ok(name) = std::env::var(CHILD) {
-        let test = tests.iter().find(|test| test.name == name).expect("a test of that name");
+        let test = tests.iter().chain(lesser).find(|test| test.name == name).expect("a test of that name");
         (test.run)();
         return;
     }
-    let missing = uhmm::Uhmm::new().err();
-    if let Some(error) = &missing {
-        eprintln!("tests that need it are ignored: {error}");
+    let full = full_mode();
+    if !full {
+        eprintln!("tests that need the right to handle the kernel's page faults are ignored: see `uhmm doctor`");
     }
-    let trials = tests.iter().map(|&test| {
+    let mut trials = vec![];
+    for test in lesser {
         let name = test.name.trim_start_matches("suite::");
-        Trial::test(name, move || child(test.name)).with_ignored_flag(test.full && missing.is_some())
-    });
+        for mode in [Mode::UserModeOnly, Mode::None].into_iter().filter(|&mode| modes::runs_in(name, mode)) {
+            trials.push(Trial::test(format!("{}::{name}", mode.name()), move || child(test.name, Some(mode))));
+        }
+    }
+    for &test in tests {
+        let name = test.name.trim_start_matches("suite::");
+        trials.push(Trial::test(name, move || child(test.name, None)).with_ignored_flag(test.full && !full));
+        for mode in [Mode::UserModeOnly, Mode::None] {
+            if modes::runs_in(name, mode) {
+                trials.push(Trial::test(format!("{}::{name}", mode.name()), move || child(test.name, Some(mode))));
+            }
+        }
+    }
     let mut arguments = Arguments::from_args();
     // Tests measure nothing, but their races want both cores.
     arguments.test_threads.get_or_insert(2);
-    libtest_mimic::run(&arguments, trials.collect()).exit();
+    libtest_mimic::run(&arguments, trials).exit();
 }
 
-fn child(name: &str) -> Result<(), Failed> {
-    let mut child = again(name).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+/// Whether this process could have full mode.
+fn full_mode() -> bool {
+    uhmm::Uhmm::new().is_ok_and(|hmm| hmm.mode() == Mode::Full)
+}
+
+/// Runs a test in this mode, or in the best that can be had. The lesser modes are an ordinary user's: root becomes one for them.
+fn child(name: &str, mode: Option<Mode>) -> Result<(), Failed> {
+    let mut command = again(name);
+    if let Some(mode) = mode {
+        command = modes::as_ordinary_user(&command)?;
+        command.env(Mode::VARIABLE, mode.name());
+    }
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let (mut out, mut err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
     let read = |pipe: &mut dyn Read| {
         let mut text = vec![];

@@ -12,6 +12,7 @@ mod harness;
 mod kernel_faults;
 mod lifecycle;
 mod mappings;
+mod modes;
 mod races;
 mod stories;
 
@@ -23,7 +24,8 @@ fn main() {
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(mappings::TESTS);
+    tests.extend(modes::TESTS);
     tests.extend(races::TESTS);
     tests.extend(stories::TESTS);
-    harness::run(&tests);
+    harness::run(&tests, modes::LESSER);
 }

@@ -1,0 +1,257 @@
+//! The three modes: which tests run in which, how root becomes an ordinary user for the lesser ones, and what is special to them.
+
+use crate::harness::*;
+use libtest_mimic::Failed;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::OnceLock;
+use uhmm::{Ctx, Error, Mode, Uhmm, args, inout, inp, out, ptr};
+
+crate::tests![full_mode_is_the_first_choice,];
+
+/// Tests of the lesser modes alone: names, functions.
+pub const LESSER: &[Test] = &[
+    lesser("suite::modes::results_are_home_when_run_returns", results_are_home_when_run_returns),
+    lesser("suite::modes::a_system_call_reads_and_writes_what_a_launch_used", a_system_call_reads_and_writes_what_a_launch_used),
+    lesser("suite::modes::what_was_only_read_is_not_copied_again", what_was_only_read_is_not_copied_again),
+    lesser("suite::modes::a_forked_child_sees_the_contents", a_forked_child_sees_the_contents),
+    lesser("suite::modes::undeclared_memory", undeclared_memory),
+    lesser("suite::modes::what_is_left_on_the_device", what_is_left_on_the_device),
+];
+
+const fn lesser(name: &'static str, run: fn()) -> Test {
+    Test { name, run, full: true }
+}
+
+/// What is about pages that stay on a device, or about the process's userfaultfd itself: true in full mode only.
+const FULL_ONLY: &[&str] = &[
+    "basics::pages_leave_and_come_back",
+    "basics::huge_pages_leave_and_come_back_huge",
+    "basics::an_unchanged_relaunch_moves_nothing",
+    "basics::a_changed_row_moves_a_block",
+    "basics::prefetch_and_evict",
+    "basics::two_devices_take_turns",
+    "faults::twice_the_capacity_by_launches",
+    "faults::twice_the_capacity_by_faults",
+    "faults::the_least_recently_used_block_goes",
+    "kernel_faults::a_kernel_that_forgets_to_translate_is_told_the_address",
+    "bad_input::without_rights_the_error_says_what_gives_them",
+    "lifecycle::libraries_with_copies_of_their_own_share_one_core",
+    "lifecycle::everything_comes_home_at_the_end",
+    "lifecycle::a_forked_child_sees_the_contents",
+    "mappings::unmapped_memory_frees_the_devices",
+    "mappings::dropped_pages_read_zero",
+    "mappings::remapped_pages_keep_their_contents",
+    "mappings::pages_shared_by_a_fork_move_after_it",
+    "modes::full_mode_is_the_first_choice",
+];
+
+/// What follows pointers that are not declared, which needs userfaultfd.
+const NOT_IN_NONE: &[&str] = &["faults::", "modes::what_was_only_read"];
+
+/// Whether a test is also run in this lesser mode.
+pub fn runs_in(name: &str, mode: Mode) -> bool {
+    let listed = |list: &[&str]| list.iter().any(|prefix| name.starts_with(prefix));
+    // Races and stories are about full mode's machinery, and take their time.
+    !listed(FULL_ONLY) && !listed(&["races::", "stories::"]) && !(mode == Mode::None && listed(NOT_IN_NONE))
+}
+
+/// The command, run by an ordinary user: as root, by nobody, who can reach a copy of this binary.
+pub fn as_ordinary_user(command: &Command) -> Result<Command, Failed> {
+    static COPY: OnceLock<Result<std::path::PathBuf, String>> = OnceLock::new();
+    let root = unsafe { libc::geteuid() } == 0;
+    let program = if root {
+        let copied = COPY.get_or_init(|| {
+            let folder = tempfile::Builder::new().prefix("uhmm-suite").tempdir().map_err(|e| e.to_string())?.keep();
+            std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o755)).map_err(|e| e.to_string())?;
+            let copy = folder.join("suite");
+            std::fs::copy(command.get_program(), &copy).map_err(|e| e.to_string())?;
+            unsafe { libc::atexit(remove_copy) };
+            Ok(copy)
+        });
+        copied.clone().map_err(Failed::from)?.into_os_string()
+    } else {
+        command.get_program().into()
+    };
+    extern "C" fn remove_copy() {
+        if let Some(Ok(copy)) = COPY.get() {
+            let _ = std::fs::remove_dir_all(copy.parent().unwrap_or(copy));
+        }
+    }
+    let mut own = Command::new(program);
+    for (name, value) in command.get_envs() {
+        own.env(name, value.unwrap_or_default());
+    }
+    if root {
+        own.uid(65534).gid(65534);
+    }
+    own.current_dir("/");
+    Ok(own)
+}
+
+fn opened() -> (Uhmm, uhmm::Device) {
+    let (hmm, dev) = device(32);
+    let asked = std::env::var(Mode::VARIABLE).unwrap();
+    assert_eq!(hmm.mode().name(), asked, "the mode that was asked for");
+    assert_ne!(unsafe { libc::geteuid() }, 0, "an ordinary user");
+    (hmm, dev)
+}
+
+fn full_mode_is_the_first_choice() {
+    assert_eq!(Uhmm::new().unwrap().mode(), Mode::Full);
+    unsafe { std::env::set_var(Mode::VARIABLE, "half") };
+    assert!(matches!(Uhmm::new(), Err(Error::NoMode { name }) if name == "half"));
+}
+
+fn results_are_home_when_run_returns() {
+    let (_hmm, dev) = opened();
+    let mut data: Vec<u32> = (0..1_000_000).collect();
+    for round in 1..4 {
+        dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+        let (start, end) = (data.as_ptr() as usize, data.as_ptr_range().end as usize);
+        assert_eq!(pages_present(&data), end / 4096 - start.div_ceil(4096), "round {round}");
+        assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + round));
+    }
+}
+
+/// The kernel does not wait for faults of an ordinary user's userfaultfd: read(2) into a protected or missing page fails with EFAULT.
+fn a_system_call_reads_and_writes_what_a_launch_used() {
+    let (_hmm, dev) = opened();
+    let mut a = vec![1u8; 300_000];
+    let mut r = vec![0u8; 300_000];
+    let copy = |ctx: &Ctx<'_>| ctx.out::<u8>(0).chunk(usize::MAX).copy_from_slice(ctx.inp::<u8>(1));
+    let mut pipe = [0; 2];
+    assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+    for round in 0..20u8 {
+        dev.run(&copy, 1, args![out(&mut r), inp(&a)]).unwrap();
+        let n = 50_000; // fits a pipe
+        assert_eq!(unsafe { libc::write(pipe[1], r[7777..].as_ptr().cast(), n) }, n as isize, "round {round}: the result is written");
+        a.fill(round);
+        dev.run(&copy, 1, args![out(&mut r), inp(&a)]).unwrap();
+        // Into what was only read, and so is watched for writes.
+        assert_eq!(unsafe { libc::read(pipe[0], a[5..].as_mut_ptr().cast(), n) }, n as isize, "round {round}: the input is read into");
+        dev.run(&copy, 1, args![out(&mut r), inp(&a)]).unwrap();
+        assert!(r == a, "round {round}: what the kernel has written to the input is seen");
+    }
+}
+
+fn what_was_only_read_is_not_copied_again() {
+    let (_hmm, dev) = opened();
+    let mut a: Vec<u32> = (0..2_000_000).collect();
+    let mut r = vec![0u32; a.len()];
+    let add = |ctx: &Ctx<'_>| {
+        let base = ctx.group() * 1000;
+        let a = ctx.inp::<u32>(1);
+        ctx.out::<u32>(0).chunk(1000).iter_mut().enumerate().for_each(|(i, r)| *r = a[base + i] + 1);
+    };
+    dev.run(&add, groups(a.len()), args![out(&mut r), inp(&a)]).unwrap();
+    for round in 0..5 {
+        let at = 300_000 * round + 17;
+        a[at] = 7;
+        let before = dev.stats();
+        dev.run(&add, groups(a.len()), args![out(&mut r), inp(&a)]).unwrap();
+        let moved = dev.stats() - before;
+        // The page that was written, and the edges of the result; a huge page as a whole.
+        assert!((4096..=3 << 20).contains(&moved.bytes_to_device), "round {round}: {moved:?}");
+        assert!(r.iter().zip(&a).all(|(r, a)| *r == a + 1), "round {round}");
+    }
+}
+
+fn a_forked_child_sees_the_contents() {
+    let (_hmm, dev) = opened();
+    let mut data: Vec<u32> = (0..500_000).collect();
+    let a = data.clone();
+    dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+    let sum = |ctx: &Ctx<'_>| ctx.out::<u64>(0).chunk(1)[0] = ctx.inp::<u32>(1).iter().map(|&x| u64::from(x)).sum();
+    let mut total = [0u64];
+    dev.run(&sum, 1, args![out(&mut total), inp(&a)]).unwrap();
+    // Past libc's fork, too.
+    let flags = libc::SIGCHLD as libc::c_ulong;
+    for raw in [false, true] {
+        let child = if raw { unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) as i32 } } else { unsafe { libc::fork() } };
+        if child == 0 {
+            let right = data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1) && a.iter().enumerate().all(|(i, &x)| x == i as u32);
+            unsafe { libc::_exit(if right { 0 } else { 1 }) };
+        }
+        let mut status = 0;
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "raw {raw}");
+    }
+}
+
+/// Only with userfaultfd: what the kernel has touched is in step when the launch has ended. Without it, such arguments are refused.
+fn undeclared_memory() {
+    static mut TOTAL: u64 = 5;
+    let (hmm, dev) = opened();
+    let mut list: Option<Box<Node>> = None;
+    for value in 0..10_000 {
+        list = Some(Box::new(Node { value, next: list }));
+    }
+    let head = list.as_deref().map_or(std::ptr::null(), |node| std::ptr::from_ref(node));
+    let follow = |ctx: &Ctx<'_>| {
+        let mut at = ctx.pointer::<Node>(0);
+        let total = ctx.pointer::<u64>(1);
+        while !at.is_null() {
+            let node = unsafe { &mut *ctx.ptr_mut(at) };
+            unsafe { *total += node.value };
+            node.value += 1;
+            at = node.next.as_deref_mut().map_or(std::ptr::null_mut(), |next| std::ptr::from_mut(next));
+        }
+    };
+    let result = dev.run(&follow, 1, args![unsafe { ptr(head) }, unsafe { ptr(&raw const TOTAL) }]);
+    if hmm.mode() == Mode::None {
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains("declare"), "{text}");
+        return;
+    }
+    result.unwrap();
+    assert_eq!(unsafe { TOTAL }, 5 + 10_000 * 9_999 / 2);
+    let mut at = list.as_deref();
+    let mut value = 10_000;
+    while let Some(node) = at {
+        assert_eq!(node.value, value);
+        value -= 1;
+        at = node.next.as_deref();
+    }
+}
+
+/// What the program lets stay there is away until it is touched, comes home for libc's fork, and is not there at all for a child that was forked past that.
+fn what_is_left_on_the_device() {
+    let (hmm, dev) = opened();
+    let mut data: Vec<u32> = (0..1_000_000).collect();
+    if hmm.mode() == Mode::None {
+        let text = dev.leave(&mut data).unwrap_err().to_string();
+        assert!(text.contains("there is no userfaultfd"), "{text}");
+        return;
+    }
+    dev.leave(&mut data).unwrap();
+    for round in 1..4 {
+        dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+        assert_eq!(pages_present(&data), 0, "round {round}: it stays");
+    }
+    let before = dev.stats();
+    dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+    let moved = dev.stats() - before;
+    assert!(moved.bytes_to_device <= 2 * 4096, "only the edges are copied again: {moved:?}");
+    // Past libc's fork: the child gets SIGSEGV, not zeros.
+    let flags = libc::SIGCHLD as libc::c_ulong;
+    for raw in [true, false] {
+        let child = if raw { unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) as i32 } } else { unsafe { libc::fork() } };
+        if child == 0 {
+            let right = data.iter().enumerate().all(|(i, &x)| x == i as u32 + 4);
+            unsafe { libc::_exit(if right { 0 } else { 1 }) };
+        }
+        let mut status = 0;
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert!(if raw { libc::WIFSIGNALED(status) } else { status == 0 }, "raw {raw}: {status:#x}");
+    }
+    dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+    assert_eq!(pages_present(&data), 0, "after the fork it stays again");
+    assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 5));
+}
+
+struct Node {
+    value: u64,
+    next: Option<Box<Node>>,
+}
