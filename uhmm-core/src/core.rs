@@ -23,6 +23,7 @@ use crate::page::Span;
 use crate::policy::{Declared, Policy};
 use crate::pool::Pool;
 use crate::process::{CoreRef, MAX_DEVICES};
+use crate::shares::Shares;
 use crate::snapshot::Fetched;
 use crate::space::Space;
 use crate::sync::*;
@@ -70,6 +71,7 @@ pub struct Device {
     pub(crate) counters: Counters,
     pub(crate) ledger: Mutex<Ledger>,
     pub(crate) fetched: Mutex<Fetched>,
+    pub(crate) shares: Shares,
     /// Raised by every change of the device's page table.
     pub(crate) changes: AtomicU64,
     /// The running launch has found the memory full of what may not leave.
@@ -214,6 +216,7 @@ impl Device {
             counters: Counters::default(),
             ledger: Mutex::new(Ledger::new(memory).map_err(reserve)?),
             fetched: Mutex::new(Fetched::new(memory).map_err(reserve)?),
+            shares: Shares::default(),
             changes: AtomicU64::new(0),
             full: AtomicBool::new(false),
             pin: AtomicU64::new(0),

@@ -19,7 +19,7 @@ use crate::ranges;
 use crate::space::ThreadBlocks;
 use uhmm_os::maps::Vma;
 use uhmm_os::signal::FaultInfo;
-use uhmm_os::{BLOCK, PAGE, tasks, thread};
+use uhmm_os::{BLOCK, PAGE, copy, tasks, thread};
 
 /// Looks before the page is given up: each but the first is owed to a change of the mappings or to another thread.
 const LOOKS: usize = 10_000;
@@ -61,6 +61,7 @@ fn on_worker(core: &Core, dev: &Device, info: &FaultInfo) -> bool {
             if let KernelFault::Wild { write: true, .. } = fault {
                 let_write(core, dev, va);
             }
+            dev.shares.damaged(va);
             dev.driver.scratch(info.address, fault)
         }
     }
@@ -121,6 +122,9 @@ impl Touch<'_> {
         if !vma.read || (self.write && !vma.write) {
             return Err(wild);
         }
+        if vma.shared && self.share(&vma)? {
+            return Ok(true);
+        }
         let (ask, fetched) = {
             let state = block.lock();
             if self.is_served(&state) {
@@ -160,6 +164,18 @@ impl Touch<'_> {
             }
         }
         Ok(false)
+    }
+
+    /// Lets the device use a shared mapping in place. False if it cannot.
+    fn share(&self, vma: &Vma) -> Result<bool, KernelFault> {
+        let mut byte = 0u8;
+        #[allow(unsafe_code)]
+        // SAFETY: what cannot be read (it lies beyond the end of a file) is an error, not a crash; nobody else has the byte that is written.
+        let there = unsafe { copy::guarded(&raw mut byte, self.va as *const u8, 1) }.is_ok();
+        if !there {
+            return Err(KernelFault::Wild { address: self.va, write: self.write });
+        }
+        Ok(self.dev.shares.ensure(self.dev, vma, true).is_ok())
     }
 
     /// What to bring.

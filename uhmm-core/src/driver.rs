@@ -166,6 +166,20 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// The process has nothing at `span` (whole blocks) any more: addresses for it may go.
     fn close_window(&self, span: Span);
 
+    /// Lets the device use a shared mapping of the process in place: its page table and the process's name the same pages. Replaces what was shared there before.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` if the device cannot: uhmm copies such memory then.
+    fn share(&self, span: Span) -> Result<(), Errno> {
+        let _ = span;
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// Ends [`share`](Self::share).
+    fn unshare(&self, span: Span) {
+        let _ = span;
+    }
+
     /// Enters runs into the device's page table. The frames hold valid data.
     ///
     /// # Errors

@@ -102,6 +102,7 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request) -> Result<(), Er
     // One launch at a time in the process, whatever its device: two that hold snapshots in each other's blocks would wait for each other.
     let _one = core.prepare.lock();
     dev.full.store(false, Ordering::Relaxed);
+    dev.shares.verify(core, dev);
     let prepared = if unchanged(core, dev, ledger, args) { Ok(()) } else { prepare(core, dev, ledger, args) };
     let mut result = match prepared {
         Ok(()) => execute(dev, request, groups).map_err(Error::Kernel),

@@ -10,7 +10,7 @@
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
-//! | `check`, `launch`, `prepare`, `snapshot`, `twins` | the life of a launch |
+//! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares` | the life of a launch |
 //! | [`core`], [`process`] | the core and its devices; one core per process, its threads, its beginning and end |
 //! | `fork` | what happens before and after a fork |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
@@ -44,6 +44,7 @@ pub mod pool;
 mod prepare;
 pub mod process;
 mod ranges;
+mod shares;
 mod snapshot;
 pub mod space;
 mod sync;

@@ -12,6 +12,7 @@ use crate::launch::{LARGE, Ledger};
 use crate::migrate::{Ask, BATCH, Intent, Park, Room};
 use crate::mode::Mode;
 use crate::page::{Span, Va};
+use crate::shares;
 use crate::space::ThreadList;
 use crate::sync::*;
 use core::ops::Range;
@@ -26,6 +27,7 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
     ledger.forget_last();
     for (start, end, _) in ranges(args) {
         dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
+        shares::open(core, dev, start, end);
         check::pieces(core, start, end, |piece| {
             if piece.movable {
                 register_ahead(core, Span::inside(start, end).and(Span::touching(piece.start, piece.end)));
@@ -107,7 +109,8 @@ impl Plan<'_> {
                     Access::Out => Span::inside(start, end).and(whole),
                     _ => whole,
                 };
-                for part in pages.blocks() {
+                let in_place = |part: &Span| !piece.movable && self.dev.shares.bits(*part, access.writes()) == part.bits();
+                for part in pages.blocks().filter(|part| !in_place(part)) {
                     if at == share.end {
                         share = self.take_share();
                     }
@@ -222,13 +225,14 @@ impl Want {
 
 /// Pages of a block that the device can use as `access` needs.
 fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
-    let Some(block) = core.dir.get(part.start) else { return Bits::EMPTY };
+    let shared = dev.shares.bits(part, access.writes());
+    let Some(block) = core.dir.get(part.start) else { return shared };
     let state = block.lock();
     if state.device != dev.id() {
-        return Bits::EMPTY;
+        return shared;
     }
     let pages = if access.writes() { state.private() | state.bounced() } else { state.resident() };
-    pages & state.win & part.bits()
+    pages & state.win & part.bits() | shared
 }
 
 /// Takes snapshots of what is not resident by now: edges, and pages that cannot move.

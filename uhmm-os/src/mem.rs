@@ -133,6 +133,24 @@ pub fn map(reserve: &Reserve<'_>) -> Result<Mapping, Errno> {
     Ok(mapping)
 }
 
+/// Maps zeroed memory over whatever is there, not inherited by a fork's child.
+///
+/// # Errors
+/// Those of mmap(2).
+///
+/// # Safety
+/// What is there is the caller's, and nobody needs its contents.
+pub unsafe fn replace(start: usize, len: usize, label: &CStr) -> Result<(), Errno> {
+    let prot = Prot::ReadWrite.bits();
+    let flags = abi::MAP_PRIVATE | abi::MAP_ANONYMOUS | abi::MAP_NORESERVE | abi::MAP_FIXED;
+    // SAFETY: the caller owns what is replaced.
+    unsafe { call(abi::__NR_mmap, [start, len, prot, flags as usize, usize::MAX, 0]) }?;
+    // SAFETY: fresh memory, and no contents change.
+    unsafe { madvise(start, len, Advice::DontFork)? };
+    name(start, len, label);
+    Ok(())
+}
+
 fn place(reserve: &Reserve<'_>, len: usize, align: usize) -> Result<Mapping, Errno> {
     if reserve.exact {
         return if reserve.hint.is_multiple_of(align) { map_at(reserve.hint, len) } else { Err(Errno::INVAL) };

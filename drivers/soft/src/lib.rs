@@ -120,6 +120,14 @@ unsafe impl Driver for Soft {
         self.window.close(span);
     }
 
+    fn share(&self, span: Span) -> Result<(), Errno> {
+        self.window.share(&self.uffd, span)
+    }
+
+    fn unshare(&self, span: Span) {
+        self.window.unshare(&self.uffd, span);
+    }
+
     fn map(&self, batch: &[MapRun]) -> Result<(), Errno> {
         self.window.map(&self.uffd, &self.memory, batch, |page| self.workers.forget_scratch(page))
     }
@@ -133,7 +141,7 @@ unsafe impl Driver for Soft {
     }
 
     fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
-        self.workers.run(launch)
+        self.workers.run(&self.window, launch)
     }
 
     fn note_fault(&self, va: usize, write: bool) {

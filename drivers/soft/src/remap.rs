@@ -43,12 +43,3 @@ pub(crate) fn allow_writes(window: usize, len: usize) {
     // SAFETY: the window is the device's own.
     let _ = unsafe { mem::mprotect(window, len, Prot::ReadWrite) };
 }
-
-/// Makes pages of the window inaccessible again, and drops what they hold.
-pub(crate) fn forget(window: usize, len: usize) {
-    // SAFETY: the window is the device's own, and holds scratch pages there.
-    unsafe {
-        let _ = mem::mprotect(window, len, Prot::None);
-        let _ = mem::madvise(window, len, mem::Advice::DontNeed);
-    }
-}

@@ -13,7 +13,7 @@ use rustix_futex_sync::Mutex;
 use uhmm_core::driver::{DeviceInfo, MapRun};
 use uhmm_core::own::OwnSlice;
 use uhmm_core::page::Span;
-use uhmm_os::mem::{self, Advice, Prot, Reserve};
+use uhmm_os::mem::{self, Advice, Prot, RemapFlags, Reserve};
 use uhmm_os::uffd::{MoveMode, RegisterMode, Userfaultfd};
 use uhmm_os::{BLOCK, Errno, PAGE, tasks, thread};
 
@@ -27,6 +27,17 @@ pub fn free_mask(others: &[DeviceInfo]) -> Option<usize> {
 pub fn in_window(address: usize, mask: usize) -> bool {
     let va = address ^ mask;
     va < 1 << 47 && matches!(va >> 44, 0b000 | 0b101 | 0b111)
+}
+
+/// How a scratch page was put down.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scratch {
+    /// The access can be repeated without one.
+    None,
+    /// In an empty place of the window.
+    Filled,
+    /// In place of a part of the window.
+    Replaced,
 }
 
 /// The window of one device.
@@ -85,10 +96,41 @@ impl Window {
         Ok(())
     }
 
+    /// Puts a second mapping of a shared one into the window.
+    ///
+    /// # Errors
+    /// Those of mremap(2).
+    pub fn share(&self, uffd: &Userfaultfd, span: Span) -> Result<(), Errno> {
+        self.open(uffd, span)?;
+        let at = self.at(span.start);
+        // SAFETY: an old length of 0 makes a second mapping and leaves the first alone; what is replaced is the window's, where the directory has no page, for
+        // such memory never migrates.
+        unsafe { mem::mremap(span.start, 0, span.len(), RemapFlags::MAYMOVE | RemapFlags::FIXED, at)? };
+        // SAFETY: the window's part is ours, and neither changes contents.
+        unsafe {
+            let _ = mem::madvise(at, span.len(), Advice::DontDump);
+            mem::madvise(at, span.len(), Advice::DontFork)
+        }
+    }
+
+    /// Makes the window empty again where it had a second mapping.
+    pub fn unshare(&self, uffd: &Userfaultfd, span: Span) {
+        for part in span.blocks() {
+            let number = part.start / BLOCK;
+            if self.open.lock()[number / 64] >> (number % 64) & 1 == 0 {
+                continue; // it was closed as a whole
+            }
+            // SAFETY: the window is ours, and no kernel runs that uses what has gone from the process.
+            let _ = unsafe { mem::munmap(self.at(part.start), part.len()) };
+            // Without addresses the device's accesses fail there; no data is lost.
+            let _ = self.make(uffd, part.start, part.end);
+        }
+    }
+
     fn make(&self, uffd: &Userfaultfd, start: usize, end: usize) -> Result<(), Errno> {
         let (at, len) = (self.at(start), end - start);
         let prot = if self.watched { Prot::ReadWrite } else { Prot::None };
-        let mapping = mem::map(&Reserve { hint: at, len, align: BLOCK, name: c"uhmm window", prot, exact: true })?;
+        let mapping = mem::map(&Reserve { hint: at, len, align: PAGE, name: c"uhmm window", prot, exact: true })?;
         // SAFETY: the mapping is ours and empty. A kernel without huge pages does without the advice.
         let _ = unsafe { mem::madvise(at, len, Advice::Hugepage) };
         if self.watched {
@@ -156,16 +198,29 @@ impl Window {
         }
     }
 
-    /// Puts a page of zeroes where the window has none. False if that cannot be.
-    pub fn put_scratch(&self, uffd: &Userfaultfd, page: usize) -> bool {
+    /// Puts a page of zeroes where the window has none. `None` if that cannot be.
+    pub fn put_scratch(&self, uffd: &Userfaultfd, page: usize) -> Option<Scratch> {
         if !self.watched {
-            remap::allow_writes(page, PAGE);
-            return true;
+            // SAFETY: the window is ours, and has nothing here.
+            return unsafe { mem::replace(page, PAGE, c"uhmm scratch") }.is_ok().then_some(Scratch::Replaced);
         }
         match uffd.zeropage(page, PAGE) {
-            Ok(()) => true,
-            // Somebody was first, or the window has just been closed: the access is repeated.
-            Err(partial) => matches!(partial.errno, Errno::EXIST | Errno::AGAIN | Errno::NOENT),
+            Ok(()) => Some(Scratch::Filled),
+            // Somebody was first: the access is repeated.
+            Err(partial) if matches!(partial.errno, Errno::EXIST | Errno::AGAIN) => Some(Scratch::None),
+            // A second mapping, of which the process has no page here, or not for that; or the window has just been closed.
+            // SAFETY: the window's part is ours; the pages of a second mapping stay the first one's.
+            Err(_) => unsafe { mem::replace(page, PAGE, c"uhmm scratch") }.is_ok().then_some(Scratch::Replaced),
+        }
+    }
+
+    /// Takes a scratch page up that stands in place of a part of the window.
+    pub fn take_scratch(&self, page: usize) {
+        // SAFETY: put there by `put_scratch`.
+        let _ = unsafe { mem::munmap(page, PAGE) };
+        if !self.watched {
+            let window = Reserve { hint: page, len: PAGE, align: PAGE, name: c"uhmm window", prot: Prot::None, exact: true };
+            let _ = mem::map(&window).map(|mapping| mapping.into_raw());
         }
     }
 

@@ -4,7 +4,7 @@
 //! pointer gets a scratch page, so that its kernel runs on; scratch pages go when the launch ends.
 #![allow(unsafe_code)] // makes kernels' contexts; puts scratch pages down and takes them up
 
-use crate::{remap, window::Window};
+use crate::window::Window;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use rustix_futex_sync::{Condvar, Mutex};
 use uhmm_core::driver::{KernelFault, Launch};
@@ -55,7 +55,7 @@ struct State {
 
 #[derive(Debug)]
 struct Scratch {
-    /// Page addresses; bit 0 is set for those of the process's side, bit 1 for those of a window without userfaultfd.
+    /// Page addresses; bit 0 is set for those of the process's side, bit 1 for those in place of a part of the window.
     pages: [usize; SCRATCH],
     count: usize,
 }
@@ -111,7 +111,7 @@ impl Workers {
     ///
     /// # Errors
     /// Its first fault.
-    pub fn run(&self, launch: &Launch) -> Result<(), KernelFault> {
+    pub fn run(&self, window: &Window, launch: &Launch) -> Result<(), KernelFault> {
         let shared = &*self.shared;
         *shared.fault.lock() = None;
         shared.next.store(0, Ordering::Relaxed);
@@ -125,7 +125,7 @@ impl Workers {
         }
         drop(state);
         shared.launch.store(core::ptr::null_mut(), Ordering::Release);
-        shared.scratch.lock().clear();
+        shared.scratch.lock().clear(window);
         shared.fault.lock().take().map_or(Ok(()), Err)
     }
 
@@ -139,13 +139,15 @@ impl Workers {
         let page = address & !(PAGE - 1);
         let mut scratch = self.shared.scratch.lock();
         if scratch.count == SCRATCH {
-            scratch.clear();
+            scratch.clear(window);
         }
         if in_window {
-            if !window.put_scratch(uffd, page) {
-                return false;
+            match window.put_scratch(uffd, page) {
+                None => return false,
+                Some(crate::window::Scratch::None) => {}
+                Some(crate::window::Scratch::Filled) => scratch.push(page),
+                Some(crate::window::Scratch::Replaced) => scratch.push(page | 2),
             }
-            scratch.push(if window.watched() { page } else { page | 2 });
         } else {
             let at = Reserve { hint: page, len: PAGE, align: PAGE, name: c"uhmm scratch", prot: Prot::ReadWrite, exact: true };
             let Ok(mapping) = mem::map(&at) else { return false };
@@ -235,7 +237,7 @@ impl Scratch {
         self.count += 1;
     }
 
-    fn clear(&mut self) {
+    fn clear(&mut self, window: &Window) {
         for &page in &self.pages[..self.count] {
             // SAFETY: the page was put there by `put_scratch`, and is still a scratch page, or `forget_scratch` would have taken it off.
             unsafe {
@@ -243,7 +245,7 @@ impl Scratch {
                     0 => mem::madvise(page, PAGE, Advice::DontNeed),
                     1 => mem::munmap(page & !1, PAGE),
                     _ => {
-                        remap::forget(page & !2, PAGE);
+                        window.take_scratch(page & !2);
                         Ok(())
                     }
                 };

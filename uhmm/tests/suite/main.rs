@@ -15,6 +15,7 @@ mod mappings;
 mod modes;
 mod races;
 mod stories;
+mod undeclared;
 
 fn main() {
     let mut tests = vec![];
@@ -27,5 +28,6 @@ fn main() {
     tests.extend(modes::TESTS);
     tests.extend(races::TESTS);
     tests.extend(stories::TESTS);
+    tests.extend(undeclared::TESTS);
     harness::run(&tests, modes::LESSER);
 }

@@ -48,7 +48,7 @@ const FULL_ONLY: &[&str] = &[
 ];
 
 /// What follows pointers that are not declared, which needs userfaultfd.
-const NOT_IN_NONE: &[&str] = &["faults::", "modes::what_was_only_read"];
+const NOT_IN_NONE: &[&str] = &["faults::", "undeclared::", "modes::what_was_only_read"];
 
 /// Whether a test is also run in this lesser mode.
 pub fn runs_in(name: &str, mode: Mode) -> bool {
