@@ -180,6 +180,11 @@ pub(crate) fn drop_duplicates(core: &Core, dev: &Device, state: &mut State, va: 
 
 /// Brings everything of the block that holds `va` home, whatever it takes; snapshots of a running launch stay.
 pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> {
+    send_pages_home(core, dev, va, Bits::ALL)
+}
+
+/// As [`send_home`], for some pages of the block.
+pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) -> Result<(), Error> {
     let va = Span::block(va).start;
     loop {
         let hold = core.space.hold();
@@ -193,10 +198,10 @@ pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> 
             thread::yield_now();
             continue;
         }
-        let shared = state.duplicated();
+        let shared = state.duplicated() & pages;
         let mut result = drop_duplicates(core, dev, &mut state, va, shared);
         if result.is_ok() {
-            let away = state.private() - state.parked; // parked pages are the running launch's
+            let away = (state.private() & pages) - state.parked; // parked pages are the running launch's
             result = bring_home(core, dev, &mut state, va, away).map(|_| ());
         }
         drop((state, hold));

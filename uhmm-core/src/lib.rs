@@ -10,8 +10,8 @@
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
-//! | `check`, `launch`, `prepare`, `snapshot` | the life of a launch |
-//! | [`core`], [`process`] | the core and its devices; one core per process, its threads, its beginning and end |
+//! | `check`, `launch`, `prepare`, `snapshot`, `hold` | the life of a launch |
+//! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
 //! | `fork` | what happens before and after a fork |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
@@ -29,6 +29,7 @@ pub mod driver;
 mod error;
 mod events;
 mod fork;
+mod hold;
 mod home;
 pub mod kernel;
 mod launch;
@@ -45,6 +46,7 @@ mod ranges;
 mod snapshot;
 pub mod space;
 mod sync;
+mod table;
 
 pub use crate::core::DeviceRef;
 pub use crate::process::{CoreRef, DeviceConfig, MAX_DEVICES, OpenDriver};

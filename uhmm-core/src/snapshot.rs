@@ -29,7 +29,8 @@ pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Raw
     let mut threads = ThreadList::new();
     for index in 0..core::mem::take(&mut ledger.bounced_count) {
         let va = ledger.bounced[index];
-        if success {
+        // A kept page goes home when the CPU touches its other bytes: nothing for a device that could not fetch it again.
+        if success && dev.driver.info().replayable_faults {
             keep(core, dev, va, args, &mut threads);
         }
         let written = take(core, dev, va);

@@ -7,11 +7,13 @@
 
 mod bad_input;
 mod basics;
+mod closing;
 mod faults;
 mod harness;
 mod kernel_faults;
 mod lifecycle;
 mod mappings;
+mod profiles;
 mod races;
 mod stories;
 
@@ -22,6 +24,8 @@ fn main() {
     tests.extend(kernel_faults::TESTS);
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
+    tests.extend(closing::TESTS);
+    tests.extend(profiles::TESTS);
     tests.extend(mappings::TESTS);
     tests.extend(races::TESTS);
     tests.extend(stories::TESTS);
