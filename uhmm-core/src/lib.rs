@@ -13,12 +13,15 @@
 //! | `check`, `launch`, `prepare`, `snapshot`, `hold` | the life of a launch |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
 //! | `fork` | what happens before and after a fork |
+//! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
 pub mod args;
 mod assist;
 pub mod bits;
 pub mod check;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod core;
 pub mod counters;
 mod desk;

@@ -8,6 +8,7 @@
 mod bad_input;
 mod basics;
 mod closing;
+mod conformance;
 mod faults;
 mod harness;
 mod kernel_faults;
@@ -26,6 +27,7 @@ fn main() {
     tests.extend(lifecycle::TESTS);
     tests.extend(closing::TESTS);
     tests.extend(profiles::TESTS);
+    tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);
     tests.extend(races::TESTS);
     tests.extend(stories::TESTS);
