@@ -290,12 +290,21 @@ fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
 
 /// Fills holes with the zero page. What is there already is left, and its toucher woken.
 fn fill(core: &Core, start: Va, pages: usize) -> Served {
-    match core.space.uffd.zeropage(start, pages * PAGE) {
-        Ok(()) => Served::Done,
-        Err(partial) if partial.errno == Errno::AGAIN && partial.done == 0 => Served::Later,
-        Err(_) => {
-            let _ = core.space.uffd.wake(start, pages * PAGE);
-            Served::Done
+    let (mut at, mut most) = (0, pages);
+    while at < pages {
+        let n = most.min(pages - at);
+        match core.space.uffd.zeropage(start + at * PAGE, n * PAGE) {
+            Ok(()) => (at, most) = (at + n, pages),
+            Err(partial) if partial.errno == Errno::AGAIN && partial.done == 0 => return Served::Later,
+            // One call fills within one mapping only, and says of more that there is none.
+            Err(partial) if partial.errno == Errno::NOENT && partial.done == 0 && n > 1 => {
+                most = ranges::within_mapping(&core.space, start + at * PAGE, n);
+            }
+            Err(_) => {
+                let _ = core.space.uffd.wake(start + at * PAGE, (pages - at) * PAGE);
+                return Served::Done;
+            }
         }
     }
+    Served::Done
 }
