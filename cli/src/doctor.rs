@@ -40,6 +40,10 @@ struct FoundDevice {
     name: String,
     memory: usize,
     threads: usize,
+    /// Kernels may touch what their launch does not declare.
+    replayable_faults: bool,
+    /// The CPU touches the device's memory in place.
+    coherent: bool,
 }
 
 #[derive(Serialize)]
@@ -101,7 +105,14 @@ impl Found {
             text += " none";
         }
         for device in &self.devices {
-            text += &format!("\n  {}  {} of memory, {} threads", device.name, report::bytes(device.memory as u64), device.threads);
+            let memory = if device.memory == 0 { "no memory".into() } else { format!("{} of memory", report::bytes(device.memory as u64)) };
+            let faults = if device.replayable_faults { "may touch any address" } else { "touches only what a launch declares" };
+            text += &format!(
+                "\n  {}  {memory}, {} threads, {faults}{}",
+                device.name,
+                device.threads,
+                if device.coherent { ", coherent" } else { "" }
+            );
         }
         text.push('\n');
         if self.missing.is_empty() {
@@ -173,7 +184,13 @@ fn devices(missing: &mut Vec<Missing>) -> Vec<FoundDevice> {
     let mut devices = vec![];
     for kind in uhmm::KINDS {
         match hmm.device(kind) {
-            Ok(device) => devices.push(FoundDevice { name: device.name().into(), memory: device.memory(), threads: device.threads() }),
+            Ok(device) => devices.push(FoundDevice {
+                name: device.name().into(),
+                memory: device.memory(),
+                threads: device.threads(),
+                replayable_faults: device.info().replayable_faults,
+                coherent: device.info().coherent,
+            }),
             Err(error) => missing.push(Missing::new(kind, "this device cannot be used", error.to_string())),
         }
     }

@@ -26,7 +26,13 @@ pub(crate) struct Piece {
 /// The first thing that is wrong.
 pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> Result<usize, Error> {
     let groups = grid.groups().filter(|&n| n > 0).ok_or(Error::Grid(grid.size))?;
+    let info = dev.driver.info();
     for (index, arg) in args.iter().enumerate() {
+        if let RawArg::Pointer { .. } = arg
+            && !info.replayable_faults
+        {
+            return Err(Error::BarePointer { index, device: info.name });
+        }
         if let RawArg::Slice { start, count, size, device, access, .. } = *arg {
             let end = count.checked_mul(size).and_then(|bytes| start.checked_add(bytes)).filter(|&end| end <= 1 << 47);
             match device {
@@ -37,7 +43,9 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> 
         }
     }
     overlap(args)?;
-    fits(dev, args)?;
+    if info.memory > 0 {
+        fits(dev, args)?;
+    }
     Ok(groups)
 }
 
@@ -48,9 +56,8 @@ fn range(core: &Core, dev: &Device, index: usize, start: Va, end: Va, access: Ac
     if start == 0 {
         return Err(Error::Null { index, bytes: end });
     }
-    let info = dev.driver.info();
-    if !dev.driver.in_window(start ^ info.mask) || !dev.driver.in_window((end - 1) ^ info.mask) {
-        return Err(Error::OutOfReach { index, address: start, device: info.name });
+    if !dev.driver.reaches(start) || !dev.driver.reaches(end - 1) {
+        return Err(Error::OutOfReach { index, address: start, device: dev.driver.info().name });
     }
     let mut at = start;
     while at < end {

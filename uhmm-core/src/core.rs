@@ -2,7 +2,7 @@
 //!
 //! Threads of the program never use uhmm's descriptors: what needs them is left at the device's desk, whose queue thread does it, one piece
 //! of work after the other.
-#![allow(unsafe_code)] // one pointer for the signal handler, and devices that stay until the core goes
+#![allow(unsafe_code)] // one pointer for the signal handler, and the queue's to its device
 
 use crate::args::{Args, MAX_ARGS, RawArg};
 use crate::assist::Assist;
@@ -13,6 +13,7 @@ use crate::devmem::DeviceMemory;
 use crate::directory::{Directory, Frame};
 use crate::driver::{DeviceInfo, Dma, Driver};
 use crate::error::Error;
+use crate::hold::Holds;
 use crate::home;
 use crate::kernel::{Entry, Grid};
 use crate::launch::{self, Ledger, Request};
@@ -22,11 +23,12 @@ use crate::own::OwnBox;
 use crate::page::Span;
 use crate::policy::{Declared, Policy};
 use crate::pool::Pool;
-use crate::process::{CoreRef, MAX_DEVICES};
+use crate::process::CoreRef;
 use crate::shares::Shares;
 use crate::snapshot::Fetched;
 use crate::space::Space;
 use crate::sync::*;
+use crate::table::DeviceTable;
 use crate::twins::Twins;
 use uhmm_os::{BLOCK, Errno, EventFd, PAGE, system, thread};
 
@@ -55,7 +57,7 @@ pub struct Core {
     pub(crate) prepare: Mutex<()>,
     pub(crate) assist: Assist,
     pub(crate) twins: Twins,
-    devices: [AtomicUsize; MAX_DEVICES],
+    pub(crate) devices: DeviceTable,
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
     next_mover: AtomicU32,
     next_launch: AtomicU64,
@@ -72,6 +74,7 @@ pub struct Device {
     pub(crate) ledger: Mutex<Ledger>,
     pub(crate) fetched: Mutex<Fetched>,
     pub(crate) shares: Shares,
+    pub(crate) holds: Holds,
     /// Raised by every change of the device's page table.
     pub(crate) changes: AtomicU64,
     /// The running launch has found the memory full of what may not leave.
@@ -116,7 +119,7 @@ impl Core {
             prepare: Mutex::new(()),
             assist: Assist::default(),
             twins: Twins::new(blocks).map_err(reserve)?,
-            devices: [const { AtomicUsize::new(0) }; MAX_DEVICES],
+            devices: DeviceTable::default(),
             rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,
             next_mover: AtomicU32::new(1),
             next_launch: AtomicU64::new(1),
@@ -128,26 +131,17 @@ impl Core {
         Ok(core)
     }
 
-    /// Device number `index`.
+    /// Device number `index`, for who holds the lock of a block that it has pages of, or `prepare`, or counts among its users: see [`crate::table`].
     ///
     /// # Panics
     /// If there is none.
     pub(crate) fn device(&self, index: usize) -> &Device {
-        let at = self.devices[index].load(Ordering::Acquire);
-        assert!(at != 0, "no device {index}");
-        // SAFETY: set to a whole device that stays until the core goes.
-        unsafe { &*(at as *const Device) }
+        self.devices.get(index)
     }
 
     /// Calls `f` for every open device.
-    pub(crate) fn for_each_device(&self, mut f: impl FnMut(&Device)) {
-        for slot in &self.devices {
-            let at = slot.load(Ordering::Acquire);
-            // SAFETY: as in `device`.
-            if let Some(dev) = unsafe { (at as *const Device).as_ref() } {
-                f(dev);
-            }
-        }
+    pub(crate) fn for_each_device(&self, f: impl FnMut(&Device)) {
+        self.devices.for_each(f);
     }
 
     /// Room for a migration. A thread has at most one.
@@ -176,31 +170,18 @@ impl Core {
         worker
     }
 
-    /// A number that no device has.
-    pub(crate) fn free_device(&self) -> Option<usize> {
-        self.devices.iter().position(|slot| slot.load(Ordering::Relaxed) == 0)
-    }
-
-    /// Makes a device known.
-    pub(crate) fn set_device(&self, index: usize, dev: *mut Device) {
-        self.devices[index].store(dev as usize, Ordering::Release);
-    }
-
-    /// Makes a device unknown.
-    pub(crate) fn take_device(&self, index: usize) -> Option<*mut Device> {
-        let at = self.devices[index].swap(0, Ordering::AcqRel);
-        (at != 0).then_some(at as *mut Device)
-    }
-
     /// Brings everything home that any device has.
     pub(crate) fn evict_all(&self) {
-        self.for_each_device(|dev| {
-            while let Some(va) = dev.mem.oldest(&self.dir, |_| true) {
-                if home::send_home(self, dev, va).is_err() {
-                    return;
-                }
+        self.for_each_device(|dev| self.evict_device(dev));
+    }
+
+    /// Brings everything home that a device has.
+    pub(crate) fn evict_device(&self, dev: &Device) {
+        while let Some(va) = dev.mem.oldest(&self.dir, |_| true) {
+            if home::send_home(self, dev, va).is_err() {
+                return;
             }
-        });
+        }
     }
 }
 
@@ -217,6 +198,7 @@ impl Device {
             ledger: Mutex::new(Ledger::new(memory).map_err(reserve)?),
             fetched: Mutex::new(Fetched::new(memory).map_err(reserve)?),
             shares: Shares::default(),
+            holds: Holds::default(),
             changes: AtomicU64::new(0),
             full: AtomicBool::new(false),
             pin: AtomicU64::new(0),
@@ -263,7 +245,7 @@ impl Device {
     }
 }
 
-/// A user's hold on a device.
+/// A user's hold on a device. The device is closed with the last one: everything it has comes home; its threads, its memory and its name are free again.
 #[derive(Debug)]
 pub struct DeviceRef {
     hold: CoreRef,
@@ -385,5 +367,11 @@ impl DeviceRef {
             let fence = dev.driver.copy(&list);
             dev.driver.wait(fence, &list).map_err(|e| Error::Gone { address: e.address })
         })?
+    }
+}
+
+impl Drop for DeviceRef {
+    fn drop(&mut self) {
+        self.hold.leave_device(self.index);
     }
 }

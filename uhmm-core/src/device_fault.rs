@@ -88,6 +88,9 @@ struct Touch<'a> {
 pub(crate) fn serve(core: &Core, dev: &Device, va: Va, write: bool) -> Result<(), KernelFault> {
     count(&dev.counters.device_faults, 1);
     dev.driver.note_fault(va, write);
+    if !dev.driver.info().replayable_faults && !refetched(core, dev, va, write) {
+        return Err(KernelFault::NotDeclared { address: va, write });
+    }
     let mut touch = Touch { core, dev, va, write, stays: false, alone: false, refusals: 0 };
     for _ in 0..LOOKS {
         if touch.look()? {
@@ -229,6 +232,21 @@ fn leaf(part: Span, page: usize, fetched: Bits) -> Bits {
     let start = page / policy::LEAF * policy::LEAF;
     let near = if fetched.is_empty() { Bits::range(start..start + policy::LEAF) } else { Bits::ALL };
     near & part.bits()
+}
+
+/// Whether a device without replayable faults may go on with the page at `va`: what it has, and was only taken out of its page table for a moment. A write to
+/// what it may only read fails the launch, which then goes on with the page for its own.
+fn refetched(core: &Core, dev: &Device, va: Va, write: bool) -> bool {
+    let Some(block) = core.dir.get(va) else { return false };
+    let page = va % BLOCK / PAGE;
+    let state = block.lock();
+    if state.device != dev.id() || !state.resident().has(page) {
+        return false;
+    }
+    if write && state.duplicated().has(page) {
+        dev.driver.fail(KernelFault::NotDeclared { address: va, write });
+    }
+    true
 }
 
 /// Pages that exist, and the touched one: holes are not filled just because they are near.

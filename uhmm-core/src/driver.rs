@@ -19,14 +19,16 @@ pub use crate::directory::Frame;
 pub struct DeviceInfo {
     /// Its name: what it is found by.
     pub name: &'static str,
-    /// The bytes of its memory, a multiple of 2 MiB.
+    /// The bytes of its memory, a multiple of 2 MiB. With 0 it holds no data: nothing is made resident for its launches.
     pub memory: usize,
     /// Groups that run at the same time.
     pub threads: usize,
     /// The device sees the process's address `v` at `v ^ mask`.
     pub mask: usize,
-    /// The device may touch any address and waits until it is there.
+    /// The device may touch any address and waits until it is there. Without, a kernel reaches only what its launch declares.
     pub replayable_faults: bool,
+    /// The CPU reads and writes the device's memory in place, so that a page of it need not come home to be touched.
+    pub coherent: bool,
 }
 
 /// One piece of a batch of copies. Frames that follow each other are next to each other in device memory.
@@ -104,6 +106,13 @@ pub enum KernelFault {
     NoRoom {
         /// The process address.
         address: usize,
+    },
+    /// The kernel touched what its launch has not declared, or not for writing, on a device without replayable faults.
+    NotDeclared {
+        /// The process address.
+        address: usize,
+        /// Whether it was a write.
+        write: bool,
     },
     /// The kernel touched memory of a kind that this device cannot reach.
     Unreachable {
@@ -201,6 +210,9 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// A worker touched the page at `va` and it was not in the device's page table: the entry of the device's fault buffer.
     fn note_fault(&self, va: usize, write: bool);
 
+    /// Fails the running launch, unless it has failed already. Its kernel runs on.
+    fn fail(&self, fault: KernelFault);
+
     /// Tells the running launch that it touched process memory that was on the device.
     fn host_touch(&self, tid: u32, address: usize);
 
@@ -209,6 +221,11 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
 
     /// Whether `address` lies where the device sees the process's memory.
     fn in_window(&self, address: usize) -> bool;
+
+    /// Whether the device can see the process's address `va` at all.
+    fn reaches(&self, va: usize) -> bool {
+        self.in_window(va ^ self.info().mask)
+    }
 
     /// A worker touched an address that cannot be served: let it run on over a scratch page, and fail its launch.
     /// Returns false if even that is impossible.

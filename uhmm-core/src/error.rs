@@ -97,6 +97,16 @@ pub enum Error {
         /// The first shared byte.
         address: usize,
     },
+    /// A bare pointer was passed to a device that cannot fetch what its kernel touches.
+    #[error(
+        "argument {index} is a bare pointer, and device {device} has no replayable faults to fetch what its kernel touches: declare the memory with inp, out or inout"
+    )]
+    BarePointer {
+        /// The argument's position.
+        index: usize,
+        /// The device.
+        device: &'static str,
+    },
     /// An address where the device cannot see the process's memory.
     #[error("argument {index} at {address:#x} lies where device {device} has no address for it")]
     OutOfReach {
@@ -184,6 +194,14 @@ fn kernel_fault(fault: &KernelFault) -> String {
         }
         KernelFault::NoRoom { address } => {
             format!("it touched {address:#x}, and the device's memory is full of what may not leave: open the device with more memory")
+        }
+        KernelFault::NotDeclared { address, write } => {
+            format!(
+                "it {} {address:#x}, which its launch has not declared{}, and the device has no replayable faults to fetch it: declare it with {}",
+                if *write { "wrote" } else { "read" },
+                if *write { " as written" } else { "" },
+                if *write { "out or inout" } else { "inp, out or inout" }
+            )
         }
         KernelFault::Unreachable { address } => {
             format!("it touched {address:#x}, which is not anonymous private memory: declare it with inp, out or inout")

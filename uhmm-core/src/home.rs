@@ -9,14 +9,15 @@
 use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::counters::count;
-use crate::directory::{BlockGuard, State};
+use crate::directory::{BlockGuard, Frame, State};
 use crate::driver::{Dma, DmaKind};
 use crate::error::Error;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::Size;
 use crate::ranges;
 use crate::sync::*;
-use uhmm_os::uffd::{CopyMode, MoveMode};
+use core::ops::Range;
+use uhmm_os::uffd::{CopyMode, MoveMode, Partial};
 use uhmm_os::{Errno, PAGE, thread};
 
 /// Returns of at most so many pages are copied by the kernel: the break-even, and it leaves the trays whole for returns of blocks.
@@ -52,29 +53,46 @@ fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
         if result.is_err() {
             return;
         }
-        let (target, len) = (to + run.start * PAGE, run.len() * PAGE);
-        count(&dev.counters.bytes_to_cpu, len); // first, for the copy wakes the toucher, who may look
-        let copied = match dev.driver.peek(frame) {
-            // SAFETY: the frames are not mapped for the device and valid; the target pages are empty and watched, as the directory says.
-            Some(source) => unsafe { core.space.uffd.copy(target, source, len, CopyMode::empty()) },
-            None => {
-                let tray = core.pool.take_full(&core.space, Size::Small, Bits::range(run.clone()), 0);
-                let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len }];
-                let fence = dev.driver.copy(&dma);
-                let _ = dev.driver.wait(fence, &dma);
-                // SAFETY: as above; the tray is ours and full.
-                let copied = unsafe { core.space.uffd.copy(target, tray.slot(run.start), len, CopyMode::empty()) };
-                core.pool.put(tray);
-                copied
+        count(&dev.counters.bytes_to_cpu, run.len() * PAGE); // first, for the copy wakes the toucher, who may look
+        let (mut at, mut most) = (run.start, run.len());
+        while at < run.end && result.is_ok() {
+            let n = most.min(run.end - at);
+            let Err(partial) = copy_run(core, dev, at..at + n, frame + (at - run.start) as Frame, to) else {
+                arrived |= Bits::range(at..at + n);
+                (at, most) = (at + n, run.len());
+                continue;
+            };
+            let done = partial.done / PAGE;
+            arrived |= Bits::range(at..at + done);
+            at += done;
+            // One call copies within one mapping only, and says of more that there is none.
+            if partial.errno == Errno::NOENT && n - done > 1 {
+                most = ranges::within_mapping(&core.space, to + at * PAGE, n - done);
+            } else {
+                result = after(partial.errno, &mut arrived, at);
             }
-        };
-        let done = copied.map_or_else(|partial| partial.done / PAGE, |()| run.len());
-        arrived |= Bits::range(run.start..run.start + done);
-        if let Err(partial) = copied {
-            result = after(partial.errno, &mut arrived, run.start + done);
         }
     });
     (arrived, result)
+}
+
+/// Has the kernel copy a run of pages, whose frames follow `frame`.
+fn copy_run(core: &Core, dev: &Device, run: Range<usize>, frame: Frame, to: Va) -> Result<(), Partial> {
+    let (target, len) = (to + run.start * PAGE, run.len() * PAGE);
+    match dev.driver.peek(frame) {
+        // SAFETY: the frames are not mapped for the device and valid; the target pages are empty and watched, as the directory says.
+        Some(source) => unsafe { core.space.uffd.copy(target, source, len, CopyMode::empty()) },
+        None => {
+            let tray = core.pool.take_full(&core.space, Size::Small, Bits::range(run.clone()), 0);
+            let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len }];
+            let fence = dev.driver.copy(&dma);
+            let _ = dev.driver.wait(fence, &dma);
+            // SAFETY: as above; the tray is ours and full.
+            let copied = unsafe { core.space.uffd.copy(target, tray.slot(run.start), len, CopyMode::empty()) };
+            core.pool.put(tray);
+            copied
+        }
+    }
 }
 
 /// Copies one page of a tray into an empty, watched page of the program.
@@ -180,6 +198,11 @@ pub(crate) fn drop_duplicates(core: &Core, dev: &Device, state: &mut State, va: 
 
 /// Brings everything of the block that holds `va` home, whatever it takes; snapshots of a running launch stay.
 pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> {
+    send_pages_home(core, dev, va, Bits::ALL)
+}
+
+/// As [`send_home`], for some pages of the block.
+pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) -> Result<(), Error> {
     let va = Span::block(va).start;
     loop {
         let hold = core.space.hold();
@@ -193,10 +216,10 @@ pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> 
             thread::yield_now();
             continue;
         }
-        let shared = state.duplicated();
+        let shared = state.duplicated() & pages;
         let mut result = drop_duplicates(core, dev, &mut state, va, shared);
         if result.is_ok() {
-            let away = state.private() - state.parked; // parked pages are the running launch's
+            let away = (state.private() & pages) - state.parked; // parked pages are the running launch's
             result = bring_home(core, dev, &mut state, va, away).map(|_| ());
         }
         drop((state, hold));

@@ -13,6 +13,7 @@ use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::driver::{KernelFault, Launch};
 use crate::error::Error;
+use crate::hold;
 use crate::kernel::{Bound, Entry, Grid};
 use crate::migrate::{Intent, Parked};
 use crate::mode::Mode;
@@ -101,17 +102,31 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request) -> Result<(), Er
     let ledger = &mut *ledger;
     // One launch at a time in the process, whatever its device: two that hold snapshots in each other's blocks would wait for each other.
     let _one = core.prepare.lock();
+    if dev.driver.info().memory == 0 {
+        return bare(dev, request, groups); // it holds no data
+    }
     dev.full.store(false, Ordering::Relaxed);
     dev.shares.verify(core, dev);
+    hold::begin(core, dev, args);
     let prepared = if unchanged(core, dev, ledger, args) { Ok(()) } else { prepare(core, dev, ledger, args) };
     let mut result = match prepared {
         Ok(()) => execute(dev, request, groups).map_err(Error::Kernel),
         Err(e) => Err(e),
     };
+    hold::end(core, dev);
     let ended = finish(core, dev, ledger, args, result.is_ok());
     if result.is_ok() {
         result = ended;
     }
+    counted(dev, result)
+}
+
+/// A launch on a device that holds no data.
+fn bare(dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
+    counted(dev, execute(dev, request, groups).map_err(Error::Kernel))
+}
+
+fn counted(dev: &Device, result: Result<(), Error>) -> Result<(), Error> {
     count(&dev.counters.launches, 1);
     if result.is_err() {
         count(&dev.counters.launches_failed, 1);
@@ -251,6 +266,9 @@ pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<
     core.space.settle();
     let inside = Span::inside(start, end);
     let info = dev.driver.info();
+    if info.memory == 0 {
+        return Ok(()); // every page stays
+    }
     if inside.len() > info.memory {
         return Err(Error::TooLarge { device: info.name, needed: inside.len(), capacity: info.memory });
     }

@@ -10,15 +10,18 @@
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
-//! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares` | the life of a launch |
-//! | [`core`], [`process`] | the core and its devices; one core per process, its threads, its beginning and end |
+//! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
+//! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
 //! | `fork` | what happens before and after a fork |
+//! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
 pub mod args;
 mod assist;
 pub mod bits;
 pub mod check;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod core;
 pub mod counters;
 mod desk;
@@ -29,6 +32,7 @@ pub mod driver;
 mod error;
 mod events;
 mod fork;
+mod hold;
 mod home;
 pub mod kernel;
 mod launch;
@@ -48,6 +52,7 @@ mod shares;
 mod snapshot;
 pub mod space;
 mod sync;
+mod table;
 mod twins;
 
 pub use crate::core::DeviceRef;

@@ -209,8 +209,8 @@ impl Monitor {
             PageState::Duplicated => {
                 let dev = core.device(state.device as usize - 1);
                 count(&dev.counters.cpu_faults, 1);
-                // One write releases the block: the next ones would only follow.
-                let all = state.duplicated();
+                // One write releases the block: the next ones would only follow. What a launch must keep stays, but for the page itself.
+                let all = state.duplicated() - (dev.holds.pages(va) - Bits::one(page));
                 home::drop_duplicates(core, dev, state, va, all)
             }
             PageState::Copying => {
@@ -234,7 +234,7 @@ impl Monitor {
                 state.waiters = true;
                 Served::Done
             }
-            PageState::Private if state.mover != 0 || (state.parked.has(page) && !fault.worker) => {
+            PageState::Private if state.mover != 0 || (!fault.worker && kept(core, state, va).has(page)) => {
                 state.waiters = true;
                 Served::Done
             }
@@ -257,7 +257,7 @@ impl Monitor {
         let dev = core.device(state.device as usize - 1);
         // A worker that waited for the end of its own launch would wait for ever.
         let own = if fault.worker { state.parked & Bits::one(page) } else { Bits::EMPTY };
-        let away = state.private() - (state.parked - own);
+        let away = state.private() - (kept(core, state, va) - Bits::one(page));
         let ask = CpuFault {
             page,
             write: fault.write,
@@ -283,14 +283,28 @@ impl Monitor {
     }
 }
 
+/// Pages whose touch waits for the end of the running launch, but for its workers' own.
+fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
+    state.parked | core.device(state.device as usize - 1).holds.pages(va)
+}
+
 /// Fills holes with the zero page. What is there already is left, and its toucher woken.
 fn fill(core: &Core, start: Va, pages: usize) -> Served {
-    match core.space.uffd.zeropage(start, pages * PAGE) {
-        Ok(()) => Served::Done,
-        Err(partial) if partial.errno == Errno::AGAIN && partial.done == 0 => Served::Later,
-        Err(_) => {
-            let _ = core.space.uffd.wake(start, pages * PAGE);
-            Served::Done
+    let (mut at, mut most) = (0, pages);
+    while at < pages {
+        let n = most.min(pages - at);
+        match core.space.uffd.zeropage(start + at * PAGE, n * PAGE) {
+            Ok(()) => (at, most) = (at + n, pages),
+            Err(partial) if partial.errno == Errno::AGAIN && partial.done == 0 => return Served::Later,
+            // One call fills within one mapping only, and says of more that there is none.
+            Err(partial) if partial.errno == Errno::NOENT && partial.done == 0 && n > 1 => {
+                most = ranges::within_mapping(&core.space, start + at * PAGE, n);
+            }
+            Err(_) => {
+                let _ = core.space.uffd.wake(start + at * PAGE, (pages - at) * PAGE);
+                return Served::Done;
+            }
         }
     }
+    Served::Done
 }

@@ -8,6 +8,7 @@ use crate::bits::Bits;
 use crate::check::{self, Piece};
 use crate::core::{Core, Device};
 use crate::error::Error;
+use crate::home;
 use crate::launch::{LARGE, Ledger};
 use crate::migrate::{Ask, BATCH, Intent, Park, Room};
 use crate::mode::Mode;
@@ -35,6 +36,9 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
             Ok(())
         })?;
     }
+    if !dev.driver.info().replayable_faults {
+        edges_home(core, dev, args)?;
+    }
     let mut wants = [Want::default(); MAX_ARGS];
     let mut threads = ThreadList::new();
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
@@ -44,6 +48,20 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
     plan.carry_out(ledger)?;
     for (start, end, access) in ranges(args) {
         snapshot_rest(core, dev, ledger, args, Span::touching(start, end), access)?;
+    }
+    Ok(())
+}
+
+/// Pages that hold other data too must not be on a device without replayable faults, for the CPU may touch that data while the kernel runs: they come home,
+/// and the launch gets a snapshot.
+fn edges_home(core: &Core, dev: &Device, args: &[RawArg]) -> Result<(), Error> {
+    for (start, end, _) in ranges(args) {
+        let inside = Span::inside(start, end);
+        for edge in [Span::touching(start, start + 1), Span::touching(end - 1, end)] {
+            if inside.and(edge) != edge {
+                home::send_pages_home(core, dev, edge.start, edge.bits())?;
+            }
+        }
     }
     Ok(())
 }
@@ -205,7 +223,7 @@ impl Want {
     fn of(core: &Core, dev: &Device, (start, end, access): (Va, Va, Access), threads: &mut ThreadList) -> Self {
         let inside = Span::inside(start, end);
         // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
-        if access != Access::In || end - start < LARGE {
+        if access != Access::In || end - start < LARGE || !dev.driver.info().replayable_faults {
             return Want { access: Some(access), span: inside, excluded: Default::default() };
         }
         let excluded = [Span::touching(start, start + 1), Span::touching(end - 1, end)].map(|edge| {

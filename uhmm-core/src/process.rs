@@ -52,6 +52,15 @@ pub struct DeviceConfig {
     pub memory: usize,
     /// Worker threads, or 0 for the driver's default.
     pub threads: usize,
+    /// Whether kernels may touch what their launch does not declare, if the driver leaves a choice.
+    pub replayable_faults: bool,
+}
+
+impl DeviceConfig {
+    /// The driver's defaults, under a name.
+    pub fn new(name: &'static str) -> Self {
+        DeviceConfig { name, memory: 0, threads: 0, replayable_faults: true }
+    }
 }
 
 /// What stands in the meeting page: fixed in layout, for any version to read.
@@ -69,12 +78,31 @@ struct Running {
     monitor: Thread,
     assistant: Thread,
     queues: [Option<Thread>; MAX_DEVICES],
+    /// Users of the core, those of its devices included, and of each device.
     users: usize,
+    device_users: [usize; MAX_DEVICES],
     /// Ends it: the code of the copy that has started it, for its signal handler is that copy's.
     end: fn(Running),
 }
 
-/// The lock over the core's beginning and end.
+impl Running {
+    /// Closes the devices that nobody uses any more. Not from a kernel, whose own launch would be waited for: then they go with the next one.
+    fn close_unused(&mut self) {
+        if self.core.has_worker(thread::gettid()) {
+            return;
+        }
+        for index in (0..MAX_DEVICES).filter(|&index| self.device_users[index] == 0) {
+            let Some(queue) = self.queues[index].take() else { continue };
+            self.core.device(index).desk().close();
+            queue.join();
+            let core = &raw const *self.core as usize;
+            // SAFETY: the keeper serves with (); the core outlives the question.
+            unsafe { self.desk.ask(move |(): &()| (*(core as *const Core)).close_device(index)) };
+        }
+    }
+}
+
+/// The lock over the core's beginning and end, and over those of its devices.
 pub(crate) struct Held;
 
 pub(crate) fn lock() -> Result<Held, Error> {
@@ -195,7 +223,7 @@ impl CoreRef {
         self.process == std::process::id()
     }
 
-    /// The device called `config.name`: the open one, or else a new one. Its hold on the core is its own.
+    /// The device called `config.name`: the open one, as it was configured, or else a new one. Its hold on the core is its own.
     ///
     /// # Errors
     /// Those of the driver; [`Error::Device`] if there are too many.
@@ -204,13 +232,8 @@ impl CoreRef {
         let running = held.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
         // SAFETY: the lock is held, so this is the only reference.
         let running = unsafe { &mut *running };
-        let core = self.core();
-        let mut found = None;
-        core.for_each_device(|dev| {
-            if dev.driver.info().name == config.name {
-                found = Some(dev.index());
-            }
-        });
+        running.close_unused();
+        let found = self.find(config.name);
         let index = match found {
             Some(index) => index,
             None => {
@@ -223,7 +246,48 @@ impl CoreRef {
             }
         };
         running.users += 1;
+        running.device_users[index] += 1;
         Ok(DeviceRef::new(CoreRef { core: self.core, process: self.process }, index))
+    }
+
+    /// The open device called `name`, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::System`] if address space is refused.
+    pub fn open_device(&self, name: &str) -> Result<Option<DeviceRef>, Error> {
+        let held = lock()?;
+        let running = held.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        running.close_unused();
+        Ok(self.find(name).map(|index| {
+            running.users += 1;
+            running.device_users[index] += 1;
+            DeviceRef::new(CoreRef { core: self.core, process: self.process }, index)
+        }))
+    }
+
+    fn find(&self, name: &str) -> Option<usize> {
+        let mut found = None;
+        self.core().for_each_device(|dev| {
+            if dev.driver.info().name == name {
+                found = Some(dev.index());
+            }
+        });
+        found
+    }
+
+    /// One user of device `index` less. The last one closes it.
+    pub(crate) fn leave_device(&self, index: usize) {
+        if !self.is_ours() {
+            return;
+        }
+        let Ok(held) = lock() else { return };
+        let Ok(Some(running)) = held.running() else { return };
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        running.device_users[index] -= 1;
+        running.close_unused();
     }
 
     /// The open devices.
@@ -284,9 +348,17 @@ fn start() -> Result<Running, Error> {
     // SAFETY: the keeper serves with ().
     let started = unsafe { desk.ask(|(): &()| start_core()) }.unwrap_or(Err(Error::System("reach the keeper", Errno::SRCH)));
     match started {
-        Ok((core, monitor, assistant)) => {
-            Ok(Running { core, desk, keeper, monitor, assistant, queues: [const { None }; MAX_DEVICES], users: 0, end })
-        }
+        Ok((core, monitor, assistant)) => Ok(Running {
+            core,
+            desk,
+            keeper,
+            monitor,
+            assistant,
+            queues: [const { None }; MAX_DEVICES],
+            users: 0,
+            device_users: [0; MAX_DEVICES],
+            end,
+        }),
         Err(e) => {
             desk.close();
             keeper.join();
@@ -353,7 +425,7 @@ fn start_assistant(core: &Core) -> Result<Thread, Errno> {
 /// On the keeper: opens a device and starts its queue.
 fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> Result<(usize, Thread), Error> {
     system::pin_library(open as *const () as usize);
-    let Some(index) = core.free_device() else {
+    let Some(index) = core.devices.free() else {
         return Err(Error::Device { name: config.name.into(), why: format!("there are {MAX_DEVICES} already") });
     };
     let mut others = vec![];
@@ -361,7 +433,7 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
     let driver = open(&config, core.space.mode, &others)?;
     let dev = OwnBox::new(c"uhmm device", Device::new(index, driver)?)
         .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
-    let seat = OwnBox::new(c"uhmm seat", Seat { core, dev: dev.leak() })
+    let seat = OwnBox::new(c"uhmm seat", Seat { core, dev: (&raw const *dev).cast_mut() })
         .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?
         .leak();
     /// # Safety
@@ -371,10 +443,16 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
         let seat = unsafe { OwnBox::<Seat>::reclaim(seat.cast()) };
         seat.dev().desk().serve(&*seat);
     }
-    // SAFETY: the device is dropped after its queue was joined, in `end`.
-    let thread = unsafe { own::spawn(c"uhmm-queue", STACK, queue, seat.cast()) }.map_err(|e| Error::System("start a thread", e))?;
-    // SAFETY: leaked above, and alive.
-    core.set_device(index, unsafe { (*seat).dev });
+    // SAFETY: the device is dropped after its queue was joined, in `close_unused` or `end`.
+    let thread = match unsafe { own::spawn(c"uhmm-queue", STACK, queue, seat.cast()) } {
+        Ok(thread) => thread,
+        Err(e) => {
+            // SAFETY: leaked above, and no thread has it.
+            drop(unsafe { OwnBox::reclaim(seat) });
+            return Err(Error::System("start a thread", e));
+        }
+    };
+    core.devices.set(index, dev);
     Ok((index, thread))
 }
 
@@ -391,11 +469,7 @@ fn end(running: Running) {
         desk.ask(move |(): &()| {
             let core = &*(at as *const Core);
             core.evict_all();
-            for index in 0..MAX_DEVICES {
-                if let Some(dev) = core.take_device(index) {
-                    drop(OwnBox::<Device>::reclaim(dev));
-                }
-            }
+            (0..MAX_DEVICES).for_each(|index| drop(core.devices.take(index)));
             let _ = core.stop.signal();
         })
     };

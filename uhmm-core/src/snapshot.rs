@@ -29,8 +29,10 @@ use uhmm_os::{BLOCK, Errno, PAGE, copy, thread};
 pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, Va> {
     let mut result = Ok(0);
     let mut threads = ThreadList::new();
+    // A kept page goes home when the CPU touches its other bytes: nothing for a device that could not fetch it again.
+    let fetches = dev.driver.info().replayable_faults;
     let mut end = |va, keeps: bool| {
-        if success && keeps {
+        if success && keeps && fetches {
             keep(core, dev, va, args, &mut threads);
         }
         let ended = end_block(core, dev, va, args, success);

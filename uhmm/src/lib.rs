@@ -44,8 +44,8 @@ use bytemuck::Pod;
 use uhmm_core::kernel::Entry;
 use uhmm_core::{CoreRef, DeviceConfig, DeviceRef};
 
-/// The names of the kinds of device that this build has.
-pub const KINDS: &[&str] = &["soft"];
+/// The names of the kinds of device that this build has; [`Uhmm::device`] says what they are.
+pub const KINDS: &[&str] = &["soft", "soft:nofault", "null"];
 
 /// The process's heterogeneous memory management. All values of this type in a process share one core, which ends with the last of them and of their
 /// devices: everything comes home, and no thread, mapping or descriptor stays.
@@ -67,26 +67,31 @@ impl Uhmm {
         Ok(Uhmm { core: CoreRef::get()? })
     }
 
-    /// The device called `name`, with its default configuration if it is not open yet. There is one kind so far: `"soft"`.
+    /// The device called `name`: the open one of that name, else a new one of that kind with its default configuration.
+    ///
+    /// | kind | |
+    /// |---|---|
+    /// | `soft` | the reference device in software |
+    /// | `soft:nofault` | the same without replayable faults, as most hardware is: kernels reach only what their launch declares |
+    /// | `null` | accepts every launch, runs nothing, has no memory: what uhmm itself costs |
     ///
     /// # Errors
     /// [`Error::NoDevice`]; [`Error::Device`] if it cannot be opened.
     pub fn device(&self, name: &str) -> Result<Device, Error> {
         match name {
             "soft" => self.soft("soft").open(),
-            _ => {
-                let open = self.core.devices().into_iter().find(|info| info.name == name);
-                match open {
-                    Some(info) => self.soft(info.name).open(),
-                    None => Err(Error::NoDevice { name: name.into(), known: KINDS.join(", ") }),
-                }
-            }
+            "soft:nofault" => self.soft("soft:nofault").replayable_faults(false).open(),
+            "null" => Ok(Device { dev: self.core.device(DeviceConfig::new("null"), uhmm_null::open)? }),
+            _ => match self.core.open_device(name)? {
+                Some(dev) => Ok(Device { dev }),
+                None => Err(Error::NoDevice { name: name.into(), known: KINDS.join(", ") }),
+            },
         }
     }
 
     /// A software device with a configuration of its own. If a device of that name is open already, it is that one, as it was configured.
     pub fn soft(&self, name: &'static str) -> SoftBuilder<'_> {
-        SoftBuilder { core: &self.core, config: DeviceConfig { name, memory: 0, threads: 0 } }
+        SoftBuilder { core: &self.core, config: DeviceConfig::new(name) }
     }
 
     /// The devices that are open in this process.
@@ -125,6 +130,13 @@ impl SoftBuilder<'_> {
         self
     }
 
+    /// Whether kernels may touch any address of the process, the device fetching what it does not have yet. Default: yes. Without, a launch must declare
+    /// all that its kernel touches: a bare `ptr` is refused, and a touch of anything else fails the launch.
+    pub fn replayable_faults(mut self, have: bool) -> Self {
+        self.config.replayable_faults = have;
+        self
+    }
+
     /// Opens the device.
     ///
     /// # Errors
@@ -134,7 +146,8 @@ impl SoftBuilder<'_> {
     }
 }
 
-/// An open device.
+/// A user's hold on an open device. With the last one the device is closed: what it has comes home, its threads and its memory go, and its name is free for
+/// a device with another configuration. That waits for the running launch, whatever its device, so a kernel must not be the one to drop it.
 #[derive(Debug)]
 pub struct Device {
     dev: DeviceRef,

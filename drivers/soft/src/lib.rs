@@ -11,6 +11,9 @@
 //! into the page table moves it (UFFDIO_MOVE) from one to the other, and taking it out moves it back, with every core's translation flushed when the
 //! call returns. That is the acknowledgement. A worker's touch of a page that is not in the window raises SIGBUS in that worker, which
 //! has uhmm serve the fault and repeats the access. Threads of the program are refused there.
+//!
+//! Without replayable faults ([`DeviceConfig::replayable_faults`]) it is a device as most are: what a launch declares is there before its kernel starts,
+//! and a touch of anything else fails the launch.
 
 pub mod dma;
 pub mod memory;
@@ -68,7 +71,14 @@ pub fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<
     };
     let window = Window::new(mask, mode != Mode::None).map_err(reserve)?;
     let soft = Soft {
-        info: DeviceInfo { name: config.name, memory, threads, mask, replayable_faults: mode != Mode::None },
+        info: DeviceInfo {
+            name: config.name,
+            memory,
+            threads,
+            mask,
+            replayable_faults: config.replayable_faults && mode != Mode::None,
+            coherent: false,
+        },
         workers: Workers::new(threads).map_err(reserve)?,
         engine: Engine::new().map_err(reserve)?,
         window,
@@ -146,6 +156,10 @@ unsafe impl Driver for Soft {
 
     fn note_fault(&self, va: usize, write: bool) {
         self.workers.faults.push(va, write);
+    }
+
+    fn fail(&self, fault: KernelFault) {
+        self.workers.fail(fault);
     }
 
     fn host_touch(&self, _tid: u32, address: usize) {

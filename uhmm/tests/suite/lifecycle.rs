@@ -16,14 +16,14 @@ crate::tests![
     forks_during_launches,
 ];
 
-fn threads() -> Vec<String> {
+pub fn threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let mut names: Vec<String> = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok()).collect();
     names.sort();
     names
 }
 
-fn descriptors() -> Vec<String> {
+pub fn descriptors() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let mut all = vec![];
     for task in tasks {
@@ -125,7 +125,7 @@ fn libraries_with_copies_of_their_own_share_one_core() {
 }
 
 /// Lines of /proc/self/maps where only uhmm maps anything: its own memory, and windows.
-fn mappings_of_uhmm() -> Vec<String> {
+pub fn mappings_of_uhmm() -> Vec<String> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let ours = |line: &&str| {
         let start = line.split('-').next().and_then(|start| u64::from_str_radix(start, 16).ok()).unwrap_or(0);

@@ -7,12 +7,15 @@
 
 mod bad_input;
 mod basics;
+mod closing;
+mod conformance;
 mod faults;
 mod harness;
 mod kernel_faults;
 mod lifecycle;
 mod mappings;
 mod modes;
+mod profiles;
 mod races;
 mod stories;
 mod undeclared;
@@ -24,6 +27,9 @@ fn main() {
     tests.extend(kernel_faults::TESTS);
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
+    tests.extend(closing::TESTS);
+    tests.extend(profiles::TESTS);
+    tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);
     tests.extend(modes::TESTS);
     tests.extend(races::TESTS);

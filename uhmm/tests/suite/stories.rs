@@ -24,6 +24,7 @@ crate::tests![
     a_large_zeroing_ends,
     a_touch_beside_an_array_fails_no_launch,
     bytes_that_came_home_are_counted_when_the_toucher_goes_on,
+    a_touch_beside_a_border_of_mappings,
 ];
 
 const BLOCK: usize = 2 << 20;
@@ -369,5 +370,29 @@ fn bytes_that_came_home_are_counted_when_the_toucher_goes_on() {
         let before = dev.stats();
         assert_eq!(unsafe { range.as_ptr().read_volatile() }, 3);
         assert_ne!(dev.stats().bytes_to_cpu, before.bytes_to_cpu);
+    }
+}
+
+/// One call of the kernel copies, or fills with zeroes, within one mapping only, and says of more that there is nothing. What was brought home around
+/// a touch ended in the next mapping: the monitor took that for an unmap whose event would come, and tried for ever.
+fn a_touch_beside_a_border_of_mappings() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(2);
+    let border = BLOCK + 5 * PAGE;
+    // Two mappings from here on, as neighbours with unequal flags are.
+    unsafe { libc::madvise(pages.start.add(border).cast(), pages.len - border, libc::MADV_DONTDUMP) };
+    let all = part(&pages, 0, pages.len);
+    dev.run(&fill(2), 1, args![inout(all)]).unwrap();
+    let before = dev.stats();
+    assert_eq!(all[border - 1], 2, "brings 64 KiB home, of both mappings");
+    assert_eq!(dev.stats().bytes_to_cpu - before.bytes_to_cpu, 64 << 10);
+    assert!(all.iter().all(|&x| x == 2));
+    // Holes on both sides.
+    for round in 0..3 {
+        dev.run(&fill(3), 1, args![inout(all)]).unwrap();
+        unsafe { libc::madvise(pages.start.add(border - 3 * PAGE).cast(), 6 * PAGE, libc::MADV_DONTNEED) };
+        let (at, last) = (border - 3 * PAGE, border + 3 * PAGE);
+        assert_eq!(all[if round == 1 { last - 1 } else { at }], 0);
+        assert!(all.iter().enumerate().all(|(i, &x)| x == if (at..last).contains(&i) { 0 } else { 3 }));
     }
 }
