@@ -9,6 +9,7 @@ mod bad_input;
 mod basics;
 mod faults;
 mod harness;
+mod kernel_access;
 mod kernel_faults;
 mod lifecycle;
 mod mappings;
@@ -19,6 +20,7 @@ fn main() {
     let mut tests = vec![];
     tests.extend(basics::TESTS);
     tests.extend(faults::TESTS);
+    tests.extend(kernel_access::TESTS);
     tests.extend(kernel_faults::TESTS);
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
