@@ -11,6 +11,7 @@ mod faults;
 mod harness;
 mod kernel_access;
 mod kernel_faults;
+mod kernel_futex;
 mod lifecycle;
 mod mappings;
 mod races;
@@ -22,6 +23,7 @@ fn main() {
     tests.extend(faults::TESTS);
     tests.extend(kernel_access::TESTS);
     tests.extend(kernel_faults::TESTS);
+    tests.extend(kernel_futex::TESTS);
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(mappings::TESTS);
