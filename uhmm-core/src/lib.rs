@@ -12,7 +12,7 @@
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot` | the life of a launch |
 //! | [`core`], [`process`] | the core and its devices; one core per process, its threads, its beginning and end |
-//! | `fork` | what happens before and after a fork |
+//! | `fork`, `evictor` | everything comes home: before a fork, when asked, before the action of a signal |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
 pub mod args;
@@ -28,6 +28,7 @@ pub mod directory;
 pub mod driver;
 mod error;
 mod events;
+mod evictor;
 mod fork;
 mod home;
 pub mod kernel;

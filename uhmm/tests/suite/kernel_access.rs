@@ -377,7 +377,8 @@ fn a_ring_reads_and_writes() {
     }
 }
 
-/// Registered buffers are pinned: their pages cannot move while they are registered, and are declared to launches all the same.
+/// A ring's registered buffers were duplicated for a launch that read them. What the ring then wrote, straight to the pages it has pinned, raised no fault: the
+/// next launch read what had been there before. Pinned pages cannot move, must not be duplicated, and are declared to launches all the same.
 fn a_rings_registered_buffers() {
     use io_uring::{opcode, types::Fd};
     let Some(mut ring) = ring() else { return };

@@ -7,6 +7,8 @@
 
 mod bad_input;
 mod basics;
+mod dying;
+mod evict;
 mod faults;
 mod harness;
 mod kernel_access;
@@ -20,6 +22,8 @@ mod stories;
 fn main() {
     let mut tests = vec![];
     tests.extend(basics::TESTS);
+    tests.extend(dying::TESTS);
+    tests.extend(evict::TESTS);
     tests.extend(faults::TESTS);
     tests.extend(kernel_access::TESTS);
     tests.extend(kernel_faults::TESTS);
