@@ -16,6 +16,7 @@ mod kernel_faults;
 mod kernel_futex;
 mod lifecycle;
 mod mappings;
+mod nothing_declared;
 mod races;
 mod stories;
 
@@ -31,6 +32,7 @@ fn main() {
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(mappings::TESTS);
+    tests.extend(nothing_declared::TESTS);
     tests.extend(races::TESTS);
     tests.extend(stories::TESTS);
     harness::run(&tests);
