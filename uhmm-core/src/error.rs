@@ -167,6 +167,14 @@ pub enum Error {
     /// A kernel asked for a launch.
     #[error("a kernel cannot launch, allocate or move memory: do it after the launch has ended")]
     Reentrant,
+    /// A signal that no handler can be had for.
+    #[error(
+        "signal {signal} cannot be handled: signals from 1 to 64 can, but for SIGKILL (9), SIGSTOP (19), and 32 and 33, which are the C library's"
+    )]
+    Signal {
+        /// Its number.
+        signal: i32,
+    },
     /// The kernel failed on the device.
     #[error("kernel failed: {}", kernel_fault(.0))]
     Kernel(KernelFault),

@@ -24,6 +24,11 @@ pub(crate) fn register() -> Result<(), Errno> {
     unsafe { system::atfork(before, after_in_parent, after_in_child) }
 }
 
+/// Whether a thread is between the handlers: everything is home, and its launches wait.
+pub(crate) fn under_way() -> bool {
+    HELD.load(Ordering::Acquire) != 0
+}
+
 extern "C" fn before() {
     let Some(core) = current() else { return };
     if core.has_worker(thread::gettid()) {

@@ -12,7 +12,7 @@
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
-//! | `fork` | what happens before and after a fork |
+//! | `fork`, `evictor` | everything comes home: before a fork, when asked, before the action of a signal |
 //! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
@@ -31,6 +31,7 @@ pub mod directory;
 pub mod driver;
 mod error;
 mod events;
+mod evictor;
 mod fork;
 mod hold;
 mod home;

@@ -17,7 +17,7 @@ use crate::shares;
 use crate::space::ThreadList;
 use crate::sync::*;
 use core::ops::Range;
-use uhmm_os::{BLOCK, PAGE};
+use uhmm_os::{BLOCK, PAGE, tasks};
 
 /// Makes what the arguments declare resident.
 ///
@@ -44,7 +44,8 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
         *want = Want::of(core, dev, range, &mut threads);
     }
-    let plan = Plan { core, dev, args, wants, next: AtomicUsize::new(0) };
+    let reads = ranges(args).any(|range| range.2 == Access::In);
+    let plan = Plan { core, dev, args, wants, pins: reads && tasks::has_pinned_pages(), next: AtomicUsize::new(0) };
     plan.carry_out(ledger)?;
     for (start, end, access) in ranges(args) {
         snapshot_rest(core, dev, ledger, args, Span::touching(start, end), access)?;
@@ -78,6 +79,9 @@ struct Plan<'a> {
     dev: &'a Device,
     args: &'a [RawArg],
     wants: [Want; MAX_ARGS],
+    /// Some pages of the process may be pinned. Whoever has pinned a page writes to it without a fault, so it must not be duplicated: what is read moves
+    /// too, which is refused for just these pages; they get a snapshot.
+    pins: bool,
     /// The first block that nobody has taken yet.
     next: AtomicUsize,
 }
@@ -152,7 +156,7 @@ impl Plan<'_> {
     fn ask(&self, index: usize, access: Access, part: Span, piece: Piece) -> Ask {
         if !piece.movable {
             let intent = match access {
-                Access::In if piece.shareable => Intent::Duplicate,
+                Access::In if piece.shareable && !self.pins => Intent::Duplicate,
                 Access::Out => Intent::Blank,
                 _ => Intent::Snapshot,
             };
@@ -164,7 +168,8 @@ impl Plan<'_> {
         let all = alike.fold(self.wants[index].pages(part), |sum, other| sum | other.pages(block)) == Bits::ALL;
         let whole = all && self.core.space.mode == Mode::Full; // else neighbours may be of another kind
         let (part, want) = if whole { (block, Bits::ALL) } else { (part, self.wants[index].pages(part)) };
-        Ask::new(part, want, intent(access))
+        let intent = if self.pins && access == Access::In { Intent::Move } else { intent(access) };
+        Ask::new(part, want, intent)
     }
 }
 

@@ -6,6 +6,7 @@
 //!   the table), and does what must be done on such a thread.
 //! * The *monitor* serves CPU faults and follows the program's mapping changes.
 //! * The *assistant* takes part in preparing launches.
+//! * The *evictor*, once somebody asks for it, brings everything home before the action of a signal.
 //! * Each device has a *queue* thread that runs its launches, and whatever threads its driver starts.
 //!
 //! # How copies meet
@@ -21,6 +22,7 @@ use crate::desk::Desk;
 use crate::device_fault;
 use crate::driver::{DeviceInfo, Driver};
 use crate::error::Error;
+use crate::evictor::{Evictor, Post};
 use crate::fork;
 use crate::mode::Mode;
 use crate::monitor::Monitor;
@@ -77,6 +79,7 @@ struct Running {
     keeper: Thread,
     monitor: Thread,
     assistant: Thread,
+    evictor: Option<Evictor>,
     queues: [Option<Thread>; MAX_DEVICES],
     /// Users of the core, those of its devices included, and of each device.
     users: usize,
@@ -150,6 +153,20 @@ impl Held {
         let core = &raw const *running.core as usize;
         // SAFETY: the keeper serves with (); the core cannot end while the lock is held.
         unsafe { running.desk.ask(move |(): &()| job(&*(core as *const Core))) }
+    }
+
+    /// Where signal handlers wait for the evictor, which is started if there is none.
+    pub(crate) fn evictor(&self) -> Result<&'static Post, Error> {
+        let running = self.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        if running.evictor.is_none() {
+            let at = &raw const *running.core as usize;
+            // SAFETY: the keeper serves with (); the core is dropped after the evictor was joined, in `end`.
+            let started = unsafe { running.desk.ask(move |(): &()| Evictor::start(&*(at as *const Core))) };
+            running.evictor = Some(started.unwrap_or(Err(Errno::SRCH)).map_err(|e| Error::System("start a thread", e))?);
+        }
+        running.evictor.as_ref().map(Evictor::post).ok_or(Error::System("start a thread", Errno::SRCH))
     }
 
     /// The running core, if there is one.
@@ -354,6 +371,7 @@ fn start() -> Result<Running, Error> {
             keeper,
             monitor,
             assistant,
+            evictor: None,
             queues: [const { None }; MAX_DEVICES],
             users: 0,
             device_users: [0; MAX_DEVICES],
@@ -458,11 +476,14 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
 
 /// Everything comes home, threads end, memory goes.
 fn end(running: Running) {
-    let Running { core, desk, keeper, queues, monitor, assistant, .. } = running;
+    let Running { core, desk, keeper, queues, monitor, assistant, evictor, .. } = running;
     core.for_each_device(|dev| dev.desk().close());
     queues.into_iter().flatten().for_each(Thread::join);
     core.assist.close();
     assistant.join();
+    if let Some(evictor) = evictor {
+        evictor.end();
+    }
     let at = &raw const *core as usize;
     // SAFETY: the keeper serves with (), and the core outlives the question. Bringing pages home needs uhmm's descriptors, and the monitor.
     unsafe {

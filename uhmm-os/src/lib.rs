@@ -11,7 +11,7 @@
 //! | [`maps`] | `/proc/self/maps`: which mapping holds an address (`PROCMAP_QUERY`, or the text) |
 //! | [`mem`] | mmap, mremap, madvise and names, with memory that a fork does not inherit |
 //! | [`copy`] | copies that bypass the cache, and copies that survive a bad address |
-//! | [`signal`] | SIGBUS and SIGSEGV: one handler that chains to those before it |
+//! | [`signal`] | SIGBUS and SIGSEGV: one handler that chains to those before it; hooks before any signal's action |
 //! | [`thread`] | threads on stacks of our own, with alternate signal stacks and descriptor tables of their own |
 //! | [`system`] | what this kernel is, and what this process may do; fork handlers |
 //!
@@ -44,7 +44,7 @@ pub mod uffd;
 mod wait;
 
 pub use rustix::io::Errno;
-pub use wait::{EventFd, poll};
+pub use wait::{EventFd, futex_wait, futex_wake, poll};
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;

@@ -1,9 +1,12 @@
-//! SIGBUS and SIGSEGV: one handler that repairs what it can and hands everything else on to whoever had the signal before.
+//! SIGBUS and SIGSEGV: one handler that repairs what it can and hands everything else on to whoever had the signal before; and, for any signal, something that
+//! is done before its action ([`hook`]).
 //!
 //! A fault goes, in this order, to the fixup of [`copy::guarded`], to the handler given to [`install`], and to
 //! the action that was there before. Rules:
 //! * the handler is *Fault path* and async-signal-safe: its state is one static that is not zero, so that it lies in `.data`;
 //! * a fault that nobody wants kills the process exactly as it would without us: same signal, same instruction, same core dump.
+
+pub mod hook;
 
 use crate::syscall::{abi, call};
 use crate::{Errno, copy};
@@ -214,28 +217,38 @@ const BUS_MCEERR_AO: c_int = 5;
 unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, is_fault: bool) {
     let previous = if signal == libc::SIGBUS { &STATE.previous[0] } else { &STATE.previous[1] };
     let action = previous.action.load(Ordering::Acquire);
+    hook::before_handing_on(signal, action == libc::SIG_DFL || (is_fault && action == libc::SIG_IGN));
     match action {
         // A signal that was sent (kill(2)) is ignored; a fault cannot be: the kernel kills.
         libc::SIG_IGN if !is_fault => {}
         libc::SIG_DFL | libc::SIG_IGN => die(signal, is_fault),
         _ => {
-            let flags = previous.flags.load(Ordering::Relaxed);
-            let own = if flags & libc::SA_NODEFER as u32 == 0 { bit(signal) } else { 0 };
-            if flags & libc::SA_RESETHAND as u32 != 0 {
-                previous.action.store(libc::SIG_DFL, Ordering::Relaxed);
-            }
+            let own = if previous.flags.load(Ordering::Relaxed) & libc::SA_NODEFER as u32 == 0 { bit(signal) } else { 0 };
             let before = block(previous.mask.load(Ordering::Relaxed) as u64 | own);
-            // SAFETY: the program registered this function with these flags, so it has this form.
-            unsafe {
-                if flags & libc::SA_SIGINFO as u32 != 0 {
-                    let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = core::mem::transmute(action);
-                    handler(signal, info, context);
-                } else {
-                    let handler: extern "C" fn(c_int) = core::mem::transmute(action);
-                    handler(signal);
-                }
-            }
+            // SAFETY: as by the contract.
+            unsafe { call_handler(previous, action, signal, info, context) };
             set_mask(before);
+        }
+    }
+}
+
+/// Calls the handler that the program has registered.
+///
+/// # Safety
+/// The arguments must be those of a signal handler; `action` is no constant.
+unsafe fn call_handler(previous: &Previous, action: usize, signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+    let flags = previous.flags.load(Ordering::Relaxed);
+    if flags & libc::SA_RESETHAND as u32 != 0 {
+        previous.action.store(libc::SIG_DFL, Ordering::Relaxed);
+    }
+    // SAFETY: the program registered this function with these flags, so it has this form.
+    unsafe {
+        if flags & libc::SA_SIGINFO as u32 != 0 {
+            let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = core::mem::transmute(action);
+            handler(signal, info, context);
+        } else {
+            let handler: extern "C" fn(c_int) = core::mem::transmute(action);
+            handler(signal);
         }
     }
 }
@@ -252,13 +265,19 @@ struct KernelAction {
 /// Restores the default action; a fault then happens again and kills, a signal that was sent is sent again.
 fn die(signal: c_int, is_fault: bool) {
     let default = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
-    // SAFETY: the structure is the kernel's; the default action needs no restorer. The thread signals itself.
+    // SAFETY: the structure is the kernel's; the default action needs no restorer.
+    let _ = unsafe { call(abi::__NR_rt_sigaction, [signal as usize, &raw const default as usize, 0, 8]) };
+    if !is_fault {
+        send(signal);
+    }
+}
+
+/// Sends a signal to the calling thread.
+fn send(signal: c_int) {
+    // SAFETY: numbers only.
     unsafe {
-        let _ = call(abi::__NR_rt_sigaction, [signal as usize, &raw const default as usize, 0, 8]);
-        if !is_fault {
-            let process = call(abi::__NR_getpid, []).unwrap_or(0);
-            let _ = call(abi::__NR_tgkill, [process, crate::thread::gettid() as usize, signal as usize]);
-        }
+        let process = call(abi::__NR_getpid, []).unwrap_or(0);
+        let _ = call(abi::__NR_tgkill, [process, crate::thread::gettid() as usize, signal as usize]);
     }
 }
 
@@ -266,9 +285,8 @@ const fn bit(signal: c_int) -> u64 {
     1 << (signal - 1)
 }
 
-/// Signals that stand for what the thread itself did. Blocking them would not stop them: the kernel would kill.
-const FAULTS: u64 =
-    bit(libc::SIGBUS) | bit(libc::SIGSEGV) | bit(libc::SIGFPE) | bit(libc::SIGILL) | bit(libc::SIGTRAP) | bit(libc::SIGABRT);
+/// Signals that stand for what the thread itself did. Blocking them would not stop them: the kernel would kill. (SIGABRT is none: abort(3) unblocks it.)
+const FAULTS: u64 = bit(libc::SIGBUS) | bit(libc::SIGSEGV) | bit(libc::SIGFPE) | bit(libc::SIGILL) | bit(libc::SIGTRAP);
 /// What glibc sends to every thread and waits for (pthread_cancel, and setuid and its kin): a thread that blocks the second makes
 /// setuid hang.
 const GLIBC: u64 = bit(32) | bit(33);

@@ -1,4 +1,5 @@
-//! The threads of this process, and where the kernel will write for each of them when it ends. *Fault path.*
+//! What the kernel says of this process and its threads: where it will write for each of them when it ends, where they run, and whether it has pages
+//! pinned. *Fault path.*
 
 use crate::syscall::{abi, call};
 use core::mem::MaybeUninit;
@@ -100,6 +101,23 @@ fn core_field(line: &[u8]) -> Option<usize> {
     let name_end = line.iter().rposition(|&byte| byte == b')')?;
     let field = line[name_end + 1..].split(|&byte| byte == b' ').filter(|field| !field.is_empty()).nth(39 - 3)?;
     field.iter().try_fold(0usize, |number, &digit| digit.is_ascii_digit().then(|| number * 10 + usize::from(digit - b'0')))
+}
+
+/// Whether pages of this process are pinned for long, as a ring's registered buffers are (`VmPin`, proc_pid_status(5)): what has them writes to them without a
+/// fault. True if it cannot be told.
+pub fn has_pinned_pages() -> bool {
+    let path = c"/proc/self/status";
+    let mut text = [0u8; 8192];
+    let flags = abi::O_RDONLY | abi::O_CLOEXEC;
+    // SAFETY: the path ends with a zero; the buffer is valid for writes of its length; what was opened is closed.
+    let read = unsafe {
+        let Ok(fd) = call(abi::__NR_openat, [abi::AT_FDCWD as usize, path.as_ptr() as usize, flags as usize, 0]) else { return true };
+        let read = call(abi::__NR_read, [fd, text.as_mut_ptr() as usize, text.len()]);
+        let _ = call(abi::__NR_close, [fd]);
+        read
+    };
+    let line = read.ok().and_then(|len| text[..len].split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(b"VmPin:")));
+    line.is_none_or(|number| number.iter().any(|digit| (b'1'..=b'9').contains(digit)))
 }
 
 /// Writes to standard error, unbuffered.

@@ -1,9 +1,10 @@
-//! Waiting for descriptors, and waking a thread that waits.
+//! Waiting for descriptors and for words of memory, and waking a thread that waits.
 //!
 //! Fault path, but for [`EventFd::new`].
 
 use crate::Errno;
 use crate::syscall::{abi, call};
+use core::sync::atomic::AtomicU32;
 use core::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -47,6 +48,24 @@ pub fn poll(fds: &[BorrowedFd<'_>], timeout_ms: Option<u32>) -> Result<u32, Errn
         ready |= u32::from(slot.revents != 0) << i;
     }
     Ok(ready)
+}
+
+/// Waits while `word` is `value`, at most `timeout_ms` milliseconds (`None`: for ever), for who wakes it (futex(2)). False if the time ran out; true for any
+/// other reason, also none. *Fault path.*
+pub fn futex_wait(word: &AtomicU32, value: u32, timeout_ms: Option<u32>) -> bool {
+    let time = timeout_ms.map(|ms| abi::__kernel_timespec { tv_sec: i64::from(ms / 1000), tv_nsec: i64::from(ms % 1000) * 1_000_000 });
+    let time_at = time.as_ref().map_or(0, |time| core::ptr::from_ref(time) as usize);
+    let operation = (abi::FUTEX_WAIT | abi::FUTEX_PRIVATE_FLAG) as usize;
+    // SAFETY: the word is valid, the time is a timespec or null.
+    let result = unsafe { call(abi::__NR_futex, [word.as_ptr() as usize, operation, value as usize, time_at]) };
+    result != Err(Errno::TIMEDOUT)
+}
+
+/// Wakes all who wait for `word`. *Fault path.*
+pub fn futex_wake(word: &AtomicU32) {
+    let operation = (abi::FUTEX_WAKE | abi::FUTEX_PRIVATE_FLAG) as usize;
+    // SAFETY: the word is valid; it is only looked up.
+    let _ = unsafe { call(abi::__NR_futex, [word.as_ptr() as usize, operation, i32::MAX as usize]) };
 }
 
 /// A counter (eventfd(2)) that wakes a thread in [`poll`].

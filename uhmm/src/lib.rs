@@ -94,6 +94,28 @@ impl Uhmm {
         SoftBuilder { core: &self.core, config: DeviceConfig::new(name) }
     }
 
+    /// Brings everything home that any device has: afterwards all memory is the CPU's alone, until the next launch. Waits for the running launch.
+    ///
+    /// # Errors
+    /// [`Error::Reentrant`] from a kernel.
+    pub fn evict_all(&self) -> Result<(), Error> {
+        self.core.evict_all()
+    }
+
+    /// From now on, until the last value of this type and the last device are gone: when `signal` (signal(7), such as SIGABRT, 6) comes, everything is
+    /// brought home, and then its action happens as it would without uhmm: the handler that is there now, or the default action.
+    ///
+    /// So a core dump has all pages (SIGABRT, SIGSEGV, SIGQUIT), and a process that is stopped (SIGTSTP) can be read by a debugger: launches wait until it
+    /// goes on. SIGUSR1, SIGUSR2 and real-time signals without a handler only bring everything home. A handler that is installed later replaces this, unless
+    /// it calls the one before it. A running launch is waited for, 5 seconds at most; then what it uses stays on its device. It may be called for several
+    /// signals; the first call starts a thread.
+    ///
+    /// # Errors
+    /// [`Error::Signal`] for SIGKILL, SIGSTOP and what is no signal; [`Error::System`] if a thread is refused; [`Error::Reentrant`] from a kernel.
+    pub fn evict_on_signal(&self, signal: i32) -> Result<(), Error> {
+        self.core.evict_on_signal(signal)
+    }
+
     /// The devices that are open in this process.
     pub fn devices(&self) -> Vec<DeviceInfo> {
         self.core.devices()

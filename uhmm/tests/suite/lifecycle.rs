@@ -145,6 +145,7 @@ fn nothing_remains() {
         dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
         dev.run(&|ctx: &Ctx<'_>| assert!(ctx.group() > 5), 6, args![inout(&mut data)]).unwrap_err();
         let _kept = dev.alloc::<u32>(5).unwrap();
+        hmm.evict_on_signal(libc::SIGUSR2).unwrap();
         assert_eq!(data[7], 8);
         assert_ne!(descriptors(), before.1);
         assert!(mappings_of_uhmm().len() > 5);
