@@ -49,6 +49,8 @@ pub struct Core {
     pub(crate) pool: Pool,
     pub(crate) policy: OwnBox<dyn Policy>,
     pub(crate) prepare: Mutex<()>,
+    /// For who looks what threads need when they end: [`crate::thread_ends`].
+    pub(crate) ends: Mutex<()>,
     pub(crate) assist: Assist,
     devices: [AtomicUsize; MAX_DEVICES],
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
@@ -105,6 +107,7 @@ impl Core {
             pool,
             policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
             prepare: Mutex::new(()),
+            ends: Mutex::new(()),
             assist: Assist::default(),
             devices: [const { AtomicUsize::new(0) }; MAX_DEVICES],
             rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,

@@ -13,7 +13,8 @@ use crate::migrate::{Ask, Intent};
 use crate::notifier;
 use crate::page::{Span, Va};
 use crate::policy;
-use crate::space::{self, ThreadBlocks};
+use crate::space;
+use crate::thread_ends;
 use uhmm_os::signal::FaultInfo;
 use uhmm_os::{BLOCK, PAGE, tasks, thread};
 
@@ -87,17 +88,17 @@ pub(crate) fn serve(core: &Core, dev: &Device, va: Va, write: bool) -> Result<()
                 if !space::movable(&vma) {
                     return Err(unreachable);
                 }
-                let threads = ThreadBlocks::of(&vma, part);
-                if threads.blocks.has(page) {
+                let needed = thread_ends::needed(core, part);
+                if needed.has(page) {
                     return Err(unreachable);
                 }
                 // The kernel's own captures lie on a stack too: only what it touches there through the window is fetched.
-                let candidates = part.bits() - threads.blocks - (threads.stacks - Bits::one(page));
+                let candidates = part.bits() - needed - (thread_ends::stacks(&vma, part) - Bits::one(page));
                 let ask = policy::DeviceFault { page, write, candidates };
                 ((core.policy.device_fault(&ask) & self::present_or(core, part, page)) & candidates | Bits::one(page), Intent::Move)
             }
         };
-        let ask = Ask { part, want, intent, pinned: false, seq: Some(seq) };
+        let ask = Ask { part, want, intent, beside: want, pinned: false, seq: Some(seq) };
         match core.make_block_resident(dev, &ask) {
             Ok(_) => {}
             Err(Error::NoRoom { .. }) => return Err(KernelFault::NoRoom { address: va }),

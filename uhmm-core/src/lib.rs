@@ -11,6 +11,7 @@
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot` | the life of a launch |
+//! | `thread_ends` | pages that must stay because a thread that dies needs them |
 //! | [`core`], [`process`] | the core and its devices; one core per process, its threads, its beginning and end |
 //! | `fork` | what happens before and after a fork |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
@@ -45,6 +46,7 @@ mod ranges;
 mod snapshot;
 pub mod space;
 mod sync;
+mod thread_ends;
 
 pub use crate::core::DeviceRef;
 pub use crate::process::{CoreRef, DeviceConfig, MAX_DEVICES, OpenDriver};

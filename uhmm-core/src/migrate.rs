@@ -23,6 +23,7 @@ use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
 use crate::sync::*;
+use crate::thread_ends;
 use uhmm_os::mem::{self, Advice};
 use uhmm_os::{Errno, PAGE, thread};
 
@@ -157,6 +158,8 @@ pub(crate) struct Ask {
     pub want: Bits,
     /// What the device wants of them.
     pub intent: Intent,
+    /// Those of them that hold data besides that of an argument, which a thread's end may need: see [`crate::thread_ends`].
+    pub beside: Bits,
     /// The running launch has declared them: they stay until it ends.
     pub pinned: bool,
     /// What the asker knows of the mappings is as old as this; see [`crate::notifier`].
@@ -164,7 +167,8 @@ pub(crate) struct Ask {
 }
 
 impl Core {
-    /// Makes the pages of `span` resident on the device as `intent` says, as far as they can move. Pages of `skip` (asked block by block) are left alone.
+    /// Makes the pages of `span`, whatever lies there, resident on the device as `intent` says, as far as they can move. Pages of `skip` (asked block by
+    /// block) are left alone.
     ///
     /// # Errors
     /// [`Error::NoRoom`] if the device's memory is full of what may not be evicted; [`Error::Driver`].
@@ -180,7 +184,8 @@ impl Core {
         for _pass in 0..8 {
             let again = self.one_pass(dev, park, |room, park| {
                 span.blocks().try_fold(false, |again, part| {
-                    let ask = Ask { part, want: part.bits() - skip(part), intent, pinned: true, seq: None };
+                    let want = part.bits() - skip(part);
+                    let ask = Ask { part, want, intent, beside: want, pinned: true, seq: None };
                     Ok(again | self.block_resident(dev, room, &ask, park)?)
                 })
             })?;
@@ -291,8 +296,10 @@ impl Core {
 
     /// Takes the wanted pages of one block from the CPU and adds them to the batch.
     fn collect(&self, dev: &Device, batch: &mut Batch, ask: &Ask, populated: bool) -> Result<Look, Error> {
-        let Ask { part, want, intent, pinned, seq } = *ask;
+        let Ask { part, want, intent, pinned, seq, .. } = *ask;
+        let beside = if intent == Intent::Snapshot { Bits::EMPTY } else { ask.beside };
         let _hold = self.space.hold();
+        let _ends = (!beside.is_empty()).then(|| self.ends.lock());
         let block = self
             .dir
             .get_or_make(part.start)
@@ -323,22 +330,16 @@ impl Core {
             Err(e) => return Err(dev.failed(e)),
         }
         let fresh = want - state.resident();
-        Ok(if fresh.is_empty() { Look::Done } else { self.collect_fresh(dev, batch, &mut state, part.start, fresh, intent, populated) })
+        if fresh.is_empty() {
+            return Ok(Look::Done);
+        }
+        Ok(self.collect_fresh(dev, batch, &mut state, &Ask { want: fresh, beside: beside & fresh, ..*ask }, populated))
     }
 
     /// Takes pages that the device has nothing of from the CPU.
-    #[allow(clippy::too_many_arguments)] // one step of `collect`, which holds the locks
-    fn collect_fresh(
-        &self,
-        dev: &Device,
-        batch: &mut Batch,
-        state: &mut BlockGuard<'_>,
-        va: Va,
-        fresh: Bits,
-        intent: Intent,
-        populated: bool,
-    ) -> Look {
-        let span = Span::block(va);
+    fn collect_fresh(&self, dev: &Device, batch: &mut Batch, state: &mut BlockGuard<'_>, ask: &Ask, populated: bool) -> Look {
+        let Ask { want: mut fresh, intent, beside, .. } = *ask;
+        let span = Span::block(ask.part.start);
         if intent != Intent::Snapshot
             && let Err(e) = self.watch(state, span, fresh)
         {
@@ -348,6 +349,14 @@ impl Core {
             Ok(present) => present,
             Err(_) => return Look::Done,
         };
+        let beside = beside & present.pages;
+        match thread_ends::seal(self, state, span.start, beside) {
+            Ok(sealed) => fresh -= beside - sealed,
+            Err(_) => return Look::Settle,
+        }
+        if fresh.is_empty() {
+            return Look::Done;
+        }
         if ranges::take_frames(self, dev, state, span.start, fresh).is_err() {
             return Look::Full;
         }
@@ -365,6 +374,8 @@ impl Core {
             return match end {
                 MoveEnd::Refused(page) if !populated => {
                     let run = here.run_at(page);
+                    // Sealed pages would be made the program's own by a fault each. If this fails, they are.
+                    let _ = ranges::unprotect(self, span.start, beside & Bits::range(run.clone()));
                     Look::Populate(ranges::pages(span, run.start..run.end))
                 }
                 MoveEnd::Pending => Look::Settle,

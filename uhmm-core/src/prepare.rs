@@ -11,7 +11,6 @@ use crate::error::Error;
 use crate::launch::{LARGE, Ledger};
 use crate::migrate::{Ask, BATCH, Intent, Park, Room};
 use crate::page::{Span, Va};
-use crate::space::ThreadList;
 use crate::sync::*;
 use core::ops::Range;
 use uhmm_os::{BLOCK, PAGE};
@@ -33,9 +32,8 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
         })?;
     }
     let mut wants = [Want::default(); MAX_ARGS];
-    let mut threads = ThreadList::new();
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
-        *want = Want::of(core, dev, range, &mut threads);
+        *want = Want::of(range);
     }
     let plan = Plan { core, dev, args, wants, next: AtomicUsize::new(0) };
     plan.carry_out(ledger)?;
@@ -125,10 +123,12 @@ impl Plan<'_> {
     fn ask(&self, index: usize, access: Access, part: Span) -> Ask {
         // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
         let block = Span::block(part.start);
-        let alike = self.wants.iter().filter(|want| want.access == Some(access));
-        let whole = alike.fold(self.wants[index].pages(part), |sum, other| sum | other.pages(block)) == Bits::ALL;
-        let (part, want) = if whole { (block, Bits::ALL) } else { (part, self.wants[index].pages(part)) };
-        Ask { part, want, intent: intent(access), pinned: true, seq: None }
+        let alike = || self.wants.iter().filter(|want| want.access == Some(access));
+        let whole = alike().fold(Bits::EMPTY, |sum, other| sum | other.span.and(block).bits()) == Bits::ALL;
+        let (part, want) = if whole { (block, Bits::ALL) } else { (part, part.bits()) };
+        let beside = alike().fold(want, |rest, other| rest - other.inside.and(block).bits());
+        debug_assert!(self.wants[index].span.and(part) == part || whole);
+        Ask { part, want, intent: intent(access), beside, pinned: true, seq: None }
     }
 }
 
@@ -171,29 +171,16 @@ pub(crate) fn register_ahead(core: &Core, span: Span) {
 struct Want {
     access: Option<Access>,
     span: Span,
-    /// Edge pages that hold a thread block too, which must not even be protected.
-    excluded: [Span; 2],
+    /// Those that hold nothing else.
+    inside: Span,
 }
 
 impl Want {
-    fn of(core: &Core, dev: &Device, (start, end, access): (Va, Va, Access), threads: &mut ThreadList) -> Self {
+    fn of((start, end, access): (Va, Va, Access)) -> Self {
         let inside = Span::inside(start, end);
         // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
-        if access != Access::In || end - start < LARGE {
-            return Want { access: Some(access), span: inside, excluded: Default::default() };
-        }
-        let excluded = [Span::touching(start, start + 1), Span::touching(end - 1, end)].map(|edge| {
-            if inside.and(edge) == edge || usable(core, dev, edge, Access::In) == edge.bits() {
-                return Span::default();
-            }
-            if threads.spares(edge) { Span::default() } else { edge }
-        });
-        Want { access: Some(access), span: Span::touching(start, end), excluded }
-    }
-
-    /// Those in `part`, which lies in one block.
-    fn pages(&self, part: Span) -> Bits {
-        self.excluded.iter().fold(self.span.and(part).bits(), |pages, edge| pages - edge.and(part).bits())
+        let shared = access == Access::In && end - start >= LARGE;
+        Want { access: Some(access), span: if shared { Span::touching(start, end) } else { inside }, inside }
     }
 }
 

@@ -15,8 +15,9 @@ use crate::launch::{LARGE, Ledger};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
-use crate::space::{self, ThreadList};
+use crate::space;
 use crate::sync::*;
+use crate::thread_ends;
 use core::ops::Range;
 use uhmm_os::{PAGE, copy, thread};
 
@@ -26,11 +27,10 @@ use uhmm_os::{PAGE, copy, thread};
 /// The first address that was to be written and could not be.
 pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, Va> {
     let mut result = Ok(0);
-    let mut threads = ThreadList::new();
     for index in 0..core::mem::take(&mut ledger.bounced_count) {
         let va = ledger.bounced[index];
         if success {
-            keep(core, dev, va, args, &mut threads);
+            keep(core, dev, va, args);
         }
         let written = take(core, dev, va);
         if let Some((pages, tray)) = written {
@@ -52,8 +52,9 @@ fn written(args: &[RawArg], page: Va) -> impl Iterator<Item = (Range<usize>, usi
 }
 
 /// Lets the pages of large arguments stay on the device.
-fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], threads: &mut ThreadList) {
+fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
     let _hold = core.space.hold();
+    let _ends = core.ends.lock();
     let Some(block) = core.dir.get(va) else { return };
     let mut state = block.lock();
     if state.mover != 0 {
@@ -63,7 +64,7 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], threads: &mut Thread
         let at = va + page * PAGE;
         let span = Span { start: at, end: at + PAGE };
         let large = written(args, at).any(|(_, len)| len >= LARGE);
-        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| space::movable(&vma)) || !threads.spares(span) {
+        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| space::movable(&vma)) {
             continue;
         }
         if !state.reg.has(page) {
@@ -72,7 +73,9 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], threads: &mut Thread
             }
             state.reg.set(page);
         }
-        keep_page(core, dev, &mut state, va, page, args);
+        if thread_ends::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)) {
+            keep_page(core, dev, &mut state, va, page, args);
+        }
     }
 }
 
