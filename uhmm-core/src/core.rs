@@ -13,6 +13,7 @@ use crate::devmem::DeviceMemory;
 use crate::directory::{Directory, Frame};
 use crate::driver::{DeviceInfo, Dma, Driver};
 use crate::error::Error;
+use crate::fixed;
 use crate::home;
 use crate::kernel::{Entry, Grid};
 use crate::launch::{self, Ledger, Request};
@@ -49,8 +50,9 @@ pub struct Core {
     pub(crate) pool: Pool,
     pub(crate) policy: OwnBox<dyn Policy>,
     pub(crate) prepare: Mutex<()>,
-    /// For who looks what threads need when they end: [`crate::thread_ends`].
+    /// For who looks what threads need when they end: [`crate::fixed`].
     pub(crate) ends: Mutex<()>,
+    pub(crate) c_library: Span,
     pub(crate) assist: Assist,
     devices: [AtomicUsize; MAX_DEVICES],
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
@@ -108,6 +110,7 @@ impl Core {
             policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
             prepare: Mutex::new(()),
             ends: Mutex::new(()),
+            c_library: fixed::c_library(),
             assist: Assist::default(),
             devices: [const { AtomicUsize::new(0) }; MAX_DEVICES],
             rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,

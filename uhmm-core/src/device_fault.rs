@@ -9,12 +9,12 @@ use crate::core::{self, Core, Device};
 use crate::counters::count;
 use crate::driver::KernelFault;
 use crate::error::Error;
+use crate::fixed;
 use crate::migrate::{Ask, Intent};
 use crate::notifier;
 use crate::page::{Span, Va};
 use crate::policy;
 use crate::space;
-use crate::thread_ends;
 use uhmm_os::signal::FaultInfo;
 use uhmm_os::{BLOCK, PAGE, tasks, thread};
 
@@ -88,12 +88,12 @@ pub(crate) fn serve(core: &Core, dev: &Device, va: Va, write: bool) -> Result<()
                 if !space::movable(&vma) {
                     return Err(unreachable);
                 }
-                let needed = thread_ends::needed(core, part);
+                let needed = fixed::pages(core, part);
                 if needed.has(page) {
                     return Err(unreachable);
                 }
                 // The kernel's own captures lie on a stack too: only what it touches there through the window is fetched.
-                let candidates = part.bits() - needed - (thread_ends::stacks(&vma, part) - Bits::one(page));
+                let candidates = part.bits() - needed - (fixed::stacks(&vma, part) - Bits::one(page));
                 let ask = policy::DeviceFault { page, write, candidates };
                 ((core.policy.device_fault(&ask) & self::present_or(core, part, page)) & candidates | Bits::one(page), Intent::Move)
             }

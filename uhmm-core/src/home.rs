@@ -16,6 +16,7 @@ use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::Size;
 use crate::ranges;
 use crate::sync::*;
+use core::ops::Range;
 use uhmm_os::uffd::{CopyMode, MoveMode};
 use uhmm_os::{Errno, PAGE, thread};
 
@@ -52,29 +53,52 @@ fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
         if result.is_err() {
             return;
         }
-        let (target, len) = (to + run.start * PAGE, run.len() * PAGE);
-        count(&dev.counters.bytes_to_cpu, len); // first, for the copy wakes the toucher, who may look
-        let copied = match dev.driver.peek(frame) {
-            // SAFETY: the frames are not mapped for the device and valid; the target pages are empty and watched, as the directory says.
-            Some(source) => unsafe { core.space.uffd.copy(target, source, len, CopyMode::empty()) },
+        count(&dev.counters.bytes_to_cpu, run.len() * PAGE); // first, for the copy wakes the toucher, who may look
+        let (source, tray) = match dev.driver.peek(frame) {
+            Some(source) => (source, None),
             None => {
                 let tray = core.pool.take_full(&core.space, Size::Small, Bits::range(run.clone()), 0);
-                let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len }];
+                let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len: run.len() * PAGE }];
                 let fence = dev.driver.copy(&dma);
                 let _ = dev.driver.wait(fence, &dma);
-                // SAFETY: as above; the tray is ours and full.
-                let copied = unsafe { core.space.uffd.copy(target, tray.slot(run.start), len, CopyMode::empty()) };
-                core.pool.put(tray);
-                copied
+                (tray.slot(run.start), Some(tray))
             }
         };
-        let done = copied.map_or_else(|partial| partial.done / PAGE, |()| run.len());
-        arrived |= Bits::range(run.start..run.start + done);
-        if let Err(partial) = copied {
-            result = after(partial.errno, &mut arrived, run.start + done);
+        let (len, before) = (run.len(), arrived.count());
+        result = copy_run(core, run, source, to, &mut arrived);
+        // What did not arrive will be counted when it does.
+        dev.counters.bytes_to_cpu.fetch_sub(((len - (arrived.count() - before)) * PAGE) as u64, Ordering::Relaxed);
+        if let Some(tray) = tray {
+            core.pool.put(tray);
         }
     });
     (arrived, result)
+}
+
+/// Copies a run of pages from `source` to where it belongs in the block at `to`: what arrived is added to `arrived`.
+fn copy_run(core: &Core, run: Range<usize>, source: usize, to: Va, arrived: &mut Bits) -> Result<(), Errno> {
+    let (mut at, mut most) = (run.start, run.len());
+    while at < run.end {
+        let n = most.min(run.end - at);
+        let (target, from) = (to + at * PAGE, source + (at - run.start) * PAGE);
+        // SAFETY: the source is device memory that is not mapped for the device, or a full tray of ours; the target pages are empty and watched, as
+        // the directory says.
+        let Err(partial) = (unsafe { core.space.uffd.copy(target, from, n * PAGE, CopyMode::empty()) }) else {
+            *arrived |= Bits::range(at..at + n);
+            at += n;
+            most = run.len();
+            continue;
+        };
+        let done = partial.done / PAGE;
+        *arrived |= Bits::range(at..at + done);
+        at += done;
+        match partial.errno {
+            // One call copies into one mapping only; neighbours in a block need not be one.
+            Errno::NOENT if n - done > 1 => most = ranges::within_mapping(&core.space, to + at * PAGE, n - done),
+            errno => return after(errno, arrived, at),
+        }
+    }
+    Ok(())
 }
 
 /// Copies one page of a tray into an empty, watched page of the program.

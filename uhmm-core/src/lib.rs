@@ -11,7 +11,7 @@
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot` | the life of a launch |
-//! | `thread_ends` | pages that must stay because a thread that dies needs them |
+//! | `fixed` | pages that never leave |
 //! | [`core`], [`process`] | the core and its devices; one core per process, its threads, its beginning and end |
 //! | `fork` | what happens before and after a fork |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
@@ -29,6 +29,7 @@ pub mod directory;
 pub mod driver;
 mod error;
 mod events;
+mod fixed;
 mod fork;
 mod home;
 pub mod kernel;
@@ -46,7 +47,6 @@ mod ranges;
 mod snapshot;
 pub mod space;
 mod sync;
-mod thread_ends;
 
 pub use crate::core::DeviceRef;
 pub use crate::process::{CoreRef, DeviceConfig, MAX_DEVICES, OpenDriver};

@@ -16,6 +16,7 @@ use crate::counters::count;
 use crate::directory::{BlockGuard, Frame, State};
 use crate::driver::{Dma, DmaKind, Fence};
 use crate::error::Error;
+use crate::fixed;
 use crate::home;
 use crate::notifier;
 use crate::own::OwnSlice;
@@ -23,7 +24,6 @@ use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
 use crate::sync::*;
-use crate::thread_ends;
 use uhmm_os::mem::{self, Advice};
 use uhmm_os::{Errno, PAGE, thread};
 
@@ -158,7 +158,7 @@ pub(crate) struct Ask {
     pub want: Bits,
     /// What the device wants of them.
     pub intent: Intent,
-    /// Those of them that hold data besides that of an argument, which a thread's end may need: see [`crate::thread_ends`].
+    /// Those of them that hold data besides that of an argument: what must stay may be among it, see [`crate::fixed`].
     pub beside: Bits,
     /// The running launch has declared them: they stay until it ends.
     pub pinned: bool,
@@ -350,7 +350,7 @@ impl Core {
             Err(_) => return Look::Done,
         };
         let beside = beside & present.pages;
-        match thread_ends::seal(self, state, span.start, beside) {
+        match fixed::seal(self, state, span.start, beside) {
             Ok(sealed) => fresh -= beside - sealed,
             Err(_) => return Look::Settle,
         }

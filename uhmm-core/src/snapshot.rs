@@ -11,13 +11,13 @@ use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::BlockGuard;
 use crate::driver::{Dma, DmaKind};
+use crate::fixed;
 use crate::launch::{LARGE, Ledger};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
 use crate::space;
 use crate::sync::*;
-use crate::thread_ends;
 use core::ops::Range;
 use uhmm_os::{PAGE, copy, thread};
 
@@ -73,7 +73,7 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
             }
             state.reg.set(page);
         }
-        if thread_ends::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)) {
+        if fixed::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)) {
             keep_page(core, dev, &mut state, va, page, args);
         }
     }

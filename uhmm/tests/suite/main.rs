@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // raw arguments, mappings, and kernels that follow pointers
 #![allow(clippy::undocumented_unsafe_blocks)] // tests do on purpose what callers must not
 
+mod actors;
 mod bad_input;
 mod basics;
 mod faults;
@@ -12,6 +13,7 @@ mod harness;
 mod kernel_faults;
 mod lifecycle;
 mod mappings;
+mod own_memory;
 mod races;
 mod stories;
 
@@ -23,6 +25,7 @@ fn main() {
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(mappings::TESTS);
+    tests.extend(own_memory::TESTS);
     tests.extend(races::TESTS);
     tests.extend(stories::TESTS);
     harness::run(&tests);

@@ -1,8 +1,11 @@
-//! What the end of a thread needs: pages that must be present and writable when a thread dies, and so are never away.
+//! Pages that never leave: what uhmm's threads use of the program's memory, and what the end of a thread needs.
 //!
-//! A task that is exiting takes no userfault, so what the kernel then does for it would fail: it clears the word of CLONE_CHILD_CLEARTID, for which
-//! pthread_join waits, and marks the robust mutexes that the thread still holds, for which their next owner waits. glibc has that word, and the robust list's
-//! head, in the thread's control block; the list's entries lie in the mutexes, anywhere. get_robust_list(2) tells the head of every thread.
+//! *The C library's zero statics*: compilers copy large values by memcpy, which reads thresholds there, on any thread, also on those that serve faults.
+//!
+//! *What a dying thread needs.* A task that is exiting takes no userfault, so what the kernel then does for it would fail: it clears the word of
+//! CLONE_CHILD_CLEARTID, for which pthread_join waits, and marks the robust mutexes that the thread still holds, for which their next owner waits. glibc has
+//! that word, and the robust list's head, in the thread's control block; the list's entries lie in the mutexes, anywhere. get_robust_list(2) tells the head
+//! of every thread.
 //!
 //! # Rules
 //! * A page that may hold such bytes is [`seal`]ed before it leaves or is duplicated: registered, then looked for, then write-protected, then looked
@@ -20,7 +23,7 @@ use crate::directory::{BlockGuard, State};
 use crate::page::{Span, Va};
 use crate::ranges;
 use uhmm_os::maps::{Vma, VmaKind};
-use uhmm_os::{BLOCK, Errno, PAGE, tasks};
+use uhmm_os::{BLOCK, Errno, PAGE, system, tasks};
 
 /// From the start of glibc's thread control block to the robust list's head, and from the head to its end, rseq area included (2.31 to 2.40).
 const BEFORE: usize = 736;
@@ -30,8 +33,13 @@ fn control_block(head: Va) -> Span {
     Span::touching(head.saturating_sub(BEFORE), head + AFTER)
 }
 
-/// Pages of `span`, which lies in one block, that the end of a thread needs. To be called without a block's lock.
-pub(crate) fn needed(core: &Core, span: Span) -> Bits {
+/// Where the C library's zero statics are; empty if that cannot be told.
+pub(crate) fn c_library() -> Span {
+    system::c_library_statics().map_or(Span::default(), |(start, end)| Span::touching(start, end))
+}
+
+/// Pages of `span`, which lies in one block, that must not leave. To be called without a block's lock.
+pub(crate) fn pages(core: &Core, span: Span) -> Bits {
     let _one = core.ends.lock();
     look(core, span, None)
 }
@@ -50,7 +58,7 @@ pub(crate) fn stacks(vma: &Vma, span: Span) -> Bits {
     found
 }
 
-/// Makes those of `pages` unwritable, which are registered and present, that no thread's end needs, and returns them. They are called System all
+/// Makes those of `pages` unwritable, which are registered and present, that may leave, and returns them. They are called System all
 /// the same: who gives up after this leaves a protection that the first write ends. The event lock and the `ends` lock are held.
 ///
 /// # Errors
@@ -89,9 +97,9 @@ fn release(core: &Core, state: &mut BlockGuard<'_>, block: Span, pages: Bits) {
     }
 }
 
-/// Pages of `span` that the end of a thread needs. `locked` is the block whose lock the caller holds.
+/// Pages of `span` that must not leave. `locked` is the block whose lock the caller holds.
 fn look(core: &Core, span: Span, locked: Option<(Va, &State)>) -> Bits {
-    let mut found = Bits::EMPTY;
+    let mut found = core.c_library.and(span).bits();
     let listed = tasks::for_each_robust_list_head(|head| {
         found |= control_block(head).and(span).bits();
         let entry = |start: Va, len: usize| {
