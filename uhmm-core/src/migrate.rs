@@ -366,6 +366,8 @@ impl Core {
         let huge = present.huge && fresh == Bits::ALL;
         let end = self.take(&mut item, fresh, here, huge, populated);
         let taken = item.moved | item.zeroed | item.copied;
+        // What was refused is the program's as before. If this fails, the first write does it.
+        let _ = ranges::unprotect(self, span.start, (beside & fresh) - taken);
         if taken.is_empty() {
             ranges::give_frames(self, dev, state, span.start, fresh);
             if let Some(tray) = item.tray {
@@ -374,8 +376,6 @@ impl Core {
             return match end {
                 MoveEnd::Refused(page) if !populated => {
                     let run = here.run_at(page);
-                    // Sealed pages would be made the program's own by a fault each. If this fails, they are.
-                    let _ = ranges::unprotect(self, span.start, beside & Bits::range(run.clone()));
                     Look::Populate(ranges::pages(span, run.start..run.end))
                 }
                 MoveEnd::Pending => Look::Settle,

@@ -320,7 +320,7 @@ fn input_and_output(shared: &'static Shared, me: usize) {
     }
 }
 
-/// A page of locked memory, which never moves: the word of a raw clone's CLONE_CHILD_CLEARTID lies there, for nothing tells where it is.
+/// A page of locked memory, which never moves.
 pub fn locked_page() -> usize {
     static PAGE: AtomicUsize = AtomicUsize::new(0);
     if PAGE.load(Ordering::Relaxed) == 0 {
@@ -348,7 +348,7 @@ fn raw_clone(shared: &'static Shared, me: usize) {
         work.sum.store(std::hint::black_box(&copy).iter().fold(0, |sum, x| sum.wrapping_add(*x)), Ordering::Release);
         0
     }
-    let word = unsafe { &*(locked_page() as *const AtomicU32) };
+    let word = &shared.raw;
     let mut stack = vec![0u8; 256 << 10];
     let mut round = 0;
     while shared.rest(me) {
@@ -363,12 +363,13 @@ fn raw_clone(shared: &'static Shared, me: usize) {
             libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old);
             let top = (stack.as_mut_ptr_range().end as usize & !15) as *mut libc::c_void;
             let argument = (&raw mut *work).cast();
-            let tid = libc::clone(run, top, flags | libc::CLONE_CHILD_CLEARTID, argument, null_mut::<i32>(), null_mut::<u8>(), word);
+            let tid =
+                libc::clone(run, top, flags | libc::CLONE_CHILD_CLEARTID, argument, null_mut::<i32>(), null_mut::<u8>(), &raw const *word);
             assert!(tid > 0, "clone");
             libc::pthread_sigmask(libc::SIG_SETMASK, &old, null_mut());
             let limit = libc::timespec { tv_sec: 20, tv_nsec: 0 };
             while word.load(Ordering::Acquire) != 0 {
-                let waited = libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, 1, &limit);
+                let waited = libc::syscall(libc::SYS_futex, &raw const *word, libc::FUTEX_WAIT, 1, &limit);
                 let error = std::io::Error::last_os_error().raw_os_error();
                 assert!(waited == 0 || error != Some(libc::ETIMEDOUT), "the word of a raw thread is cleared");
             }

@@ -21,6 +21,8 @@ pub struct Shared {
     pub stop: AtomicU32,
     /// Rounds of each thread.
     pub beats: [AtomicU32; 32],
+    /// The word that the kernel clears at the end of a raw clone's thread: nothing tells where it is, so it must lie where nothing moves.
+    pub raw: AtomicU32,
     ranges: [(usize, usize); 8192],
     entries: [u64; 512],
 }
