@@ -13,6 +13,7 @@ use crate::devmem::DeviceMemory;
 use crate::directory::{Directory, Frame};
 use crate::driver::{DeviceInfo, Dma, Driver};
 use crate::error::Error;
+use crate::fixed;
 use crate::hold::Holds;
 use crate::home;
 use crate::kernel::{Entry, Grid};
@@ -55,6 +56,9 @@ pub struct Core {
     pub(crate) pool: Pool,
     pub(crate) policy: OwnBox<dyn Policy>,
     pub(crate) prepare: Mutex<()>,
+    /// For who looks what threads need when they end: [`crate::fixed`].
+    pub(crate) ends: Mutex<()>,
+    pub(crate) c_library: Span,
     pub(crate) assist: Assist,
     pub(crate) twins: Twins,
     pub(crate) devices: DeviceTable,
@@ -117,6 +121,8 @@ impl Core {
             pool,
             policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
             prepare: Mutex::new(()),
+            ends: Mutex::new(()),
+            c_library: fixed::c_library(),
             assist: Assist::default(),
             twins: Twins::new(blocks).map_err(reserve)?,
             devices: DeviceTable::default(),

@@ -10,13 +10,13 @@ use crate::counters::count;
 use crate::directory::State;
 use crate::driver::KernelFault;
 use crate::error::Error;
+use crate::fixed;
 use crate::migrate::{Ask, Intent};
 use crate::mode::Mode;
 use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::policy;
 use crate::ranges;
-use crate::space::ThreadBlocks;
 use uhmm_os::maps::Vma;
 use uhmm_os::signal::FaultInfo;
 use uhmm_os::{BLOCK, PAGE, copy, tasks, thread};
@@ -193,8 +193,9 @@ impl Touch<'_> {
             let intent = if core.space.mode == Mode::Full { Intent::Move } else { Intent::Snapshot };
             return Ask { twins: one, ..Ask::new(part, one, intent) };
         }
-        let threads = if self.stays { ThreadBlocks::default() } else { ThreadBlocks::of(vma, part) };
-        self.stays |= !moves || threads.blocks.has(page);
+        self.stays |= !moves;
+        let needed = if self.stays { Bits::EMPTY } else { fixed::pages(core, part) };
+        self.stays |= needed.has(page);
         if self.stays {
             let want = if self.alone { one } else { leaf(part, page, fetched) };
             let (twins, rdonly) = if vma.write { (want, Bits::EMPTY) } else { (Bits::EMPTY, want) };
@@ -202,10 +203,11 @@ impl Touch<'_> {
         }
         // The kernel's own captures lie on a stack too: only what it touches there through the window is fetched.
         let left = if core.space.mode == Mode::Full { Bits::ALL } else { core.space.left.bits(part) };
-        let candidates = (part.bits() & left) - threads.blocks - (threads.stacks - one);
+        let candidates = (part.bits() & left) - needed - (fixed::stacks(vma, part) - one);
         let ask = policy::DeviceFault { page, write: self.write, candidates };
         let want = (core.policy.device_fault(&ask) & present_or(core, part, page)) & candidates | one;
-        Ask::new(part, if self.alone { one } else { want }, Intent::Move)
+        let want = if self.alone { one } else { want };
+        Ask { beside: want, ..Ask::new(part, want, Intent::Move) }
     }
 }
 

@@ -11,6 +11,7 @@
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
+//! | `fixed` | pages that never leave |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
 //! | `fork`, `evictor` | everything comes home: before a fork, when asked, before the action of a signal |
 //! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
@@ -32,6 +33,7 @@ pub mod driver;
 mod error;
 mod events;
 mod evictor;
+mod fixed;
 mod fork;
 mod hold;
 mod home;

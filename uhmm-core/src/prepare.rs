@@ -14,7 +14,6 @@ use crate::migrate::{Ask, BATCH, Intent, Park, Room};
 use crate::mode::Mode;
 use crate::page::{Span, Va};
 use crate::shares;
-use crate::space::ThreadList;
 use crate::sync::*;
 use core::ops::Range;
 use uhmm_os::{BLOCK, PAGE, tasks};
@@ -40,9 +39,8 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
         edges_home(core, dev, args)?;
     }
     let mut wants = [Want::default(); MAX_ARGS];
-    let mut threads = ThreadList::new();
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
-        *want = Want::of(core, dev, range, &mut threads);
+        *want = Want::of(dev, range);
     }
     let reads = ranges(args).any(|range| range.2 == Access::In);
     let plan = Plan { core, dev, args, wants, pins: reads && tasks::has_pinned_pages(), next: AtomicUsize::new(0) };
@@ -137,7 +135,7 @@ impl Plan<'_> {
                         share = self.take_share();
                     }
                     if share.contains(&at) {
-                        again |= self.core.block_resident(self.dev, room, &self.ask(index, access, part, piece), park)?;
+                        again |= self.core.block_resident(self.dev, room, &self.ask(access, part, piece), park)?;
                     }
                     at += 1;
                 }
@@ -153,7 +151,7 @@ impl Plan<'_> {
     }
 
     /// What argument `index` wants of a part of a block.
-    fn ask(&self, index: usize, access: Access, part: Span, piece: Piece) -> Ask {
+    fn ask(&self, access: Access, part: Span, piece: Piece) -> Ask {
         if !piece.movable {
             let intent = match access {
                 Access::In if piece.shareable && !self.pins => Intent::Duplicate,
@@ -164,12 +162,13 @@ impl Plan<'_> {
         }
         // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
         let block = Span::block(part.start);
-        let alike = self.wants.iter().filter(|want| want.access == Some(access));
-        let all = alike.fold(self.wants[index].pages(part), |sum, other| sum | other.pages(block)) == Bits::ALL;
+        let alike = || self.wants.iter().filter(|want| want.access == Some(access));
+        let all = alike().fold(Bits::EMPTY, |sum, other| sum | other.span.and(block).bits()) == Bits::ALL;
         let whole = all && self.core.space.mode == Mode::Full; // else neighbours may be of another kind
-        let (part, want) = if whole { (block, Bits::ALL) } else { (part, self.wants[index].pages(part)) };
+        let (part, want) = if whole { (block, Bits::ALL) } else { (part, part.bits()) };
+        let beside = alike().fold(want, |rest, other| rest - other.inside.and(block).bits());
         let intent = if self.pins && access == Access::In { Intent::Move } else { intent(access) };
-        Ask::new(part, want, intent)
+        Ask { beside, ..Ask::new(part, want, intent) }
     }
 }
 
@@ -220,29 +219,16 @@ pub(crate) fn register_ahead(core: &Core, span: Span) {
 struct Want {
     access: Option<Access>,
     span: Span,
-    /// Edge pages that hold a thread block too, which must not even be protected.
-    excluded: [Span; 2],
+    /// Those that hold nothing else.
+    inside: Span,
 }
 
 impl Want {
-    fn of(core: &Core, dev: &Device, (start, end, access): (Va, Va, Access), threads: &mut ThreadList) -> Self {
+    fn of(dev: &Device, (start, end, access): (Va, Va, Access)) -> Self {
         let inside = Span::inside(start, end);
         // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
-        if access != Access::In || end - start < LARGE || !dev.driver.info().replayable_faults {
-            return Want { access: Some(access), span: inside, excluded: Default::default() };
-        }
-        let excluded = [Span::touching(start, start + 1), Span::touching(end - 1, end)].map(|edge| {
-            if inside.and(edge) == edge || usable(core, dev, edge, Access::In) == edge.bits() {
-                return Span::default();
-            }
-            if threads.spares(edge) { Span::default() } else { edge }
-        });
-        Want { access: Some(access), span: Span::touching(start, end), excluded }
-    }
-
-    /// Those in `part`, which lies in one block.
-    fn pages(&self, part: Span) -> Bits {
-        self.excluded.iter().fold(self.span.and(part).bits(), |pages, edge| pages - edge.and(part).bits())
+        let shared = access == Access::In && end - start >= LARGE && dev.driver.info().replayable_faults;
+        Want { access: Some(access), span: if shared { Span::touching(start, end) } else { inside }, inside }
     }
 }
 

@@ -11,12 +11,12 @@ use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::{Block, BlockGuard, Frame};
 use crate::driver::{Dma, DmaKind};
+use crate::fixed;
 use crate::launch::{LARGE, Ledger};
 use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::Size;
 use crate::ranges::{self, MoveEnd};
-use crate::space::ThreadList;
 use crate::sync::*;
 use crate::twins;
 use core::ops::Range;
@@ -28,12 +28,11 @@ use uhmm_os::{BLOCK, Errno, PAGE, copy, thread};
 /// The first address that was to be written and could not be.
 pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, Va> {
     let mut result = Ok(0);
-    let mut threads = ThreadList::new();
     // A kept page goes home when the CPU touches its other bytes: nothing for a device that could not fetch it again.
     let fetches = dev.driver.info().replayable_faults;
     let mut end = |va, keeps: bool| {
         if success && keeps && fetches {
-            keep(core, dev, va, args, &mut threads);
+            keep(core, dev, va, args);
         }
         let ended = end_block(core, dev, va, args, success);
         result = match (result, ended) {
@@ -60,8 +59,9 @@ fn written(args: &[RawArg], page: Va) -> impl Iterator<Item = (Range<usize>, usi
 }
 
 /// Lets the pages of large arguments stay on the device.
-fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], threads: &mut ThreadList) {
+fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
     let _hold = core.space.hold();
+    let _ends = core.ends.lock();
     let Some(block) = core.dir.get(va) else { return };
     let mut state = block.lock();
     if state.mover != 0 {
@@ -71,7 +71,7 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], threads: &mut Thread
         let at = va + page * PAGE;
         let span = Span { start: at, end: at + PAGE };
         let large = written(args, at).any(|(_, len)| len >= LARGE);
-        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| core.space.moves(&vma, at).0) || !threads.spares(span) {
+        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| core.space.moves(&vma, at).0) {
             continue;
         }
         if !state.reg.has(page) {
@@ -80,7 +80,9 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], threads: &mut Thread
             }
             state.reg.set(page);
         }
-        keep_page(core, dev, &mut state, va, page, args);
+        if fixed::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)) {
+            keep_page(core, dev, &mut state, va, page, args);
+        }
     }
 }
 

@@ -12,10 +12,10 @@ use crate::left::Left;
 use crate::mode::Mode;
 use crate::page::{Span, Va};
 use crate::sync::*;
-use uhmm_os::maps::{Maps, Vma, VmaKind};
+use uhmm_os::maps::{Maps, Vma};
 use uhmm_os::pagemap::{Category, Pagemap, Region, ScanArgs};
 use uhmm_os::uffd::{Features, RegisterMode, Userfaultfd};
-use uhmm_os::{Errno, tasks, thread};
+use uhmm_os::{Errno, thread};
 
 /// What the userfaultfd must be able to do.
 pub const NEEDED: Features = Features::PAGEFAULT_FLAG_WP
@@ -177,82 +177,4 @@ impl Space {
 /// Whether pages of the mapping can move: anonymous, private, readable and writable.
 pub fn movable(vma: &Vma) -> bool {
     vma.is_private_anonymous() && vma.read && vma.write
-}
-
-/// Where threads have their stacks and thread blocks, in one block of the process.
-///
-/// A thread block must not be away when its thread ends: the kernel clears a word there and walks the robust list while the task can take no
-/// userfault any more. glibc's struct pthread holds the robust list's head, which get_robust_list(2) tells for every thread. The cleared word lies 16 bytes before it.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ThreadBlocks {
-    /// Pages that hold thread blocks.
-    pub blocks: Bits,
-    /// Pages of stacks: of the main thread's mapping, and what lies below a thread block in its mapping (a guard page ends that).
-    pub stacks: Bits,
-}
-
-impl ThreadBlocks {
-    /// From the start of glibc's thread block to the head, and from the head to its end, rseq area included (2.31 to 2.40).
-    const BEFORE: usize = 736;
-    const AFTER: usize = 1632;
-
-    /// In `span`, which lies in one block and in the mapping.
-    pub fn of(vma: &Vma, span: Span) -> Self {
-        let mut found = ThreadBlocks::default();
-        let listed = tasks::for_each_robust_list_head(|head| {
-            found.blocks |= Self::around(head).and(span).bits();
-            if vma.start <= head && head < vma.end {
-                found.stacks |= Span::touching(vma.start, head).and(span).bits();
-            }
-        });
-        if !listed {
-            found.blocks = span.bits(); // they cannot be told: nothing is safe
-        }
-        if vma.kind == VmaKind::Stack {
-            found.stacks = span.bits();
-        }
-        found
-    }
-
-    fn around(head: Va) -> Span {
-        Span::touching(head.saturating_sub(Self::BEFORE), head + Self::AFTER)
-    }
-}
-
-/// All thread blocks of one moment, for who asks about several pages; listed when first asked.
-#[derive(Debug)]
-pub struct ThreadList {
-    heads: [Va; ThreadList::MOST],
-    count: Option<usize>,
-}
-
-impl ThreadList {
-    const MOST: usize = 256;
-
-    /// A list that is not made yet.
-    pub fn new() -> Self {
-        ThreadList { heads: [0; Self::MOST], count: None }
-    }
-
-    /// Whether `span` holds none. With more threads than the list holds, every span may hold one.
-    pub fn spares(&mut self, span: Span) -> bool {
-        let heads = &mut self.heads;
-        let count = *self.count.get_or_insert_with(|| {
-            let mut count = 0;
-            let listed = tasks::for_each_robust_list_head(|head| {
-                if let Some(slot) = heads.get_mut(count) {
-                    *slot = head;
-                }
-                count += 1;
-            });
-            if listed { count } else { usize::MAX }
-        });
-        count <= Self::MOST && self.heads[..count].iter().all(|&head| ThreadBlocks::around(head).and(span).is_empty())
-    }
-}
-
-impl Default for ThreadList {
-    fn default() -> Self {
-        ThreadList::new()
-    }
 }

@@ -119,6 +119,44 @@ pub fn pin_library(address: usize) {
     }
 }
 
+/// The statics without initial value (`.bss`) of the C library, from the first byte to one past the last; `None` if it cannot be told where they are.
+///
+/// glibc's memcpy and memset, which compilers call for any large value, read thresholds there. In a program that is linked statically these are the
+/// program's own statics too.
+pub fn c_library_statics() -> Option<(usize, usize)> {
+    struct Search {
+        code: usize,
+        found: Option<(usize, usize)>,
+    }
+    /// # Safety
+    /// As dl_iterate_phdr(3) calls it, with a `Search`.
+    unsafe extern "C" fn look(info: *mut libc::dl_phdr_info, _: usize, search: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: by the contract; the headers are the loader's and stay during the call.
+        let (info, search) = unsafe { (&*info, &mut *search.cast::<Search>()) };
+        if info.dlpi_phdr.is_null() {
+            return 0;
+        }
+        // SAFETY: as above.
+        let headers = unsafe { core::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
+        let loaded = || headers.iter().filter(|header| header.p_type == libc::PT_LOAD);
+        let start = |header: &libc::Elf64_Phdr| info.dlpi_addr as usize + header.p_vaddr as usize;
+        if !loaded().any(|header| (start(header)..start(header) + header.p_memsz as usize).contains(&search.code)) {
+            return 0;
+        }
+        let zeroed = loaded().find(|header| header.p_memsz > header.p_filesz);
+        search.found = zeroed.map(|header| (start(header) + header.p_filesz as usize, start(header) + header.p_memsz as usize));
+        1
+    }
+    // By name, for the linker may give a stub's address.
+    // SAFETY: the name ends with a zero.
+    let named = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"memcpy".as_ptr()) } as usize;
+    let code = if named != 0 { named } else { libc::memcpy as *const () as usize };
+    let mut search = Search { code, found: None };
+    // SAFETY: the function keeps to the contract, and the search outlives the call.
+    unsafe { libc::dl_iterate_phdr(Some(look), (&raw mut search).cast()) };
+    search.found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,5 +219,16 @@ mod tests {
             assert_eq!(CHILD.load(Ordering::Relaxed), 0);
             assert!(PARENT.load(Ordering::Relaxed) > 0);
         }
+    }
+
+    #[test]
+    fn the_statics_of_the_c_library_lie_behind_its_file() {
+        let (start, end) = c_library_statics().unwrap();
+        assert!(end - start > 4096 && end - start < 1 << 20);
+        let maps = read_to_string("/proc/self/maps").unwrap();
+        let mapping = format!("{:x}-", start.next_multiple_of(4096));
+        let mut lines = maps.lines();
+        let file = lines.by_ref().take_while(|line| !line.starts_with(&mapping)).last().unwrap();
+        assert!(file.contains("rw-p") && file.contains("libc"), "{file}");
     }
 }

@@ -72,6 +72,52 @@ fn robust_list_head(tid: usize) -> Option<usize> {
     Some(unsafe { head.assume_init() }).filter(|&head| head != 0)
 }
 
+/// Calls `f` with the bytes that the kernel reads or writes on behalf of a thread that ends, as robust_list(7) describes its list: each entry's link, and
+/// the futex word beside it. `head` is the thread's list head; `read` returns the word at an address, or `None` where it cannot be had, which ends the
+/// walk, as does the kernel's own bound. Each range is given before it is read.
+pub fn for_each_robust_entry(head: usize, mut read: impl FnMut(usize) -> Option<usize>, mut f: impl FnMut(usize, usize)) {
+    const WORD: usize = size_of::<usize>();
+    /// ROBUST_LIST_LIMIT: so many entries does the kernel look at.
+    const MOST: usize = 2048;
+    // struct robust_list_head: the first entry's address, the word's offset from an entry, the entry that is just being locked or unlocked.
+    let (Some(mut entry), Some(offset), Some(pending)) = (read(head), read(head + WORD), read(head + 2 * WORD)) else { return };
+    let mut give = |entry: usize| {
+        f(entry, WORD);
+        f(entry.wrapping_add(offset), size_of::<u32>());
+    };
+    // The lowest bit of an address is a flag (priority inheritance).
+    if pending & !1 != 0 {
+        give(pending & !1);
+    }
+    for _ in 0..MOST {
+        entry &= !1;
+        if entry == head || entry == 0 {
+            return;
+        }
+        give(entry);
+        match read(entry) {
+            Some(next) => entry = next,
+            None => return,
+        }
+    }
+}
+
+/// The word at an address of this process; `None` if nothing is mapped there or it is not aligned. Waits if the page is watched by a userfaultfd and missing.
+pub fn read_word(at: usize) -> Option<usize> {
+    if !at.is_multiple_of(align_of::<usize>()) {
+        return None;
+    }
+    let mut word = 0usize;
+    let local = [&raw mut word as usize, size_of::<usize>()]; // struct iovec
+    let remote = [at, size_of::<usize>()];
+    // SAFETY: the kernel writes the word only, and looks at the remote address itself.
+    let read = unsafe {
+        let pid = call(abi::__NR_getpid, []).ok()?;
+        call(abi::__NR_process_vm_readv, [pid, local.as_ptr() as usize, 1, remote.as_ptr() as usize, 1, 0])
+    };
+    (read == Ok(size_of::<usize>())).then_some(word)
+}
+
 /// The core on which a thread of this process ran last (proc_pid_stat(5), field 39).
 pub fn last_core(tid: u32) -> Option<usize> {
     // "/proc/self/task/" and a number and "/stat", without formatting machinery.
@@ -145,6 +191,35 @@ mod tests {
             .join()
             .unwrap();
         assert_eq!(last_core(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_robust_list_is_walked_as_the_kernel_does() {
+        // head, then entries with their words 16 bytes before them; the last one's link has the flag of priority inheritance.
+        let at = |index: usize| 0x1000 + 8 * index;
+        let mut list = [0usize; 64];
+        let offset = 0usize.wrapping_sub(16);
+        (list[0], list[1], list[2]) = (at(10), offset, at(30) | 1);
+        (list[10], list[20]) = (at(20) | 1, at(0));
+        let read = |address: usize| list.get(address.wrapping_sub(at(0)) / 8).copied();
+        let mut given = vec![];
+        for_each_robust_entry(at(0), read, |start, len| given.push((start, len)));
+        let entry = |index: usize| [(at(index), 8), (at(index) - 16, 4)];
+        assert_eq!(given, [entry(30), entry(10), entry(20)].concat());
+        // A list that never ends, and one whose entry cannot be read, do end.
+        let mut count = 0;
+        for_each_robust_entry(at(0), |_| Some(at(1)), |_, _| count += 1);
+        assert_eq!(count, 2 * 2049);
+        for_each_robust_entry(at(0), |address| (address < at(3)).then(|| list[(address - at(0)) / 8]), |_, _| count += 1);
+        assert_eq!(count, 2 * 2049 + 4);
+    }
+
+    #[test]
+    fn words_are_read_and_what_is_no_word_is_not() {
+        let word = 0x1234_5678_9abcusize;
+        let at = &raw const word as usize;
+        assert_eq!(read_word(at), Some(word));
+        assert_eq!((read_word(at + 1), read_word(0), read_word(8), read_word(usize::MAX - 7)), (None, None, None, None));
     }
 
     #[test]

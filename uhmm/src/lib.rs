@@ -196,6 +196,15 @@ impl Device {
         self.dev.prefetch(range.start as usize, range.end as usize)
     }
 
+    /// Moves the whole pages of a range of addresses to the device, whatever lies there and whoever uses it: a touch brings it back. Pages that cannot
+    /// move stay, and so do those that the end of a thread needs (control blocks of threads, robust mutexes that are held).
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`], [`Error::NoRoom`].
+    pub fn prefetch_range(&self, start: usize, bytes: usize) -> Result<(), Error> {
+        self.dev.prefetch(start, start.saturating_add(bytes))
+    }
+
     /// Brings home whatever the device has of `data` (and of the blocks of 2 MiB that it touches).
     ///
     /// # Errors

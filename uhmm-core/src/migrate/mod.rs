@@ -19,6 +19,7 @@ use crate::core::{Core, Device};
 use crate::directory::{BlockGuard, State};
 use crate::driver::DmaKind;
 use crate::error::Error;
+use crate::fixed;
 use crate::home;
 use crate::mode::Mode;
 use crate::notifier;
@@ -93,6 +94,8 @@ pub(crate) struct Ask {
     pub want: Bits,
     /// What the device wants of them.
     pub intent: Intent,
+    /// Those of them that hold data besides that of an argument: what must stay may be among it, see [`crate::fixed`].
+    pub beside: Bits,
     /// The running launch has declared them: they stay until it ends.
     pub pinned: bool,
     /// What the asker knows of the mappings is as old as this; see [`crate::notifier`].
@@ -106,7 +109,7 @@ pub(crate) struct Ask {
 impl Ask {
     /// Of a launch's declared pages.
     pub(crate) fn new(part: Span, want: Bits, intent: Intent) -> Self {
-        Ask { part, want, intent, pinned: true, seq: None, twins: Bits::EMPTY, rdonly: Bits::EMPTY }
+        Ask { part, want, intent, beside: Bits::EMPTY, pinned: true, seq: None, twins: Bits::EMPTY, rdonly: Bits::EMPTY }
     }
 }
 
@@ -119,7 +122,8 @@ pub(crate) struct Outcome {
 }
 
 impl Core {
-    /// Makes the pages of `span` resident on the device as `intent` says, as far as they can move. Pages of `skip` (asked block by block) are left alone.
+    /// Makes the pages of `span`, whatever lies there, resident on the device as `intent` says, as far as they can move. Pages of `skip` (asked block by
+    /// block) are left alone.
     ///
     /// # Errors
     /// [`Error::NoRoom`] if the device's memory is full of what may not be evicted; [`Error::Driver`].
@@ -135,7 +139,8 @@ impl Core {
         for _pass in 0..8 {
             let again = self.one_pass(dev, park, |room, park| {
                 span.blocks().try_fold(false, |again, part| {
-                    let ask = Ask::new(part, part.bits() - skip(part), intent);
+                    let want = part.bits() - skip(part);
+                    let ask = Ask { beside: want, ..Ask::new(part, want, intent) };
                     Ok(again | self.block_resident(dev, room, &ask, park)?)
                 })
             })?;
@@ -259,7 +264,9 @@ impl Core {
     /// Takes the wanted pages of one block from the CPU and adds them to the batch.
     fn collect(&self, dev: &Device, batch: &mut Batch, ask: &Ask, populated: bool) -> Result<Look, Error> {
         let Ask { part, want, intent, pinned, seq, .. } = *ask;
+        let beside = if intent.bounces() { Bits::EMPTY } else { ask.beside };
         let _hold = self.space.hold();
+        let _ends = (!beside.is_empty()).then(|| self.ends.lock());
         let block = self
             .dir
             .get_or_make(part.start)
@@ -298,12 +305,16 @@ impl Core {
             ranges::map(self, dev, &mut state, va, lack).map_err(|e| dev.failed(e))?;
         }
         let fresh = want - state.resident();
-        Ok(if fresh.is_empty() { Look::Done } else { self.collect_fresh(dev, batch, &mut state, ask, fresh, populated) })
+        if fresh.is_empty() {
+            return Ok(Look::Done);
+        }
+        Ok(self.collect_fresh(dev, batch, &mut state, &Ask { want: fresh, beside: beside & fresh, ..*ask }, populated))
     }
 
     /// Takes pages that the device has nothing of from the CPU.
-    fn collect_fresh(&self, dev: &Device, batch: &mut Batch, state: &mut BlockGuard<'_>, ask: &Ask, fresh: Bits, populated: bool) -> Look {
-        let (span, intent) = (Span::block(ask.part.start), ask.intent);
+    fn collect_fresh(&self, dev: &Device, batch: &mut Batch, state: &mut BlockGuard<'_>, ask: &Ask, populated: bool) -> Look {
+        let Ask { want: mut fresh, intent, beside, .. } = *ask;
+        let span = Span::block(ask.part.start);
         if !intent.bounces()
             && let Err(e) = self.watch(state, span, fresh)
         {
@@ -314,6 +325,14 @@ impl Core {
             Ok(present) => present,
             Err(_) => return Look::Done,
         };
+        let beside = beside & present.pages;
+        match fixed::seal(self, state, span.start, beside) {
+            Ok(sealed) => fresh -= beside - sealed,
+            Err(_) => return Look::Settle,
+        }
+        if fresh.is_empty() {
+            return Look::Done;
+        }
         if ranges::take_frames(self, dev, state, span.start, fresh).is_err() {
             return Look::Full;
         }
@@ -325,6 +344,8 @@ impl Core {
         let huge = present.huge && fresh == Bits::ALL;
         let end = self.take(&mut item, fresh, here, huge, populated);
         let taken = item.moved | item.zeroed | item.copied;
+        // What was refused is the program's as before. If this fails, the first write does it.
+        let _ = ranges::unprotect(self, span.start, (beside & fresh) - taken);
         if taken.is_empty() {
             ranges::give_frames(self, dev, state, span.start, fresh);
             if let Some(tray) = item.tray {

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // raw arguments, mappings, and kernels that follow pointers
 #![allow(clippy::undocumented_unsafe_blocks)] // tests do on purpose what callers must not
 
+mod actors;
 mod bad_input;
 mod basics;
 mod closing;
@@ -20,6 +21,7 @@ mod lifecycle;
 mod mappings;
 mod modes;
 mod nothing_declared;
+mod own_memory;
 mod profiles;
 mod races;
 mod stories;
@@ -42,6 +44,7 @@ fn main() {
     tests.extend(mappings::TESTS);
     tests.extend(modes::TESTS);
     tests.extend(nothing_declared::TESTS);
+    tests.extend(own_memory::TESTS);
     tests.extend(races::TESTS);
     tests.extend(stories::TESTS);
     tests.extend(undeclared::TESTS);

@@ -25,6 +25,7 @@ crate::tests![
     a_touch_beside_an_array_fails_no_launch,
     bytes_that_came_home_are_counted_when_the_toucher_goes_on,
     a_touch_beside_a_border_of_mappings,
+    neighbouring_mappings_come_home_together,
 ];
 
 const BLOCK: usize = 2 << 20;
@@ -395,4 +396,18 @@ fn a_touch_beside_a_border_of_mappings() {
         assert_eq!(all[if round == 1 { last - 1 } else { at }], 0);
         assert!(all.iter().enumerate().all(|(i, &x)| x == if (at..last).contains(&i) { 0 } else { 3 }));
     }
+}
+
+/// A few pages come home by one call for each run of device memory, but a call that copies ends at a mapping's end: where two mappings that the kernel does
+/// not merge met, the touch waited for ever.
+fn neighbouring_mappings_come_home_together() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(1);
+    let range = part(&pages, 0, 8 * PAGE);
+    range.iter_mut().enumerate().for_each(|(i, x)| *x = (i / PAGE) as u8);
+    // The second half is not written to a core dump: a mapping of its own.
+    assert_eq!(unsafe { libc::madvise(range[4 * PAGE..].as_mut_ptr().cast(), 4 * PAGE, libc::MADV_DONTDUMP) }, 0);
+    dev.prefetch(&*range).unwrap();
+    assert_eq!(pages_present(range), 0);
+    assert!(range.iter().enumerate().all(|(i, &x)| x == (i / PAGE) as u8));
 }

@@ -1,0 +1,135 @@
+//! Pages that never leave: what uhmm's threads use of the program's memory, and what the end of a thread needs.
+//!
+//! *The C library's zero statics*: compilers copy large values by memcpy, which reads thresholds there, on any thread, also on those that serve faults.
+//!
+//! *What a dying thread needs.* A task that is exiting takes no userfault, so what the kernel then does for it would fail: it clears the word of
+//! CLONE_CHILD_CLEARTID, for which pthread_join waits, and marks the robust mutexes that the thread still holds, for which their next owner waits. glibc has
+//! that word, and the robust list's head, in the thread's control block; the list's entries lie in the mutexes, anywhere. get_robust_list(2) tells the head
+//! of every thread.
+//!
+//! # Rules
+//! * A page that may hold such bytes is [`seal`]ed before it leaves or is duplicated: registered, then looked for, then write-protected, then looked
+//!   for again, all with the event lock shared. A thread that begins to need a page writes to it: before the protection, so that the second look finds it;
+//!   or after, so that the write waits until the page is writable again.
+//! * A thread that begins to need a page and dies, all between the two looks, is found all the same if its stack is registered: glibc drops the stack
+//!   of a thread that ends (MADV_DONTNEED), and that waits for the monitor, which waits for the event lock.
+//! * What the second look finds is made writable by unregistering it, for the kernel refuses to unprotect while such an event is unread.
+//! * Program memory is read only where it is there: its block locked, its page present. Whoever reads holds the `ends` lock, under which alone two
+//!   blocks may be locked, or no block.
+
+use crate::bits::Bits;
+use crate::core::Core;
+use crate::directory::{BlockGuard, State};
+use crate::page::{Span, Va};
+use crate::ranges;
+use uhmm_os::maps::{Vma, VmaKind};
+use uhmm_os::{BLOCK, Errno, PAGE, system, tasks};
+
+/// From the start of glibc's thread control block to the robust list's head, and from the head to its end, rseq area included (2.31 to 2.40).
+const BEFORE: usize = 736;
+const AFTER: usize = 1632;
+
+fn control_block(head: Va) -> Span {
+    Span::touching(head.saturating_sub(BEFORE), head + AFTER)
+}
+
+/// Where the C library's zero statics are; empty if that cannot be told.
+pub(crate) fn c_library() -> Span {
+    system::c_library_statics().map_or(Span::default(), |(start, end)| Span::touching(start, end))
+}
+
+/// Pages of `span`, which lies in one block, that must not leave. To be called without a block's lock.
+pub(crate) fn pages(core: &Core, span: Span) -> Bits {
+    let _one = core.ends.lock();
+    look(core, span, None)
+}
+
+/// Pages of `span` that lie in a thread's stack: of the main thread's mapping, and what lies below a control block in its mapping (a guard page ends that).
+pub(crate) fn stacks(vma: &Vma, span: Span) -> Bits {
+    if vma.kind == VmaKind::Stack {
+        return span.bits();
+    }
+    let mut found = Bits::EMPTY;
+    tasks::for_each_robust_list_head(|head| {
+        if vma.start <= head && head < vma.end {
+            found |= Span::touching(vma.start, head).and(span).bits();
+        }
+    });
+    found
+}
+
+/// Makes those of `pages` unwritable, which are registered and present, that may leave, and returns them. They are called System all
+/// the same: who gives up after this leaves a protection that the first write ends. The event lock and the `ends` lock are held.
+///
+/// # Errors
+/// `EAGAIN` if an event is unread; nothing is protected then.
+pub(crate) fn seal(core: &Core, state: &mut BlockGuard<'_>, va: Va, pages: Bits) -> Result<Bits, Errno> {
+    if pages.is_empty() {
+        return Ok(pages);
+    }
+    let block = Span::block(va);
+    let hull = ranges::hull(block, pages);
+    let free = pages - look(core, hull, Some((block.start, state)));
+    let mut sealed = Bits::EMPTY;
+    for run in free.runs() {
+        if let Err(e) = ranges::protect(core, ranges::pages(block, run.clone())) {
+            release(core, state, block, sealed);
+            return if e == Errno::AGAIN { Err(e) } else { Ok(Bits::EMPTY) };
+        }
+        sealed |= Bits::range(run);
+    }
+    let late = sealed & look(core, hull, Some((block.start, state)));
+    release(core, state, block, late);
+    Ok(sealed - late)
+}
+
+/// Makes pages writable whatever is unread.
+fn release(core: &Core, state: &mut BlockGuard<'_>, block: Span, pages: Bits) {
+    for run in pages.runs() {
+        let span = ranges::pages(block, run.clone());
+        // An error: it was unmapped, or lies in two mappings of which one cannot be watched; then page by page.
+        if core.space.uffd.unregister(span.start, span.len()).is_err() {
+            for at in (span.start..span.end).step_by(PAGE) {
+                let _ = core.space.uffd.unregister(at, PAGE);
+            }
+        }
+        state.reg -= Bits::range(run);
+    }
+}
+
+/// Pages of `span` that must not leave. `locked` is the block whose lock the caller holds.
+fn look(core: &Core, span: Span, locked: Option<(Va, &State)>) -> Bits {
+    let mut found = core.c_library.and(span).bits();
+    let listed = tasks::for_each_robust_list_head(|head| {
+        found |= control_block(head).and(span).bits();
+        let entry = |start: Va, len: usize| {
+            if let Some(end) = start.checked_add(len) {
+                found |= Span::touching(start, end).and(span).bits();
+            }
+        };
+        tasks::for_each_robust_entry(head, |at| read(core, at, locked), entry);
+    });
+    if listed { found } else { span.bits() } // they cannot be told: nothing is free
+}
+
+/// A word of the program's, if its page is there.
+fn read(core: &Core, at: Va, locked: Option<(Va, &State)>) -> Option<usize> {
+    if at >= 1 << 47 {
+        return None;
+    }
+    let there = |state: &State| {
+        // A registered page that is not there would be waited for.
+        !state.gone().has(at % BLOCK / PAGE)
+            && core.space.present(Span::touching(at, at + 1)).is_ok_and(|present| !present.pages.is_empty())
+    };
+    match locked {
+        Some((va, state)) if va == Span::block(at).start => there(state).then(|| tasks::read_word(at)).flatten(),
+        _ => match core.dir.get(at) {
+            Some(block) => {
+                let state = block.lock();
+                there(&state).then(|| tasks::read_word(at)).flatten()
+            }
+            None => tasks::read_word(at),
+        },
+    }
+}
