@@ -240,7 +240,10 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
 /// [`Error::NoRoom`] if there is none.
 pub(crate) fn evict_one(core: &Core, dev: &Device, force: bool) -> Result<(), Error> {
     let pin = dev.pin();
-    let mut va = dev.mem.oldest(&core.dir, |block| pin == 0 || block.pin.load(Ordering::Relaxed) != pin);
+    let mut va = dev.mem.oldest(&core.dir, |block| {
+        // What has to stay for the running launch would be chosen again and again.
+        !block.keep.load(Ordering::Relaxed) && (pin == 0 || block.pin.load(Ordering::Relaxed) != pin)
+    });
     if va.is_none() && force {
         va = dev.mem.oldest(&core.dir, |block| !block.keep.load(Ordering::Relaxed));
     }

@@ -3,6 +3,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use uhmm_core::conformance::{CHECKS, Named, Subject, rust_form};
+use uhmm_core::mode::Mode;
 use uhmm_core::{CoreRef, DeviceConfig, DeviceRef, OpenDriver};
 
 crate::tests![soft, soft_with_little_memory_and_one_thread, soft_without_replayable_faults, null, forms_of_a_drivers_own];
@@ -24,10 +25,14 @@ fn failed(subject: &mut Subject<'_>, skip: impl Fn(&str) -> bool) -> Vec<&'stati
     failed
 }
 
+/// What holds only where data may stay on a device.
+const STAYS: &[&str] = &["an_unchanged_relaunch_moves_nothing", "prefetch_and_evict", "bytes_and_pages_add_up"];
+
 fn passes(config: DeviceConfig) {
     let dev = open(config, uhmm_soft::open);
+    let lesser = CoreRef::get().unwrap().mode() != Mode::Full;
     let mut subject = Subject::new(&dev);
-    assert_eq!(failed(&mut subject, |_| false), Vec::<&str>::new());
+    assert_eq!(failed(&mut subject, |name| lesser && STAYS.contains(&name)), Vec::<&str>::new());
     // Random operations again, otherwise.
     subject.seed = std::process::id().into();
     subject.steps = 1000;

@@ -18,6 +18,7 @@ pub const LESSER: &[Test] = &[
     lesser("suite::modes::a_forked_child_sees_the_contents", a_forked_child_sees_the_contents),
     lesser("suite::modes::undeclared_memory", undeclared_memory),
     lesser("suite::modes::what_is_left_on_the_device", what_is_left_on_the_device),
+    lesser("suite::modes::more_than_the_device_holds", more_than_the_device_holds),
 ];
 
 const fn lesser(name: &'static str, run: fn()) -> Test {
@@ -45,10 +46,26 @@ const FULL_ONLY: &[&str] = &[
     "mappings::remapped_pages_keep_their_contents",
     "mappings::pages_shared_by_a_fork_move_after_it",
     "modes::full_mode_is_the_first_choice",
+    "dying::",
+    "evict::",
+    "kernel_access::",
+    "kernel_futex::",
+    "own_memory::",
+    "closing::",
+    "nothing_declared::",
+    "profiles::null",
 ];
 
 /// What follows pointers that are not declared, which needs userfaultfd.
-const NOT_IN_NONE: &[&str] = &["faults::", "undeclared::", "modes::what_was_only_read"];
+const NOT_IN_NONE: &[&str] = &[
+    "faults::",
+    "undeclared::",
+    "modes::more_than",
+    "profiles::",
+    "kernel_faults::a_wild_pointer",
+    "kernel_faults::a_write_to_read_only",
+    "modes::what_was_only_read",
+];
 
 /// Whether a test is also run in this lesser mode.
 pub fn runs_in(name: &str, mode: Mode) -> bool {
@@ -249,6 +266,22 @@ fn what_is_left_on_the_device() {
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
     assert_eq!(pages_present(&data), 0, "after the fork it stays again");
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 5));
+}
+
+/// Snapshots must stay until the launch has ended. Making room for another chose the oldest of them, sent nothing home, and chose it again, for ever.
+fn more_than_the_device_holds() {
+    let (hmm, _dev) = opened();
+    let dev = hmm.soft("small").memory(4 << 20).open().unwrap();
+    let data = vec![1u8; 16 << 20];
+    let sum = |ctx: &Ctx<'_>| {
+        let bytes = unsafe { std::slice::from_raw_parts(ctx.pointer::<u8>(0), 16 << 20) };
+        std::hint::black_box(bytes.iter().step_by(4096).map(|&x| u64::from(x)).sum::<u64>());
+    };
+    let error = dev.run(&sum, 1, args![unsafe { ptr(data.as_ptr()) }]).unwrap_err();
+    assert!(matches!(error, Error::Kernel(uhmm::KernelFault::NoRoom { .. })), "{error}");
+    let mut few = vec![1u32; 1000];
+    dev.run(&increment, 1, args![inout(&mut few)]).unwrap();
+    assert!(few.iter().all(|&x| x == 2));
 }
 
 struct Node {

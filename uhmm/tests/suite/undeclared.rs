@@ -232,12 +232,13 @@ fn memory_that_the_kernel_will_not_move() {
     } else {
         eprintln!("memory cannot be locked here (RLIMIT_MEMLOCK): not tested");
     }
-    // The page of a thread's control block, which must not leave: errno lies there.
-    let errno = unsafe { libc::__errno_location() };
-    unsafe { *errno = 40 };
-    let add = |ctx: &Ctx<'_>| unsafe { *ctx.pointer::<i32>(0) += 2 };
-    dev.run(&add, 1, args![unsafe { ptr(errno) }]).unwrap();
-    assert!(present(errno));
+    // The page of a thread's control block, which must not leave. Its first word points to itself.
+    let block = unsafe { libc::pthread_self() } as *const usize;
+    let mut word = [0usize];
+    let read = |ctx: &Ctx<'_>| ctx.out::<usize>(1).chunk(1)[0] = unsafe { *ctx.pointer::<usize>(0) };
+    dev.run(&read, 1, args![unsafe { ptr(block) }, out(&mut word)]).unwrap();
+    assert_eq!(word[0], block as usize);
+    assert!(present(block));
 }
 
 /// A kernel that followed a pointer to a byte beside a declared array, on a page of which it had a snapshot, wrote into the snapshot, and the byte was lost.
