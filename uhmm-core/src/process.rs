@@ -89,11 +89,12 @@ struct Running {
 }
 
 impl Running {
-    /// Closes the devices that nobody uses any more. Not from a kernel, whose own launch would be waited for: then they go with the next one.
+    fn has_unused(&self) -> bool {
+        (0..MAX_DEVICES).any(|index| self.device_users[index] == 0 && self.queues[index].is_some())
+    }
+
+    /// Closes the devices that nobody uses any more. To be called with `prepare` held, so that no launch runs anywhere.
     fn close_unused(&mut self) {
-        if self.core.has_worker(thread::gettid()) {
-            return;
-        }
         for index in (0..MAX_DEVICES).filter(|&index| self.device_users[index] == 0) {
             let Some(queue) = self.queues[index].take() else { continue };
             self.core.device(index).desk().close();
@@ -110,11 +111,18 @@ pub(crate) struct Held;
 
 pub(crate) fn lock() -> Result<Held, Error> {
     loop {
-        match page(LOCK) {
-            Ok(()) => return Ok(Held),
-            Err(Errno::EXIST) => std::thread::sleep(core::time::Duration::from_micros(50)),
-            Err(e) => return Err(Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e)),
+        match try_lock()? {
+            Some(held) => return Ok(held),
+            None => std::thread::sleep(core::time::Duration::from_micros(50)),
         }
+    }
+}
+
+fn try_lock() -> Result<Option<Held>, Error> {
+    match page(LOCK) {
+        Ok(()) => Ok(Some(Held)),
+        Err(Errno::EXIST) => Ok(None),
+        Err(e) => Err(Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e)),
     }
 }
 
@@ -245,11 +253,11 @@ impl CoreRef {
     /// # Errors
     /// Those of the driver; [`Error::Device`] if there are too many.
     pub fn device(&self, config: DeviceConfig, open: OpenDriver) -> Result<DeviceRef, Error> {
+        self.close_unused()?;
         let held = lock()?;
         let running = held.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
         // SAFETY: the lock is held, so this is the only reference.
         let running = unsafe { &mut *running };
-        running.close_unused();
         let found = self.find(config.name);
         let index = match found {
             Some(index) => index,
@@ -272,11 +280,11 @@ impl CoreRef {
     /// # Errors
     /// [`Error::System`] if address space is refused.
     pub fn open_device(&self, name: &str) -> Result<Option<DeviceRef>, Error> {
+        self.close_unused()?;
         let held = lock()?;
         let running = held.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
         // SAFETY: the lock is held, so this is the only reference.
         let running = unsafe { &mut *running };
-        running.close_unused();
         Ok(self.find(name).map(|index| {
             running.users += 1;
             running.device_users[index] += 1;
@@ -299,12 +307,42 @@ impl CoreRef {
         if !self.is_ours() {
             return;
         }
-        let Ok(held) = lock() else { return };
-        let Ok(Some(running)) = held.running() else { return };
-        // SAFETY: the lock is held, so this is the only reference.
-        let running = unsafe { &mut *running };
-        running.device_users[index] -= 1;
-        running.close_unused();
+        {
+            let Ok(held) = lock() else { return };
+            let Ok(Some(running)) = held.running() else { return };
+            // SAFETY: the lock is held, so this is the only reference.
+            unsafe { (&mut *running).device_users[index] -= 1 };
+        }
+        let _ = self.close_unused(); // else it goes with the next one
+    }
+
+    /// Closes the devices that nobody uses any more.
+    ///
+    /// Nobody waits for a launch while he holds the lock that its kernel may want, for a kernel may open and drop what it likes: so `prepare` comes first, and
+    /// is given up again if the lock is not free. A kernel itself leaves this to the next one, for its own launch would be waited for.
+    fn close_unused(&self) -> Result<(), Error> {
+        let core = self.core();
+        let mut asked = Some(lock()?);
+        let mut no_launch = None;
+        loop {
+            if let Some(held) = asked.take() {
+                let running = held.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
+                // SAFETY: the lock is held, so this is the only reference.
+                let running = unsafe { &mut *running };
+                if !running.has_unused() || core.has_worker(thread::gettid()) {
+                    return Ok(());
+                }
+                if no_launch.is_some() {
+                    running.close_unused();
+                    return Ok(());
+                }
+            } else {
+                drop(no_launch.take());
+                std::thread::sleep(std::time::Duration::from_micros(50));
+            }
+            no_launch = Some(core.prepare.lock());
+            asked = try_lock()?;
+        }
     }
 
     /// The open devices.

@@ -6,7 +6,7 @@
 //!
 //! # Rules
 //! * An entry is set and cleared under the lock over the core's beginning and end ([`crate::process`]).
-//! * A device is closed when it has no user any more, with its queue joined and the launches' `prepare` lock held, so that no launch runs anywhere.
+//! * A device is closed when it has no user any more, with the launches' `prepare` lock held, so that no launch runs anywhere, and its queue joined.
 //! * Its pages go home before its entry is cleared. So whoever holds the lock of a block that the device has pages of, or `prepare`, may keep a
 //!   reference to the device without being a visitor.
 #![allow(unsafe_code)] // devices that stay until their last visitor has left
@@ -99,14 +99,10 @@ impl DeviceTable {
 }
 
 impl Core {
-    /// On the keeper: closes a device whose queue was joined. Everything it has comes home; its threads, memory and addresses go.
+    /// On the keeper, while the one who asks holds `prepare`: closes a device whose queue was joined. Everything it has comes home; its threads, memory and addresses go.
     pub(crate) fn close_device(&self, index: usize) {
-        let device = {
-            let _no_launch = self.prepare.lock();
-            self.evict_device(self.device(index));
-            self.devices.take(index)
-        };
-        drop(device);
+        self.evict_device(self.device(index));
+        drop(self.devices.take(index));
     }
 }
 

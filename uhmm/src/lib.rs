@@ -169,7 +169,7 @@ impl SoftBuilder<'_> {
 }
 
 /// A user's hold on an open device. With the last one the device is closed: what it has comes home, its threads and its memory go, and its name is free for
-/// a device with another configuration. That waits for the running launch, whatever its device, so a kernel must not be the one to drop it.
+/// a device with another configuration. That waits for the running launch, whatever its device; a kernel that drops the last handle leaves it to whoever opens or closes a device next.
 #[derive(Debug)]
 pub struct Device {
     dev: DeviceRef,

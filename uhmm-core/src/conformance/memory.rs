@@ -98,7 +98,7 @@ pub(super) fn same(what: &str, found: &[u8], expected: impl Fn(usize) -> u8) {
 
 /// Whole pages inside the bytes that the CPU has (bit 63 of /proc/self/pagemap).
 pub(super) fn pages_present(data: &[u8]) -> usize {
-    let start = (data.as_ptr() as usize).next_multiple_of(PAGE) / PAGE;
+    let start = (data.as_ptr() as usize).div_ceil(PAGE);
     let end = data.as_ptr_range().end as usize / PAGE;
     let Ok(pagemap) = File::open("/proc/self/pagemap") else { panic!("/proc/self/pagemap is needed") };
     let mut entries = vec![0u8; end.saturating_sub(start) * 8];

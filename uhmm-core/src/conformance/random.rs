@@ -175,7 +175,7 @@ fn fail(subject: &Subject<'_>, random: &mut Rng, region: &mut Region) {
     assert!(subject.fail(arg, groups, part, random.usize(0..groups)).is_err(), "a failing kernel must fail its launch");
     for i in range.clone() {
         let found = region.pages.bytes()[i];
-        let first = (i - range.start) % part == 0;
+        let first = (i - range.start).is_multiple_of(part);
         assert!(found == region.shadow[i] || (first && found == FAILED), "byte {i} is {found}, before {}", region.shadow[i]);
         region.shadow[i] = found;
     }

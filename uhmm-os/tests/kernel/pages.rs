@@ -21,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test("uffd_copy_write_protected", Needs::Uffd(WP), copy_write_protected),
     Test("uffd_thread_and_exact_address", Needs::Uffd(Features::THREAD_ID.union(Features::EXACT_ADDRESS)), thread_and_address),
     Test("uffd_zeropage", Needs::Uffd(NONE), zeropage),
+    Test("uffd_one_call_one_mapping", Needs::Uffd(NONE), one_call_one_mapping),
     Test("uffd_dontwake_and_wake", Needs::Uffd(NONE), dontwake_and_wake),
     Test("uffd_move_round_trip_small", Needs::Uffd(MOVE), move_round_trip_small),
     Test("uffd_move_round_trip_huge", Needs::Uffd(MOVE), move_round_trip_huge),
@@ -311,4 +312,20 @@ fn full_system_call() {
         assert_eq!(caller.join().unwrap(), Ok(1));
     });
     assert_eq!(peek(memory.start()), 77);
+}
+
+/// A range that goes on into another mapping is answered as if nothing were there.
+fn one_call_one_mapping() {
+    let (uffd, memory, source) = (open(NONE), pages(8), pages(8));
+    fill(&source);
+    watch(&uffd, &memory, RegisterMode::MISSING);
+    let border = memory.start() + 3 * PAGE;
+    // SAFETY: memory of the test's own.
+    unsafe { uhmm_os::mem::madvise(border, 5 * PAGE, Advice::DoFork) }.unwrap();
+    let none = Err(Partial { done: 0, errno: Errno::NOENT });
+    assert_eq!(copy(&uffd, memory.start(), source.start(), 8 * PAGE, CopyMode::empty()), none);
+    assert_eq!(uffd.zeropage(memory.start(), 8 * PAGE), none);
+    assert_eq!(copy(&uffd, memory.start(), source.start(), 3 * PAGE, CopyMode::empty()), Ok(()));
+    assert_eq!(uffd.zeropage(border, 5 * PAGE), Ok(()));
+    assert!(is_filled(memory.start(), 0, 3 * PAGE) && peek(border) == 0);
 }

@@ -12,6 +12,7 @@ crate::tests![
     a_handle_that_a_kernel_drops_is_closed_later,
     devices_open_and_close_while_others_work,
     devices_close_before_forks,
+    kernels_open_and_drop_handles_while_devices_close,
 ];
 
 /// A device stayed open until the core ended: only four software devices could ever be opened, and opening one of a known name with another
@@ -194,4 +195,37 @@ fn devices_close_before_forks() {
         assert!(data.iter().all(|&x| x == rounds));
         stop.store(true, Ordering::Relaxed);
     });
+}
+
+/// Whoever closed a device waited for the running launch with the lock held that its kernel wanted to open or drop a handle.
+fn kernels_open_and_drop_handles_while_devices_close() {
+    let (hmm, dev) = device(16);
+    let end = std::time::Instant::now() + seconds(5);
+    let opened = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let (hmm, opened) = (&hmm, &opened);
+        let mut data = vec![0u32; 50_000];
+        scope.spawn(move || {
+            let kernel = |_: &Ctx<'_>| {
+                let again = Uhmm::new().unwrap();
+                // The other's device, or one of our own that stays until somebody else opens or closes one.
+                let device = again.soft("passes").memory(4 << 20).threads(1).open().unwrap();
+                opened.fetch_add(device.threads(), Ordering::Relaxed);
+            };
+            while std::time::Instant::now() < end {
+                dev.run(&kernel, 2, args![]).unwrap();
+            }
+        });
+        let mut rounds = 0;
+        while std::time::Instant::now() < end {
+            let passes = hmm.soft("passes").memory(4 << 20).threads(1).open().unwrap();
+            passes.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+            rounds += 1;
+            drop(passes);
+            assert_eq!(data[7], rounds);
+        }
+    });
+    assert!(opened.load(Ordering::Relaxed) > 10);
+    drop(hmm.soft("last").memory(4 << 20).open().unwrap());
+    assert_eq!(hmm.devices().len(), 0, "all are closed");
 }

@@ -11,6 +11,7 @@ crate::tests![
     a_mapping_over_it_starts_anew,
     memory_that_cannot_move_is_used_all_the_same,
     pages_shared_by_a_fork_move_after_it,
+    a_mapping_that_is_watched_in_part_is_not_resized,
 ];
 
 fn filled(len: usize) -> Pages {
@@ -166,4 +167,25 @@ fn pages_shared_by_a_fork_move_after_it() {
         assert_eq!(pages_present(&data), 0, "round {round}");
         assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + round));
     }
+}
+
+/// The kernel resizes one mapping at a time, and a part that is watched is one. Whoever asks is told, and nothing has changed.
+fn a_mapping_that_is_watched_in_part_is_not_resized() {
+    let (_hmm, dev) = device(16);
+    let mut pages = filled(1 << 20);
+    let data = pages.slice::<u32>();
+    let part = data.len() / 2;
+    dev.run(&increment, groups(part), args![inout(&mut data[..part])]).unwrap();
+    let start = pages.start.cast();
+    let moved = unsafe { libc::mremap(start, pages.len, pages.len * 2, libc::MREMAP_MAYMOVE) };
+    assert_eq!((moved, std::io::Error::last_os_error().raw_os_error()), (libc::MAP_FAILED, Some(libc::EFAULT)));
+    let data = pages.slice::<u32>();
+    assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + u32::from(i < part)));
+    // Watched as a whole, it is.
+    dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+    let moved = unsafe { libc::mremap(start, pages.len, pages.len * 2, libc::MREMAP_MAYMOVE) };
+    assert_ne!(moved, libc::MAP_FAILED);
+    (pages.start, pages.len) = (moved.cast(), pages.len * 2);
+    let data = pages.slice::<u32>();
+    assert!(data[..2 * part].iter().enumerate().all(|(i, &x)| x == i as u32 + u32::from(i < part) + 1));
 }

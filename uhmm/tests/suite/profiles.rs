@@ -110,7 +110,8 @@ fn declared_pages_stay_while_the_kernel_runs() {
         // Then a part of it is written, another only read, and the CPU uses the rest, and reads what is read.
         let (first, rest) = bytes.split_at_mut((3 << 20) + 777);
         let (written, last) = rest.split_at_mut(3_000_001);
-        let read = &last[1 << 20..];
+        let (middle, read) = last.split_at_mut(1 << 20);
+        let read = &*read;
         let started = AtomicBool::new(false);
         let kernel = |ctx: &Ctx<'_>| {
             started.store(true, Ordering::Release);
@@ -134,6 +135,8 @@ fn declared_pages_stay_while_the_kernel_runs() {
             }
             let at = first.len() - 1;
             first[at] = expected;
+            // The other half of the page where begins what is read.
+            middle[middle.len() - 1] = expected;
             assert!(first.iter().step_by(4096).all(|&x| x == expected));
             assert!(read.iter().step_by(40_960).all(|&x| x == expected));
             run.join().unwrap().unwrap();
