@@ -194,7 +194,7 @@ fn explain(error: ViewNpyError) -> anyhow::Error {
 
 /// Maps a file for reading.
 #[allow(unsafe_code)] // the one call: mapping a file is unsafe because others may change it
-fn map_file(file: &File) -> Result<Mmap> {
+pub(crate) fn map_file(file: &File) -> Result<Mmap> {
     // SAFETY: the bytes are only ever read as u8 and f32, of which every value is valid. Whoever changes the file meanwhile changes
     // the numbers of this calculation, and whoever truncates it ends this program with SIGBUS: both are said in the help text.
     Ok(unsafe { Mmap::map(file) }?)

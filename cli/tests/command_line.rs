@@ -7,6 +7,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Instant;
 use tempfile::TempDir;
 
 type Outcome = Result<(), Failed>;
@@ -30,6 +31,7 @@ fn main() {
         needs_rights("the_product_may_replace_a_side", the_product_may_replace_a_side),
         needs_rights("a_product_that_cannot_be_written", a_product_that_cannot_be_written),
         needs_rights("demo_shows_everything", demo_shows_everything),
+        needs_rights("demo_has_all_keys", demo_has_all_keys),
         needs_rights("bench_prints_one_object_a_line", bench_prints_lines),
     ];
     for bad in bad_files() {
@@ -235,11 +237,43 @@ fn demo_shows_everything() -> Outcome {
     let output = uhmm(&["demo"]).output()?;
     succeeded(&output)?;
     let out = text(&output.stdout);
-    for word in ["One pointer", "allocations", "Three launches", "nothing changed", "nearest neighbour, 98.8 %", "██"] {
+    for word in [
+        "One pointer",
+        "allocations",
+        "Three launches",
+        "nothing changed",
+        "nearest neighbour, 98.8 %",
+        "██",
+        "1000000 boxes",
+        "2300160 words",
+    ] {
         ensure(out.contains(word), || format!("{word:?} is not in: {out}"))?;
     }
     let pointers: Vec<&str> = out.split_whitespace().filter(|word| word.starts_with("0x")).collect();
     ensure(pointers.len() == 2 && pointers[0] == pointers[1], || format!("pointers {pointers:?}"))
+}
+
+fn demo_has_all_keys() -> Outcome {
+    let started = Instant::now();
+    let demo = json(&["demo", "--json"])?;
+    ensure(started.elapsed().as_secs() < 60, || format!("it took {:?}, and should take a few seconds", started.elapsed()))?;
+    has_keys(
+        &demo,
+        &["device", "pointer_cpu", "pointer_device", "explicit_s", "uhmm_s", "named_right", "images", "linked_list", "word_count"],
+    )?;
+    ensure(demo["pointer_cpu"] == demo["pointer_device"], || format!("{demo}"))?;
+    let list = &demo["linked_list"];
+    has_keys(list, &["nodes", "seconds", "device_faults", "bytes_to_device"])?;
+    // A box of two words takes 32 bytes of the heap. A fault brings a block of 2 MiB of them.
+    ensure(list["nodes"] == 1_000_000 && list["seconds"].as_f64() > Some(0.0), || format!("{list}"))?;
+    ensure(list["bytes_to_device"].as_u64().is_some_and(|bytes| (31 << 20..80 << 20).contains(&(bytes + (1 << 20)))), || {
+        format!("{list}")
+    })?;
+    ensure(list["device_faults"].as_u64().is_some_and(|faults| (10..1000).contains(&faults)), || format!("{list}"))?;
+    let count = &demo["word_count"];
+    has_keys(count, &["bytes", "words", "seconds"])?;
+    ensure(count["words"] == 20 * 1797 * 64 && count["seconds"].as_f64() > Some(0.0), || format!("{count}"))?;
+    ensure(count["bytes"].as_u64() > Some(2 * 20 * 1797 * 64), || format!("{count}"))
 }
 
 fn bench_prints_lines() -> Outcome {

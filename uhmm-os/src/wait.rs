@@ -123,6 +123,7 @@ impl AsFd for EventFd {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use core::sync::atomic::Ordering;
 
     #[test]
     fn signal_poll_drain() {
@@ -145,6 +146,27 @@ mod tests {
         assert_eq!(poll(&[a.as_fd()], Some(1030)), Ok(0));
         let took = start.elapsed().as_millis();
         assert!((1030..5000).contains(&took), "{took} ms");
+    }
+
+    #[test]
+    fn a_word_is_waited_for_while_it_has_its_value() {
+        let word = AtomicU32::new(1);
+        assert!(futex_wait(&word, 2, Some(20_000)), "another value already");
+        let start = std::time::Instant::now();
+        assert!(!futex_wait(&word, 1, Some(1030)));
+        let took = start.elapsed().as_millis();
+        assert!((1030..5000).contains(&took), "{took} ms");
+        std::thread::scope(|s| {
+            let waiter = s.spawn(|| {
+                while word.load(Ordering::Acquire) == 1 {
+                    assert!(futex_wait(&word, 1, Some(20_000)));
+                }
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            word.store(2, Ordering::Release);
+            futex_wake(&word);
+            waiter.join().unwrap();
+        });
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use uhmm::{Ctx, Uhmm, args, ptr};
 
 const TURNS: u32 = 200;
@@ -25,11 +25,7 @@ unsafe impl Sync for Page {}
 fn play(page: &Page, odd: u32) {
     for turn in (odd..TURNS).step_by(2) {
         while page.turn.load(Ordering::Acquire) != turn {
-            // Looking takes the page from the other side, so not too often.
-            let again = Instant::now() + Duration::from_micros(50);
-            while Instant::now() < again {
-                std::hint::spin_loop();
-            }
+            std::thread::yield_now(); // looking takes the page from the other side
         }
         // SAFETY: it is our turn.
         let bytes = unsafe { &mut *page.bytes.get() };

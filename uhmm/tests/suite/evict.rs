@@ -8,6 +8,7 @@ use uhmm::{Ctx, Device, Error, Uhmm, args, inout, inp};
 
 crate::tests![
     evict_all_brings_everything_home,
+    evict_all_waits_for_another_devices_launch,
     evict_all_beside_launches,
     a_raised_signal_finds_everything_at_home,
     another_process_sends_the_signal,
@@ -70,6 +71,50 @@ fn evict_all_brings_everything_home() {
     let inside = |_: &Ctx<'_>| assert!(matches!(hmm.evict_all(), Err(Error::Reentrant)));
     one.run(&inside, 1, args![]).unwrap();
     Uhmm::new().unwrap().evict_all().unwrap();
+}
+
+/// A launch, and what lets it end.
+fn until_released(dev: &Device, data: &mut [u32], runs: &AtomicBool, end: &AtomicBool) {
+    let kernel = |ctx: &Ctx<'_>| {
+        ctx.out::<u32>(0).chunk(1 << 20)[7] = 9;
+        runs.store(true, Ordering::Release);
+        while !end.load(Ordering::Acquire) {
+            std::hint::spin_loop();
+        }
+    };
+    dev.run(&kernel, 1, args![inout(data)]).unwrap();
+}
+
+fn wait_for(flag: &AtomicBool) {
+    let limit = Instant::now() + Duration::from_secs(20);
+    while !flag.load(Ordering::Acquire) {
+        assert!(Instant::now() < limit, "it never comes");
+        std::thread::yield_now();
+    }
+}
+
+static RUNS: AtomicBool = AtomicBool::new(false);
+static END: AtomicBool = AtomicBool::new(false);
+
+fn evict_all_waits_for_another_devices_launch() {
+    let (hmm, _one) = device(64);
+    let two = hmm.soft("two").memory(64 << 20).threads(1).open().unwrap();
+    let mut pages = Pages::new(4 << 20); // whole pages: nothing of them has to stay for the launch
+    let used = pages.slice::<u32>();
+    used.fill(1);
+    std::thread::scope(|scope| {
+        let launch = scope.spawn(|| until_released(&two, used, &RUNS, &END));
+        wait_for(&RUNS);
+        let evicted = scope.spawn(|| hmm.evict_all().unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!evicted.is_finished(), "it waits for the launch");
+        END.store(true, Ordering::Release);
+        launch.join().unwrap();
+        evicted.join().unwrap();
+    });
+    let used = pages.slice::<u32>();
+    assert_eq!(pages_present(used), 1024);
+    assert_eq!((used[6], used[7]), (1, 9));
 }
 
 /// It waits for a launch and holds up the next; nobody hangs and nothing is lost.
@@ -284,31 +329,20 @@ fn a_signal_in_a_forked_child() {
 
 /// The handler does not wait for ever, and everything is home but what the launch uses.
 fn a_kernel_that_does_not_end() {
-    static RUNS: AtomicBool = AtomicBool::new(false);
-    static END: AtomicBool = AtomicBool::new(false);
     let (hmm, dev) = device(64);
     let away = Away::new();
     let mut used = vec![1u32; 1 << 20];
     hmm.evict_on_signal(libc::SIGUSR2).unwrap();
     away.go(&dev);
-    let kernel = |ctx: &Ctx<'_>| {
-        ctx.out::<u32>(0).chunk(1 << 20)[7] = 9;
-        RUNS.store(true, Ordering::Release);
-        while !END.load(Ordering::Acquire) {
-            std::hint::spin_loop();
-        }
-    };
     std::thread::scope(|scope| {
-        let launch = scope.spawn(|| dev.run(&kernel, 1, args![inout(&mut used)]));
-        while !RUNS.load(Ordering::Acquire) {
-            std::thread::yield_now();
-        }
+        let launch = scope.spawn(|| until_released(&dev, &mut used, &RUNS, &END));
+        wait_for(&RUNS);
         let started = Instant::now();
         unsafe { libc::raise(libc::SIGUSR2) };
         let took = started.elapsed();
         let home = away.is_home();
         END.store(true, Ordering::Release);
-        launch.join().unwrap().unwrap();
+        launch.join().unwrap();
         assert!(home && took < Duration::from_secs(14), "{took:?}");
     });
     assert_eq!((used[6], used[7]), (1, 9));
@@ -377,6 +411,6 @@ fn signals_beside_launches_and_forks() {
             std::thread::sleep(Duration::from_millis(3));
         }
     });
-    assert!(CALLS.load(Ordering::Relaxed) > 50, "{CALLS:?}");
+    assert!(CALLS.load(Ordering::Relaxed) > 100, "{CALLS:?}");
     away.check();
 }
