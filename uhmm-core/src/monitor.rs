@@ -190,7 +190,7 @@ impl Monitor {
     fn serve(&mut self, core: &Core, mut fault: Fault) -> Served {
         let va = Span::block(fault.address).start;
         let page = fault.address % BLOCK / PAGE;
-        let Some(block) = core.dir.get(va) else { return fill(core, fault.address & !(PAGE - 1), 1) };
+        let Some(block) = core.dir.get(va) else { return fill(core, Span::touching(fault.address, fault.address + 1), fault.address) };
         let mut state = block.lock();
         if state.gone().has(page) {
             core.for_each_device(|dev| {
@@ -248,7 +248,7 @@ impl Monitor {
                         run = holes.run_at(page);
                     }
                 }
-                fill(core, va + run.start * PAGE, run.len())
+                fill(core, ranges::pages(Span::block(va), run), va + page * PAGE)
             }
         }
     }
@@ -283,13 +283,19 @@ impl Monitor {
     }
 }
 
-/// Fills holes with the zero page. What is there already is left, and its toucher woken.
-fn fill(core: &Core, start: Va, pages: usize) -> Served {
-    match core.space.uffd.zeropage(start, pages * PAGE) {
+/// Fills holes with the zero page, for who has touched one of them. What is there already is left, and its toucher woken.
+fn fill(core: &Core, holes: Span, touched: Va) -> Served {
+    match core.space.uffd.zeropage(holes.start, holes.len()) {
         Ok(()) => Served::Done,
         Err(partial) if partial.errno == Errno::AGAIN && partial.done == 0 => Served::Later,
+        // One call fills within one mapping only; neighbours in a block need not be one.
+        Err(partial) if partial.errno == Errno::NOENT && holes.len() > PAGE => {
+            let page = Span::touching(touched, touched + 1);
+            let within = core.space.mapping(touched).ok().flatten().map(|vma| holes.and(Span { start: vma.start, end: vma.end }));
+            fill(core, within.filter(|part| !part.is_empty() && *part != holes).unwrap_or(page), touched)
+        }
         Err(_) => {
-            let _ = core.space.uffd.wake(start, pages * PAGE);
+            let _ = core.space.uffd.wake(holes.start, holes.len());
             Served::Done
         }
     }

@@ -6,12 +6,14 @@
 #![allow(clippy::undocumented_unsafe_blocks)] // tests do on purpose what callers must not
 
 mod actors;
+mod any_memory;
 mod bad_input;
 mod basics;
 mod faults;
 mod harness;
 mod kernel_faults;
 mod lifecycle;
+mod mapping_races;
 mod mappings;
 mod own_memory;
 mod races;
@@ -25,6 +27,8 @@ fn main() {
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(mappings::TESTS);
+    tests.extend(mapping_races::TESTS);
+    tests.extend(any_memory::TESTS);
     tests.extend(own_memory::TESTS);
     tests.extend(races::TESTS);
     tests.extend(stories::TESTS);
