@@ -219,7 +219,10 @@ fn everything_moves_while_the_process_runs() {
             last = (Instant::now(), now);
         }
     }
+    shared.quiet(threads.len());
+    exact_round(&dev, shared, pagemap);
     shared.stop.store(1, Ordering::Release);
+    shared.go_on();
     let counts = shared.counts(threads.len());
     for (thread, name) in threads.into_iter().zip(actors::NAMES) {
         assert!(thread.join().is_ok(), "{name}");
