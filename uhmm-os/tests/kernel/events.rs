@@ -96,8 +96,8 @@ fn pending_lets_unregister() {
 fn fills_end_with_their_mapping() {
     let (memory, other, uffd) = (pages(4), pages(4), open(UNMAP));
     fill(&other);
-    // SAFETY: pages of the test's own: a mapping that a child does not inherit.
-    unsafe { madvise(memory.start() + 2 * PAGE, 2 * PAGE, Advice::DontFork) }.unwrap();
+    // SAFETY: pages of the test's own, of which half are treated otherwise: a mapping for itself.
+    unsafe { madvise(memory.start() + 2 * PAGE, 2 * PAGE, Advice::Hugepage) }.unwrap();
     uffd.register(memory.start(), memory.len(), RegisterMode::MISSING).unwrap();
     let lost = Err(Partial { done: 0, errno: Errno::NOENT });
     assert_eq!(uffd.zeropage(memory.start(), memory.len()), lost);
