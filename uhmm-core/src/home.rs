@@ -36,6 +36,10 @@ pub(crate) fn bring_home(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, 
 /// As [`bring_home`], for a block whose program pages are now at `to` (mremap).
 pub(crate) fn bring_home_to(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits, to: Va) -> Result<Bits, Errno> {
     let pages = pages & state.private();
+    // The kernel would refuse what has been copied by then.
+    if core.space.uffd.event_pending() {
+        return Err(Errno::AGAIN);
+    }
     ranges::unmap(core, dev, state, va, pages);
     let (arrived, result) =
         if pages.count() <= COPY_UP_TO { copy_home(core, dev, state, pages, to) } else { move_home(core, dev, state, pages, to) };

@@ -119,7 +119,12 @@ impl Monitor {
 
     /// Serves until `stop` is signalled.
     pub(crate) fn run(&mut self, core: &Core, stop: &EventFd) {
+        let mut vain = 0u32;
         loop {
+            if vain > 0 {
+                // Those whose events stand in the way have to run before anything can be served.
+                thread::pause(vain);
+            }
             let timeout = (self.waiting > 0).then_some(0);
             let ready = uhmm_os::poll(&[core.space.uffd.as_fd(), stop.as_fd()], timeout).unwrap_or(0);
             if ready & 2 != 0 {
@@ -130,7 +135,9 @@ impl Monitor {
                 self.read(core);
                 self.follow(core);
             }
+            let asked = self.waiting;
             self.serve_all(core);
+            vain = if asked > 0 && self.waiting == asked { vain.saturating_add(1) } else { 0 };
         }
     }
 

@@ -81,8 +81,10 @@ impl Space {
 
     /// Waits until no mapping event is unread. To be called without any lock.
     pub fn settle(&self) {
+        let mut times = 0;
         while self.uffd.event_pending() {
-            thread::yield_now();
+            thread::pause(times);
+            times += 1;
         }
     }
 

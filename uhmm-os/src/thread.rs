@@ -226,6 +226,17 @@ pub fn yield_now() {
     let _ = unsafe { call(abi::__NR_sched_yield, []) };
 }
 
+/// Waits for a moment: lets another thread run the first 20 `times`, then sleeps 50 us, so that whoever is waited for gets the core even if there are more threads
+/// than cores. *Fault path.*
+pub fn pause(times: u32) {
+    if times < 20 {
+        return yield_now();
+    }
+    let moment = [0usize, 50_000]; // struct timespec
+    // SAFETY: the structure is valid for reads; the remaining time is not asked for.
+    let _ = unsafe { call(abi::__NR_nanosleep, [moment.as_ptr() as usize, 0]) };
+}
+
 /// The core that the calling thread runs on just now. *Fault path.*
 pub fn current_core() -> usize {
     let mut core = 0u32;

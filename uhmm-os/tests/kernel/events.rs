@@ -12,11 +12,15 @@ use uhmm_os::{Errno, PAGE};
 
 const UNMAP: Features = Features::EVENT_UNMAP.union(Features::MOVE);
 
+const PROTECTED: Features = UNMAP.union(Features::PAGEFAULT_FLAG_WP);
+
 pub(crate) const TESTS: &[Test] = &[
     Test("event_unmap", Needs::Uffd(UNMAP), unmap),
     Test("event_remap", Needs::Uffd(Features::EVENT_REMAP), remap),
     Test("event_remove", Needs::Uffd(Features::EVENT_REMOVE), remove),
     Test("event_pending_refuses_moves", Needs::Uffd(UNMAP), pending_refuses_moves),
+    Test("event_pending_lets_unregister", Needs::Uffd(PROTECTED), pending_lets_unregister),
+    Test("fills_end_with_their_mapping", Needs::Uffd(UNMAP), fills_end_with_their_mapping),
     Test("event_fork", Needs::Full(Features::EVENT_FORK), fork),
 ];
 
@@ -61,6 +65,49 @@ fn unmap() {
     assert_eq!((event, result), (Event::Unmap { start, end: start + 2 * PAGE }, Ok(())));
     uffd.unregister(memory.start(), PAGE).unwrap();
     uffd.unregister(memory.start() + 3 * PAGE, PAGE).unwrap();
+}
+
+/// A page can be made writable at any time.
+fn pending_lets_unregister() {
+    let (memory, uffd) = (pages(4), open(PROTECTED));
+    fill(&memory);
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING | RegisterMode::WP).unwrap();
+    // SAFETY: it changes no contents, and nobody writes there meanwhile.
+    let protect = |on| unsafe { uffd.write_protect(memory.start(), PAGE, on) };
+    protect(true).unwrap();
+    let gone = memory.start() + 3 * PAGE;
+    scope(|s| {
+        let _reader = ReadOnPanic(&uffd);
+        // SAFETY: a page of the test's own, which is not used again.
+        let changer = s.spawn(|| unsafe { munmap(gone, PAGE) });
+        eventually("an event is pending", || uffd.event_pending());
+        assert_eq!(protect(false), Err(Errno::AGAIN));
+        assert_eq!(uffd.unregister(memory.start(), PAGE), Ok(()));
+        poke(memory.start(), pattern(0)); // it would wait for ever
+        assert!(uffd.event_pending());
+        assert_eq!(next_event(&uffd), Event::Unmap { start: gone, end: gone + PAGE });
+        changer.join().unwrap().unwrap();
+    });
+    assert!(is_filled(memory.start(), 0, 3 * PAGE));
+    uffd.unregister(memory.start() + PAGE, 2 * PAGE).unwrap();
+}
+
+/// Neighbours that are registered alike are two ranges to COPY and ZEROPAGE if they are two mappings.
+fn fills_end_with_their_mapping() {
+    let (memory, other, uffd) = (pages(4), pages(4), open(UNMAP));
+    fill(&other);
+    // SAFETY: pages of the test's own, of which half are treated otherwise: a mapping for itself.
+    unsafe { madvise(memory.start() + 2 * PAGE, 2 * PAGE, Advice::Hugepage) }.unwrap();
+    uffd.register(memory.start(), memory.len(), RegisterMode::MISSING).unwrap();
+    let lost = Err(Partial { done: 0, errno: Errno::NOENT });
+    assert_eq!(uffd.zeropage(memory.start(), memory.len()), lost);
+    // SAFETY: into empty pages of the test's own.
+    let copy = |to, from, len| unsafe { uffd.copy(to, from, len, CopyMode::empty()) };
+    assert_eq!(copy(memory.start(), other.start(), other.len()), lost);
+    assert_eq!(copy(memory.start(), other.start(), 2 * PAGE), Ok(()));
+    assert_eq!(copy(memory.start() + 2 * PAGE, other.start() + 2 * PAGE, 2 * PAGE), Ok(()));
+    assert!(is_filled(memory.start(), 0, memory.len()));
+    uffd.unregister(memory.start(), memory.len()).unwrap();
 }
 
 fn remap() {

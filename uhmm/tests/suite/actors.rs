@@ -48,10 +48,14 @@ pub fn start(shared: &'static Shared) -> Vec<JoinHandle<()>> {
     threads.collect()
 }
 
+/// What threads that only compute leave to the others, and to the mover, after each round.
+const BREATH: Duration = Duration::from_micros(300);
+
 fn small_allocations(shared: &'static Shared, me: usize) {
     let mut random = fastrand::Rng::with_seed(1);
     let mut kept: Vec<(u8, Vec<u8>)> = vec![];
     while shared.rest(me) {
+        sleep(BREATH);
         for _ in 0..200 {
             let value = random.u8(..);
             kept.push((value, vec![value; random.usize(1..3000)]));
@@ -66,6 +70,7 @@ fn small_allocations(shared: &'static Shared, me: usize) {
 fn large_allocations(shared: &'static Shared, me: usize) {
     let mut random = fastrand::Rng::with_seed(2);
     while shared.rest(me) {
+        sleep(BREATH);
         let mut data: Vec<u32> = vec![];
         for round in 0..4 {
             let len = data.len() + random.usize(1..300_000); // grows by realloc, also beyond where it stands
@@ -84,6 +89,7 @@ fn statics(shared: &'static Shared, me: usize) {
     static FILLED: [AtomicU32; 5000] = [const { AtomicU32::new(1) }; 5000];
     let mut expected = 0;
     while shared.rest(me) {
+        sleep(BREATH);
         for (i, x) in ZEROED.iter().enumerate() {
             assert_eq!(x.fetch_add(i as u32, Ordering::Relaxed), (i as u32).wrapping_mul(expected), "statics of zeros");
         }
@@ -108,6 +114,7 @@ fn stacks(shared: &'static Shared, me: usize) {
     }
     let mut round = 0u64;
     while shared.rest(me) {
+        sleep(BREATH);
         assert_eq!(deep(300), 200 * 300 * 301 / 2, "frames");
         LOCAL.with(|local| {
             assert!(local.get().iter().all(|&x| x == round), "thread-local data");
@@ -307,6 +314,7 @@ fn input_and_output(shared: &'static Shared, me: usize) {
     let file = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(libc::memfd_create(c"own memory".as_ptr(), libc::MFD_CLOEXEC)) };
     let mut random = fastrand::Rng::with_seed(5);
     while shared.rest(me) {
+        sleep(BREATH);
         let sent: Vec<u8> = (0..random.usize(1..60_000)).map(|_| random.u8(..)).collect();
         let mut got = vec![0; sent.len()];
         to.write_all(&sent).expect("write");

@@ -6,6 +6,7 @@
 #![allow(clippy::undocumented_unsafe_blocks)] // tests do on purpose what callers must not
 
 mod actors;
+mod any_memory;
 mod bad_input;
 mod basics;
 mod closing;
@@ -18,6 +19,7 @@ mod kernel_access;
 mod kernel_faults;
 mod kernel_futex;
 mod lifecycle;
+mod mapping_races;
 mod mappings;
 mod modes;
 mod nothing_declared;
@@ -44,6 +46,8 @@ fn main() {
     tests.extend(mappings::TESTS);
     tests.extend(modes::TESTS);
     tests.extend(nothing_declared::TESTS);
+    tests.extend(mapping_races::TESTS);
+    tests.extend(any_memory::TESTS);
     tests.extend(own_memory::TESTS);
     tests.extend(races::TESTS);
     tests.extend(stories::TESTS);

@@ -26,6 +26,7 @@ crate::tests![
     bytes_that_came_home_are_counted_when_the_toucher_goes_on,
     a_touch_beside_a_border_of_mappings,
     neighbouring_mappings_come_home_together,
+    holes_of_neighbouring_mappings_are_filled,
 ];
 
 const BLOCK: usize = 2 << 20;
@@ -410,4 +411,18 @@ fn neighbouring_mappings_come_home_together() {
     dev.prefetch(&*range).unwrap();
     assert_eq!(pages_present(range), 0);
     assert!(range.iter().enumerate().all(|(i, &x)| x == (i / PAGE) as u8));
+}
+
+/// The same with holes: a touch of memory that the program had dropped was answered for all holes around it by one call, which fails where two mappings meet; so it
+/// was on the heap after the break had gone down and up again.
+fn holes_of_neighbouring_mappings_are_filled() {
+    let (_hmm, dev) = small("soft");
+    let pages = blocks(1);
+    let range = part(&pages, 0, 40 * PAGE);
+    assert_eq!(unsafe { libc::madvise(range[20 * PAGE..].as_mut_ptr().cast(), 20 * PAGE, libc::MADV_DONTDUMP) }, 0);
+    dev.prefetch(&*range).unwrap();
+    assert_eq!(unsafe { libc::madvise(range.as_mut_ptr().cast(), range.len(), libc::MADV_DONTNEED) }, 0);
+    range[30 * PAGE] = 1;
+    range[3 * PAGE] = 1;
+    assert_eq!(range.iter().map(|&x| u32::from(x)).sum::<u32>(), 2);
 }

@@ -1,0 +1,459 @@
+//! The program changes its mappings, by itself and inside its C library, while pages are on the device, and while kernels run on others and on the very same ones.
+//!
+//! Each change must leave the contents right (a shadow copy), give the device's memory back without an eviction, and cost no storm of faults when the addresses are
+//! used again.
+
+use crate::harness::*;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use uhmm::{Ctx, Device, KernelFault, args, inout, inp};
+
+crate::tests![
+    every_form_of_mremap,
+    protection_comes_and_goes,
+    dropped_and_unmapped_ranges_free_the_device,
+    the_break_goes_up_and_down,
+    what_free_does_with_mappings,
+    reused_addresses_cost_few_faults,
+    changes_during_kernels_on_other_ranges,
+    changes_of_the_very_range_of_a_running_kernel,
+];
+
+const PAGE: usize = 4096;
+const BLOCK: usize = 2 << 20;
+const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// A mapping with a shadow copy of what it must hold.
+struct Shadowed {
+    start: *mut u8,
+    shadow: Vec<u8>,
+}
+
+impl Shadowed {
+    fn new(len: usize, random: &mut fastrand::Rng) -> Self {
+        let mut shadow = vec![0; len];
+        random.fill(&mut shadow);
+        let pages = Pages::new(len);
+        let start = pages.start;
+        std::mem::forget(pages);
+        let mut made = Shadowed { start, shadow };
+        made.slice().to_vec(); // first as it is: zeros
+        let shadow = made.shadow.clone();
+        made.slice().copy_from_slice(&shadow);
+        made
+    }
+
+    fn slice(&mut self) -> &'static mut [u8] {
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.shadow.len()) }
+    }
+
+    /// Both sides add 1 to every byte.
+    fn add_one(&mut self, dev: &Device) {
+        dev.run(&add_one, 1, args![inout(self.slice())]).unwrap();
+        self.shadow.iter_mut().for_each(|x| *x = x.wrapping_add(1));
+    }
+
+    fn check(&mut self, what: &str) {
+        let at = self.slice().iter().zip(&self.shadow).position(|(x, shadow)| x != shadow);
+        assert_eq!(at, None, "{what}: byte {:x?} of {} differs", at, self.shadow.len());
+    }
+
+    fn remap(&mut self, new_len: usize, flags: i32, target: *mut u8) -> bool {
+        let moved = unsafe { libc::mremap(self.start.cast(), self.shadow.len(), new_len, flags, target) };
+        if moved == libc::MAP_FAILED {
+            return false;
+        }
+        self.start = moved.cast();
+        self.shadow.resize(new_len, 0);
+        true
+    }
+}
+
+impl Drop for Shadowed {
+    fn drop(&mut self) {
+        unsafe { libc::munmap(self.start.cast(), self.shadow.len()) };
+    }
+}
+
+fn add_one(ctx: &Ctx<'_>) {
+    ctx.out::<u8>(0).chunk(usize::MAX).iter_mut().for_each(|x| *x = x.wrapping_add(1));
+}
+
+/// All of the device's memory can be had, and nothing had to go for it.
+fn all_is_free(dev: &Device, evictions: u64, what: &str) {
+    // A change returns when its event is read; a launch begins when it has been followed.
+    dev.run(&|_: &Ctx<'_>| (), 1, args![]).unwrap();
+    let all = dev.alloc::<u8>(dev.memory());
+    assert!(all.is_ok(), "{what}: {:?}", all.err());
+    drop(all);
+    assert_eq!(dev.stats().evictions, evictions, "{what}: the device was not free");
+}
+
+fn every_form_of_mremap() {
+    let (_hmm, dev) = device(16);
+    let mut random = fastrand::Rng::with_seed(1);
+    let none = std::ptr::null_mut();
+    for round in 0..60 {
+        let pages = if round % 3 == 0 { 512 * random.usize(1..3) } else { random.usize(2..900) };
+        let mut memory = Shadowed::new(pages * PAGE, &mut random);
+        // All of it, or a part, is on the device.
+        memory.add_one(&dev);
+        if round % 2 == 0 {
+            let at = random.usize(0..memory.shadow.len());
+            memory.shadow[at] ^= 1;
+            memory.slice()[at] ^= 1;
+        }
+        let len = memory.shadow.len();
+        let room = Pages::new(len + 2 * BLOCK);
+        let target = unsafe { room.start.add(random.usize(0..BLOCK / PAGE) * PAGE) };
+        let what = match round % 5 {
+            0 => {
+                assert!(memory.remap(len + random.usize(1..600) * PAGE, libc::MREMAP_MAYMOVE, none));
+                "grown"
+            }
+            1 => {
+                // At once, if there is room behind it; else the kernel refuses.
+                memory.remap(len + PAGE, 0, none);
+                "grown in place"
+            }
+            2 => {
+                assert!(memory.remap((len / 2).next_multiple_of(PAGE), 0, none));
+                "shrunk"
+            }
+            3 => {
+                assert!(memory.remap(len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target));
+                "moved to a fixed address"
+            }
+            _ => {
+                let old = memory.start;
+                assert!(memory.remap(len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, none));
+                let left = unsafe { std::slice::from_raw_parts_mut(old, len) };
+                assert!(left.iter().all(|&x| x == 0), "what is left behind is empty");
+                left.fill(3);
+                dev.run(&add_one, 1, args![inout(&mut *left)]).unwrap();
+                assert!(left.iter().all(|&x| x == 4));
+                unsafe { libc::munmap(old.cast(), len) };
+                "moved, the old mapping left"
+            }
+        };
+        memory.check(what);
+        memory.add_one(&dev);
+        memory.check(what);
+        memory.add_one(&dev);
+        drop((memory, room));
+        all_is_free(&dev, 0, what);
+    }
+}
+
+/// Reads argument 0 into nothing.
+fn look(ctx: &Ctx<'_>) {
+    std::hint::black_box(ctx.inp::<u8>(0).iter().fold(0u8, |sum, x| sum.wrapping_add(*x)));
+}
+
+fn protection_comes_and_goes() {
+    let (_hmm, dev) = device(16);
+    let mut random = fastrand::Rng::with_seed(2);
+    for round in 0..20 {
+        let pages = if round % 2 == 0 { 512 } else { random.usize(20..700) };
+        let mut memory = Shadowed::new(pages * PAGE, &mut random);
+        memory.add_one(&dev);
+        let (from, to) = match round % 4 {
+            0 | 1 => (0, pages),
+            _ => (pages / 4, pages / 2),
+        };
+        let protect = |memory: &Shadowed, access| unsafe {
+            assert_eq!(libc::mprotect(memory.start.add(from * PAGE).cast(), (to - from) * PAGE, access), 0);
+        };
+        for access in [libc::PROT_NONE, libc::PROT_READ] {
+            protect(&memory, access);
+            let refused = dev.run(&add_one, 1, args![inout(memory.slice())]).unwrap_err().to_string();
+            assert!(refused.contains("protected") || refused.contains("permi") || refused.contains("read-only"), "{refused}");
+            let read = dev.run(&look, 1, args![inp(memory.slice())]);
+            assert_eq!(read.is_ok(), access == libc::PROT_READ, "{read:?}");
+            if access == libc::PROT_READ {
+                memory.check("readable only");
+                dev.run(&look, 1, args![inp(memory.slice())]).unwrap();
+            }
+            protect(&memory, RW);
+            memory.check("readable and writable again");
+            memory.add_one(&dev);
+        }
+        // Away while it cannot be touched at all, and back afterwards.
+        protect(&memory, libc::PROT_NONE);
+        dev.evict(memory.slice()).unwrap();
+        protect(&memory, RW);
+        memory.check("brought home under protection");
+        memory.add_one(&dev);
+        drop(memory);
+        all_is_free(&dev, 0, "after mprotect");
+    }
+}
+
+fn dropped_and_unmapped_ranges_free_the_device() {
+    let (_hmm, dev) = device(8);
+    let mut random = fastrand::Rng::with_seed(3);
+    for round in 0..60 {
+        let blocks = random.usize(1..3);
+        let mut whole = Pages::huge(blocks * BLOCK);
+        let data = whole.slice::<u8>();
+        data.fill(round);
+        dev.run(&add_one, 1, args![inout(data)]).unwrap();
+        let pages = data.len() / PAGE;
+        let (from, to) = if round % 3 == 0 { (0, pages) } else { (random.usize(0..pages / 2), random.usize(pages / 2..pages)) };
+        let part = unsafe { whole.start.add(from * PAGE) }.cast();
+        let len = (to - from) * PAGE;
+        let advice = [libc::MADV_DONTNEED, libc::MADV_FREE][usize::from(round % 2)];
+        let dropped = from * PAGE..to * PAGE;
+        let right =
+            |data: &[u8], inside: u8| data.iter().enumerate().all(|(i, &x)| x == if dropped.contains(&i) { inside } else { round + 1 });
+        if round % 4 < 2 {
+            assert_eq!(unsafe { libc::madvise(part, len, advice) }, 0);
+        } else {
+            assert_eq!(unsafe { libc::munmap(part, len) }, 0);
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+            assert_eq!(unsafe { libc::mmap(part, len, RW, flags, -1, 0) }, part);
+        }
+        if (from, to) == (0, pages) {
+            all_is_free(&dev, 0, "all was dropped");
+        }
+        let data = whole.slice::<u8>();
+        assert!(right(data, 0), "round {round}");
+        data[dropped.clone()].fill(round + 1);
+        dev.run(&add_one, 1, args![inout(data)]).unwrap();
+        assert!(data.iter().all(|&x| x == round + 2), "round {round}");
+        dev.run(&add_one, 1, args![inout(data)]).unwrap();
+        drop(whole);
+        all_is_free(&dev, 0, "all was unmapped");
+    }
+}
+
+/// Nothing in this test may allocate between the calls of sbrk: the heap is there.
+fn the_break_goes_up_and_down() {
+    let (_hmm, dev) = device(16);
+    // The C library's allocator takes from elsewhere from now on, and leaves the break alone.
+    assert_eq!(unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 0) }, 1);
+    unsafe { libc::malloc_trim(0) };
+    for round in 0..30u32 {
+        let len = 3 * BLOCK + round as usize * PAGE;
+        let start = unsafe { libc::sbrk(len as isize) }.cast::<u32>();
+        assert_ne!(start as isize, -1);
+        let data = unsafe { std::slice::from_raw_parts_mut(start, len / 4) };
+        assert!(data.iter().all(|&x| x == 0), "new memory is zero, round {round}");
+        data.iter_mut().enumerate().for_each(|(i, x)| *x = i as u32 ^ round);
+        dev.run(&increment, groups(data.len()), args![inout(&mut *data)]).unwrap();
+        assert!(pages_present(data) < 8);
+        // Half of it goes, the rest is as it was.
+        let half = (len / 2) & !(PAGE - 1);
+        assert_ne!(unsafe { libc::sbrk(half as isize - len as isize) } as isize, -1);
+        let data = &mut data[..half / 4];
+        assert!(data.iter().enumerate().all(|(i, &x)| x == (i as u32 ^ round) + 1), "round {round}");
+        dev.run(&increment, groups(data.len()), args![inout(&mut *data)]).unwrap();
+        assert_ne!(unsafe { libc::sbrk(-(half as isize)) } as isize, -1);
+        let stats = dev.stats();
+        dev.run(&|_: &Ctx<'_>| (), 1, args![]).unwrap();
+        assert_eq!(stats.evictions, 0);
+    }
+    let all = dev.alloc::<u8>(14 << 20);
+    assert!(all.is_ok() && dev.stats().evictions == 0, "the device is free again");
+}
+
+fn what_free_does_with_mappings() {
+    let (_hmm, dev) = device(32);
+    let mut random = fastrand::Rng::with_seed(5);
+    let end = Instant::now() + seconds(3);
+    let mut round = 0u8;
+    while Instant::now() < end {
+        round = round.wrapping_add(1);
+        // From the heap and from mappings of its own; neighbours go and stay.
+        let mut kept: Vec<Vec<u8>> = (0..20).map(|_| vec![round; random.usize(1..300_000)]).collect();
+        for data in &mut kept {
+            dev.run(&add_one, 1, args![inout(data)]).unwrap();
+        }
+        for _ in 0..10 {
+            drop(kept.swap_remove(random.usize(0..kept.len())));
+        }
+        unsafe { libc::malloc_trim(0) };
+        for data in &mut kept {
+            let len = data.len();
+            data.reserve_exact(random.usize(1..500_000)); // realloc, mremap for large ones
+            assert!(data.iter().all(|&x| x == round.wrapping_add(1)), "after realloc");
+            data.resize(2 * len, 7);
+            dev.run(&add_one, 1, args![inout(data)]).unwrap();
+            assert!(data[..len].iter().all(|&x| x == round.wrapping_add(2)) && data[len..].iter().all(|&x| x == 8));
+            data.truncate(len / 2);
+            data.shrink_to_fit();
+            assert!(data.iter().all(|&x| x == round.wrapping_add(2)), "after shrinking");
+        }
+    }
+    assert_eq!(dev.stats().evictions, 0, "32 MiB were never in use");
+}
+
+/// Times that this thread had to wait for somebody: each fault that the process's userfaultfd serves is one.
+fn waits() -> i64 {
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    assert_eq!(unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) }, 0);
+    usage.ru_nvcsw
+}
+
+fn reused_addresses_cost_few_faults() {
+    let (_hmm, dev) = device(64);
+    // The addresses are used again after: nothing; a drop; an unmapping and a mapping at the same place; and by the allocator, after free.
+    const LEN: usize = 16 << 20;
+    let most = |what: &str, touch: &mut dyn FnMut()| {
+        let before = (waits(), dev.stats().cpu_faults);
+        touch();
+        let (waited, faults) = (waits() - before.0, dev.stats().cpu_faults - before.1);
+        let blocks = (LEN / BLOCK + 1) as i64;
+        assert!(waited <= 4 * blocks && faults as i64 <= 4 * blocks, "{what}: {waited} waits and {faults} faults for {blocks} blocks");
+    };
+    let mut pages = Pages::new(LEN);
+    for what in ["touched", "dropped", "mapped again"] {
+        let start = pages.start;
+        let data = pages.slice::<u8>();
+        data.fill(1);
+        dev.run(&add_one, 1, args![inout(&mut *data)]).unwrap();
+        match what {
+            "dropped" => assert_eq!(unsafe { libc::madvise(start.cast(), LEN, libc::MADV_DONTNEED) }, 0),
+            "mapped again" => {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+                assert_eq!(unsafe { libc::mmap(start.cast(), LEN, RW, flags, -1, 0) }, start.cast());
+            }
+            _ => {}
+        }
+        most(what, &mut || data.iter_mut().for_each(|x| *x = 5));
+        most("touched again", &mut || assert!(data.iter().all(|&x| x == 5)));
+    }
+    // malloc hands out the same heap addresses again, whole or in small pieces.
+    assert_eq!(unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20) }, 1);
+    for size in [LEN, 100_000, 1000] {
+        for round in 0..3 {
+            let mut parts: Vec<Vec<u8>> = (0..LEN / size).map(|_| vec![round; size]).collect();
+            if round == 0 {
+                let (start, end) = (parts[0].as_ptr() as usize, parts[parts.len() - 1].as_ptr() as usize + size);
+                dev.prefetch_range(start.min(end), start.abs_diff(end)).unwrap();
+                drop(parts);
+            } else {
+                most("written by the next owner", &mut || parts.iter_mut().for_each(|part| part.fill(9)));
+                assert!(parts.iter().all(|part| part.iter().all(|&x| x == 9)));
+            }
+        }
+    }
+}
+
+fn changes_during_kernels_on_other_ranges() {
+    let (_hmm, dev) = device(16);
+    let stop = AtomicBool::new(false);
+    let end = Instant::now() + seconds(5);
+    std::thread::scope(|scope| {
+        for seed in 0..2 {
+            let (dev, stop) = (&dev, &stop);
+            scope.spawn(move || {
+                let mut random = fastrand::Rng::with_seed(seed);
+                while !stop.load(Ordering::Relaxed) {
+                    let mut memory = Shadowed::new(random.usize(2..700) * PAGE, &mut random);
+                    for _ in 0..4 {
+                        let len = memory.shadow.len();
+                        if random.bool() {
+                            dev.prefetch(memory.slice()).unwrap();
+                        }
+                        let page = random.usize(0..len / PAGE) * PAGE;
+                        let at = unsafe { memory.start.add(page) }.cast();
+                        match random.u8(0..5) {
+                            0 => {
+                                assert_eq!(unsafe { libc::madvise(at, len - page, libc::MADV_DONTNEED) }, 0);
+                                memory.shadow[page..].fill(0);
+                            }
+                            1 => {
+                                assert_eq!(unsafe { libc::mprotect(at, len - page, libc::PROT_NONE) }, 0);
+                                assert_eq!(unsafe { libc::mprotect(at, len - page, RW) }, 0);
+                            }
+                            2 => assert!(memory.remap(len + PAGE, libc::MREMAP_MAYMOVE, std::ptr::null_mut())),
+                            3 if page > 0 => assert!(memory.remap(page, 0, std::ptr::null_mut())),
+                            _ => memory.slice().iter_mut().zip(&mut memory.shadow).for_each(|(x, shadow)| {
+                                *x ^= 0x55;
+                                *shadow ^= 0x55;
+                            }),
+                        }
+                        memory.check("changed while kernels run");
+                    }
+                }
+            });
+        }
+        let mut random = fastrand::Rng::with_seed(9);
+        while Instant::now() < end {
+            let mut memory = Shadowed::new(random.usize(1..1500) * PAGE, &mut random);
+            for _ in 0..3 {
+                memory.add_one(&dev);
+            }
+            memory.check("under a kernel");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+/// The kernel's own argument is dropped, protected, moved or unmapped while it runs. What it then reads and writes is nobody's; but it ends, with its range or
+/// with an error that names an address in it, and what the program has at the address afterwards is what the program put there.
+fn changes_of_the_very_range_of_a_running_kernel() {
+    let (_hmm, dev) = device(16);
+    let mut random = fastrand::Rng::with_seed(11);
+    let end = Instant::now() + seconds(5);
+    let mut round = 0u8;
+    let mut failed = 0;
+    while Instant::now() < end {
+        round = round.wrapping_add(1);
+        let len = random.usize(3..1200) * PAGE;
+        let mut memory = Pages::new(len);
+        memory.slice::<u8>().fill(1);
+        let data = unsafe { std::slice::from_raw_parts_mut(memory.start, len) };
+        let (start, from) = (memory.start as usize, random.usize(0..len / PAGE) * PAGE);
+        let part = len - from;
+        let at = (start + from) as *mut libc::c_void;
+        let kernel = |ctx: &Ctx<'_>| {
+            let out = ctx.out::<u8>(0).chunk(usize::MAX);
+            let until = Instant::now() + Duration::from_millis(3);
+            while Instant::now() < until {
+                out.iter_mut().step_by(256).for_each(|x| *x = x.wrapping_add(1));
+            }
+        };
+        let change = random.u8(0..5);
+        let result = std::thread::scope(|scope| {
+            let run = scope.spawn(|| dev.run(&kernel, 1, args![inout(&mut *data)]));
+            std::thread::sleep(Duration::from_micros(random.u64(0..2500)));
+            let done = unsafe {
+                match change {
+                    0 => libc::madvise(at, part, libc::MADV_DONTNEED),
+                    1 => libc::mprotect(at, part, libc::PROT_NONE),
+                    2 => libc::munmap(at, part),
+                    3 => i32::from(
+                        libc::mmap(at, part, RW, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) == libc::MAP_FAILED,
+                    ),
+                    _ => i32::from(libc::mremap(at, part, part + PAGE, libc::MREMAP_MAYMOVE) == libc::MAP_FAILED),
+                }
+            };
+            assert_eq!(done, 0);
+            run.join().unwrap()
+        });
+        if let Err(error) = result {
+            failed += 1;
+            let address = match error {
+                uhmm::Error::Kernel(KernelFault::Wild { address, .. } | KernelFault::Unreachable { address }) => address,
+                uhmm::Error::Gone { address } | uhmm::Error::Unmapped { address, .. } | uhmm::Error::Protected { address, .. } => address,
+                other => panic!("change {change}: {other}"),
+            };
+            assert!((start..start + len).contains(&address), "change {change}: {address:x} in {start:x} and {len:x} bytes");
+        }
+        // Whatever it was, the address is the program's.
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        assert_eq!(unsafe { libc::mmap(at, part, RW, flags, -1, 0) }, at);
+        let again = unsafe { std::slice::from_raw_parts_mut(at.cast::<u8>(), part) };
+        assert!(again.iter().all(|&x| x == 0), "change {change}");
+        again.fill(round);
+        dev.run(&add_one, 1, args![inout(&mut *again)]).unwrap();
+        assert!(again.iter().all(|&x| x == round.wrapping_add(1)), "change {change}");
+        let before = unsafe { std::slice::from_raw_parts(start as *const u8, from) };
+        let touched = before.first().copied().unwrap_or(1);
+        assert!(before.iter().step_by(256).all(|&x| x == touched), "change {change}: what was not changed has one value");
+        assert!(before.iter().enumerate().all(|(i, &x)| i % 256 == 0 || x == 1), "change {change}: what no kernel writes");
+    }
+    println!("{failed} launches failed");
+}
