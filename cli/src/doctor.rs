@@ -4,7 +4,7 @@ use crate::report;
 use anyhow::Result;
 use owo_colors::OwoColorize;
 use serde::Serialize;
-use uhmm::Uhmm;
+use uhmm::{Mode, Uhmm};
 use uhmm_os::system;
 use uhmm_os::uffd::{Features, Rights, probe};
 
@@ -126,28 +126,32 @@ impl Found {
     }
 }
 
-/// Which of the three modes this process has, and the features of its userfaultfd.
+/// Which of the three modes uhmm has in this process, and the features of its userfaultfd.
 fn mode(missing: &mut Vec<Missing>) -> (&'static str, Features) {
-    let refused = match probe(Rights::Full) {
-        Ok(features) => return ("full", features),
-        Err(error) => error,
+    let mode = Uhmm::new().map_or(Mode::None, |hmm| hmm.mode());
+    let features = mode.rights().and_then(|rights| probe(rights).ok()).unwrap_or(Features::empty());
+    let why = |rights| match probe(rights) {
+        Err(error) => error.to_string(),
+        Ok(_) if std::env::var_os(Mode::VARIABLE).is_some() => format!("unset {}", Mode::VARIABLE),
+        Ok(_) => "use Linux 6.8 or newer".into(),
     };
-    match probe(Rights::UserModeOnly) {
-        Ok(features) => {
-            let effect = "uhmm does not start: system calls on memory that is on a device would fail with EFAULT";
-            missing.push(Missing::new("kernel faults", effect, refused.to_string()));
-            ("user-mode-only", features)
+    match mode {
+        Mode::Full => {}
+        Mode::UserModeOnly => {
+            let effect = "results are copied home before each launch returns, unless they are left on a device";
+            missing.push(Missing::new("kernel faults", effect, why(Rights::Full)));
         }
-        Err(error) => {
-            missing.push(Missing::new("userfaultfd", "uhmm does not start: pages cannot be migrated", error.to_string()));
-            ("none", Features::empty())
+        Mode::None => {
+            let effect = "launches copy everything that they declare in and out, and kernels may touch nothing else";
+            missing.push(Missing::new("userfaultfd", effect, why(Rights::UserModeOnly)));
         }
     }
+    (mode.name(), features)
 }
 
 fn missing_features(found: Features, mode: &str) -> Vec<Missing> {
     let needed = [
-        (Features::MOVE, "UFFDIO_MOVE", "pages are copied home by the kernel, at a fraction of the speed", "use Linux 6.8 or newer"),
+        (Features::MOVE, "UFFDIO_MOVE", "memory does not move: every launch copies", "use Linux 6.8 or newer"),
         (Features::WP_ASYNC, "UFFD_FEATURE_WP_ASYNC", "scattered writes and file mappings are not tracked", "use Linux 6.7 or newer"),
         (Features::POISON, "UFFDIO_POISON", "a lost page cannot be marked as lost", "use Linux 6.6 or newer"),
         (
