@@ -38,14 +38,20 @@ const ROOMS: usize = 16;
 
 /// The core that signal handlers work for. It points to itself when there is none: a static of zeros would lie in memory that can migrate.
 pub(crate) static CURRENT: AtomicUsize = AtomicUsize::new(NONE);
+/// The process that [`CURRENT`] belongs to. Not zero, for the same reason.
+pub(crate) static OWNER: AtomicU32 = AtomicU32::new(1);
 /// What [`CURRENT`] is without a core.
 pub(crate) const NONE: usize = 1;
 
 /// The core, if there is one.
 pub(crate) fn current() -> Option<&'static Core> {
     let at = CURRENT.load(Ordering::Acquire);
-    // SAFETY: it is set once the core is complete, and cleared before the core's threads end; those are its readers.
-    (at != NONE).then(|| unsafe { &*(at as *const Core) })
+    if at == NONE {
+        return None;
+    }
+    // SAFETY: it is set once the core is complete, and cleared before the core's threads end; those are its readers. A forked child has inherited the
+    // pointer, but not what it points to.
+    (OWNER.load(Ordering::Acquire) == std::process::id()).then(|| unsafe { &*(at as *const Core) })
 }
 
 /// The mechanism of one process.

@@ -15,12 +15,20 @@ use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::Size;
 use crate::ranges::{self, MoveEnd};
+use crate::raw_fork;
+use uhmm_os::uffd::Userfaultfd;
 use uhmm_os::{BLOCK, Errno, PAGE, thread};
 
 /// Follows one event. `read` reads more of them into the monitor's queue, which lets calls go on that the kernel refuses meanwhile.
 pub(crate) fn follow(core: &Core, change: &Change, read: &mut dyn FnMut()) {
     match *change {
         Change::Unmap(span) => unmapped(core, span),
+        Change::Fork(fd) => {
+            #[allow(unsafe_code)]
+            // SAFETY: the descriptor came with the event, which is followed once.
+            let child = unsafe { Userfaultfd::from_fork(fd) };
+            raw_fork::fill(core, &child);
+        }
         Change::Remove(span) => {
             core.dir.for_each(span, |block, part| {
                 invalidate(core, block, part, false);

@@ -83,20 +83,24 @@ fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
 /// Has the kernel copy a run of pages, whose frames follow `frame`.
 fn copy_run(core: &Core, dev: &Device, run: Range<usize>, frame: Frame, to: Va) -> Result<(), Partial> {
     let (target, len) = (to + run.start * PAGE, run.len() * PAGE);
-    match dev.driver.peek(frame) {
-        // SAFETY: the frames are not mapped for the device and valid; the target pages are empty and watched, as the directory says.
-        Some(source) => unsafe { core.space.uffd.copy(target, source, len, CopyMode::empty()) },
-        None => {
-            let tray = core.pool.take_full(&core.space, Size::Small, Bits::range(run.clone()), 0);
-            let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(run.start), frame, offset: 0, len }];
-            let fence = dev.driver.copy(&dma);
-            let _ = dev.driver.wait(fence, &dma);
-            // SAFETY: as above; the tray is ours and full.
-            let copied = unsafe { core.space.uffd.copy(target, tray.slot(run.start), len, CopyMode::empty()) };
-            core.pool.put(tray);
-            copied
-        }
+    with_contents(core, dev, run.len(), frame, |source| {
+        // SAFETY: the frames are not mapped for the device and valid, and `source` has their contents; the target pages are empty and watched, as the directory says.
+        unsafe { core.space.uffd.copy(target, source, len, CopyMode::empty()) }
+    })
+}
+
+/// Calls `f` with an address at which the contents of frames stand that are not in the device's page table: `pages` of them from `frame` on, at most a block.
+pub(crate) fn with_contents<R>(core: &Core, dev: &Device, pages: usize, frame: Frame, f: impl FnOnce(usize) -> R) -> R {
+    if let Some(source) = dev.driver.peek(frame) {
+        return f(source);
     }
+    let tray = core.pool.take_full(&core.space, Size::Small, Bits::range(0..pages), 0);
+    let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(0), frame, offset: 0, len: pages * PAGE }];
+    let fence = dev.driver.copy(&dma);
+    let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
+    let result = f(tray.slot(0));
+    core.pool.put(tray);
+    result
 }
 
 /// Copies one page of a tray into an empty, watched page of the program.

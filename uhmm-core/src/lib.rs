@@ -13,7 +13,7 @@
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
 //! | `fixed` | pages that never leave |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
-//! | `fork`, `evictor` | everything comes home: before a fork, when asked, before the action of a signal |
+//! | `fork`, `raw_fork`, `evictor` | everything comes home: before a fork, when asked, before the action of a signal |
 //! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
@@ -51,6 +51,7 @@ pub mod pool;
 mod prepare;
 pub mod process;
 mod ranges;
+mod raw_fork;
 mod shares;
 mod snapshot;
 pub mod space;

@@ -81,6 +81,12 @@ impl Mode {
     }
 
     fn program(self) -> Result<Userfaultfd, Error> {
+        // Forks that go past libc's are told where the process may know of them (CAP_SYS_PTRACE).
+        if self == Mode::Full
+            && let Ok(uffd) = self.open(NEEDED.union(Features::EVENT_FORK))
+        {
+            return Ok(uffd);
+        }
         self.open(if self == Mode::UserModeOnly { NEEDED_BY_USERS } else { NEEDED })
     }
 }

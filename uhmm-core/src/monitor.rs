@@ -15,6 +15,7 @@ use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
 use crate::policy::CpuFault;
 use crate::ranges;
+use std::os::fd::RawFd;
 use uhmm_os::EventFd;
 use uhmm_os::uffd::{Event, MsgBuf};
 use uhmm_os::{BLOCK, Errno, PAGE, tasks, thread};
@@ -43,6 +44,8 @@ pub(crate) enum Change {
     Remove(Span),
     /// The mapping is gone.
     Unmap(Span),
+    /// The process was forked, past libc's fork or by it; the child's userfaultfd.
+    Fork(RawFd),
     /// The mapping is at `to` now.
     Remap { from: Span, to: Va },
 }
@@ -162,7 +165,7 @@ impl Monitor {
                     Event::Remove { start, end } => Change::Remove(Span { start, end }),
                     Event::Unmap { start, end } => Change::Unmap(Span { start, end }),
                     Event::Remap { from, to, len } => Change::Remap { from: Span { start: from, end: from + len }, to },
-                    Event::Fork { .. } => continue, // not asked for
+                    Event::Fork { fd } => Change::Fork(fd),
                 };
                 self.changes[self.read] = Some(change);
                 self.read += 1;

@@ -16,7 +16,7 @@
 #![allow(unsafe_code)] // memory that is shared with threads until they are joined, and between copies of this crate
 
 use crate::assist::Assist;
-use crate::core::{CURRENT, Core, Device, DeviceRef, NONE, Seat};
+use crate::core::{CURRENT, Core, Device, DeviceRef, NONE, OWNER, Seat};
 use crate::counters::Stats;
 use crate::desk::Desk;
 use crate::device_fault;
@@ -454,6 +454,7 @@ fn start_core() -> Result<(OwnBox<Core>, Thread, Thread), Error> {
             return Err(Error::System("start a thread", e));
         }
     };
+    OWNER.store(std::process::id(), Ordering::Release);
     CURRENT.store(&raw const *core as usize, Ordering::Release);
     if let Err(e) = signal::install(device_fault::on_signal) {
         CURRENT.store(NONE, Ordering::Release);

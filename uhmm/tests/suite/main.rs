@@ -26,6 +26,7 @@ mod nothing_declared;
 mod own_memory;
 mod profiles;
 mod races;
+mod raw_fork;
 mod stories;
 mod undeclared;
 
@@ -50,6 +51,7 @@ fn main() {
     tests.extend(any_memory::TESTS);
     tests.extend(own_memory::TESTS);
     tests.extend(races::TESTS);
+    tests.extend(raw_fork::TESTS);
     tests.extend(stories::TESTS);
     tests.extend(undeclared::TESTS);
     harness::run(&tests, modes::LESSER);

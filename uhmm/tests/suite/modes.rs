@@ -46,6 +46,7 @@ const FULL_ONLY: &[&str] = &[
     "mappings::remapped_pages_keep_their_contents",
     "mappings::pages_shared_by_a_fork_move_after_it",
     "modes::full_mode_is_the_first_choice",
+    "raw_fork::",
     "dying::",
     "evict::",
     "kernel_access::",
