@@ -106,7 +106,7 @@ fn evict_all_waits_for_another_devices_launch() {
         let launch = scope.spawn(|| until_released(&two, used, &RUNS, &END));
         wait_for(&RUNS);
         let evicted = scope.spawn(|| hmm.evict_all().unwrap());
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(Duration::from_secs(2)); // time enough on a busy machine, too
         assert!(!evicted.is_finished(), "it waits for the launch");
         END.store(true, Ordering::Release);
         launch.join().unwrap();
@@ -411,6 +411,6 @@ fn signals_beside_launches_and_forks() {
             std::thread::sleep(Duration::from_millis(3));
         }
     });
-    assert!(CALLS.load(Ordering::Relaxed) > 100, "{CALLS:?}");
+    assert!(CALLS.load(Ordering::Relaxed) > 20, "{CALLS:?}");
     away.check();
 }
