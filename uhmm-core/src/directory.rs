@@ -45,7 +45,7 @@ pub struct State {
     pub spoiled: Bits,
     /// Snapshots that the device may only read.
     pub rdonly: Bits,
-    /// Snapshots with a twin: their contents as they were taken, in the slot `twin` ([`crate::twins`]).
+    /// Snapshots with a twin: their contents as they were taken, in the slot `twin` (`crate::twins`).
     pub twins: Bits,
     /// See `twins`; 0 if there is none.
     pub twin: u32,

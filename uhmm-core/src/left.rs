@@ -1,7 +1,7 @@
 //! Ranges whose pages may stay on a device in user-mode-only mode, because the program asked for that ([`crate::mode`]).
 //!
 //! Such a range is watched for missing pages, and is not inherited by a child of a fork that bypasses libc's: the child faults rather than read zeros. libc's fork brings
-//! everything home first, and lets the child have it ([`crate::fork`]). System calls on pages that are away fail with `EFAULT`.
+//! everything home first, and lets the child have it (`crate::fork`). System calls on pages that are away fail with `EFAULT`.
 
 use crate::bits::Bits;
 use crate::core::Core;

@@ -4,7 +4,7 @@
 //! without position independence), 101 (programs, heap) or 111 (mappings, stacks); four masks never land one of these on another. The window
 //! is made by whole blocks, when they are first needed, never over a mapping of the program's; it is not inherited by a forked child and not in a core dump.
 //! It belongs to a userfaultfd that raises SIGBUS in who touches a page that is not there. Without userfaultfd it is inaccessible where nothing is mapped, and
-//! mremap carries the pages ([`crate::remap`]).
+//! mremap carries the pages (`remap`).
 #![allow(unsafe_code)] // moves pages between the device's own mappings
 
 use crate::memory::Memory;

@@ -297,7 +297,7 @@ impl Core {
             Err(Errno::AGAIN) => return Ok(Look::Settle),
             Err(e) => return Err(dev.failed(e)),
         }
-        let lack = ask.twins & want & state.bounced() - state.twins;
+        let lack = (ask.twins & want & state.bounced()) - state.twins;
         if !lack.is_empty() {
             let va = Span::block(part.start).start;
             ranges::unmap(self, dev, &mut state, va, lack);
