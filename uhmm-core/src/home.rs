@@ -209,6 +209,7 @@ pub(crate) fn drop_duplicates(core: &Core, dev: &Device, state: &mut State, va: 
 /// Brings everything of the block that holds `va` home, whatever it takes; snapshots of a running launch stay.
 pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> {
     let va = Span::block(va).start;
+    let mut refused = 0;
     loop {
         let hold = core.space.hold();
         let Some(block) = core.dir.get(va) else { return Ok(()) };
@@ -231,7 +232,8 @@ pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> 
         match result {
             Ok(()) => return Ok(()),
             Err(_) => {
-                core.space.settle();
+                refused += 1;
+                core.space.refused(refused);
                 thread::yield_now();
             }
         }
