@@ -212,6 +212,7 @@ pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> 
 /// As [`send_home`], for some pages of the block.
 pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) -> Result<(), Error> {
     let va = Span::block(va).start;
+    let mut refused = 0;
     loop {
         let hold = core.space.hold();
         let Some(block) = core.dir.get(va) else { return Ok(()) };
@@ -234,7 +235,8 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
         match result {
             Ok(()) => return Ok(()),
             Err(_) => {
-                core.space.settle();
+                refused += 1;
+                core.space.refused(refused);
                 thread::yield_now();
             }
         }

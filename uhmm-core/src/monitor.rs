@@ -124,9 +124,10 @@ impl Monitor {
     pub(crate) fn run(&mut self, core: &Core, stop: &EventFd) {
         let mut vain = 0u32;
         loop {
-            if vain > 0 {
-                // Those whose events stand in the way have to run before anything can be served.
-                thread::pause(vain);
+            if vain > 10 || core.space.is_slow() {
+                thread::sleep_micros(1000); // see `Space::refused`
+            } else if vain > 0 {
+                thread::yield_now();
             }
             let timeout = (self.waiting > 0).then_some(0);
             let ready = uhmm_os::poll(&[core.space.uffd.as_fd(), stop.as_fd()], timeout).unwrap_or(0);

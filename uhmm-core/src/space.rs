@@ -50,6 +50,8 @@ pub struct Space {
     pub left: Left,
     pagemap: Pagemap,
     events: RwLock<()>,
+    /// Somebody finds an event unread whenever he looks: see [`Space::refused`].
+    slow: AtomicBool,
 }
 
 impl Space {
@@ -66,6 +68,7 @@ impl Space {
             maps: Maps::open().map_err(|e| crate::Error::System("open /proc/self/maps", e))?,
             pagemap: Pagemap::open().map_err(|e| crate::Error::System("open /proc/self/pagemap", e))?,
             events: RwLock::new(()),
+            slow: AtomicBool::new(false),
         })
     }
 
@@ -86,6 +89,23 @@ impl Space {
             thread::pause(times);
             times += 1;
         }
+    }
+
+    /// As [`settle`](Self::settle), for who has been refused `times` times in a row.
+    ///
+    /// The kernel counts an event until the one who raised it has woken. If some threads do nothing but raise events, and there are more threads than cores, there is
+    /// always one. So after some refusals the monitor is asked to take its time before it reads: by then they all wait, the read wakes them together, and before
+    /// the first of them raises another there is a moment without.
+    pub fn refused(&self, times: u32) {
+        if times > 10 {
+            self.slow.store(true, Ordering::Relaxed);
+        }
+        self.settle();
+    }
+
+    /// Whether the monitor is to take its time before it reads; asked once per time.
+    pub fn is_slow(&self) -> bool {
+        self.slow.swap(false, Ordering::Relaxed)
     }
 
     /// Watches a range for missing pages and for writes to protected ones.

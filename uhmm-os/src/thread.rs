@@ -232,9 +232,14 @@ pub fn pause(times: u32) {
     if times < 20 {
         return yield_now();
     }
-    let moment = [0usize, 50_000]; // struct timespec
+    sleep_micros(50);
+}
+
+/// Sleeps, for less than a second; a signal ends it. *Fault path.*
+pub fn sleep_micros(micros: u32) {
+    let time = [0usize, micros as usize % 1_000_000 * 1000]; // struct timespec
     // SAFETY: the structure is valid for reads; the remaining time is not asked for.
-    let _ = unsafe { call(abi::__NR_nanosleep, [moment.as_ptr() as usize, 0]) };
+    let _ = unsafe { call(abi::__NR_nanosleep, [time.as_ptr() as usize, 0]) };
 }
 
 /// The core that the calling thread runs on just now. *Fault path.*

@@ -185,7 +185,7 @@ impl Core {
     pub(crate) fn block_resident(&self, dev: &Device, room: &mut Room, ask: &Ask, park: Park<'_>) -> Result<bool, Error> {
         let mut again = false;
         let mut populated = false;
-        let mut dry = 0;
+        let (mut dry, mut refused) = (0, 0);
         loop {
             let look = self.collect(dev, &mut room.batches[room.at], ask, populated)?;
             room.refused |= matches!(look, Look::Refused | Look::Taken { refused: true, .. });
@@ -204,7 +204,10 @@ impl Core {
             match look {
                 Look::Wait if held => {}
                 Look::Wait => thread::yield_now(),
-                Look::Settle => self.space.settle(),
+                Look::Settle => {
+                    refused += 1;
+                    self.space.refused(refused);
+                }
                 Look::Elsewhere(other) => home::send_home(self, self.device(other), ask.part.start)?,
                 Look::Full => {
                     // Nothing to evict may mean that others hold blocks in transit, or that the CPU has just taken the last one home.
