@@ -50,22 +50,29 @@ impl Pages {
         assert_eq!(unsafe { libc::madvise(self.start.add(at).cast(), len, libc::MADV_DONTNEED) }, 0);
     }
 
-    /// Moves the mapping to where there is room for `len` bytes. False if the kernel sees more than one mapping there, which it does not resize: that part
-    /// of the range is watched and part of it is not.
+    /// Moves the mapping to where there is room for `len` bytes. False, and nothing is done, if the kernel sees more than one mapping there, for part of the
+    /// range is watched and part of it is not: it resizes one only, and may have moved the first when it refuses the second.
     pub(super) fn resize(&mut self, len: usize) -> bool {
+        if !self.is_one_mapping() {
+            return false;
+        }
         // A place that is free for sure makes the kernel move, which it would not have to.
         let place = core::mem::ManuallyDrop::new(Pages::new(len));
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // SAFETY: both mappings are ours; the new place is replaced by what moves there, and has one owner afterwards.
         let moved = unsafe { libc::mremap(self.start.cast(), self.len, len, flags, place.start) };
-        if moved == libc::MAP_FAILED {
-            let error = std::io::Error::last_os_error();
-            assert_eq!(error.raw_os_error(), Some(libc::EFAULT), "mremap from {} to {len} bytes: {error}", self.len);
-            drop(core::mem::ManuallyDrop::into_inner(place));
-            return false;
-        }
+        assert_ne!(moved, libc::MAP_FAILED, "mremap from {} to {len} bytes: {}", self.len, std::io::Error::last_os_error());
         (self.start, self.len) = (moved.cast(), len);
         true
+    }
+
+    fn is_one_mapping(&self) -> bool {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let (start, end) = (self.start as usize, self.start as usize + self.len);
+        maps.lines().any(|line| {
+            let mut bounds = line.split([' ', '-']).map_while(|number| usize::from_str_radix(number, 16).ok());
+            matches!((bounds.next(), bounds.next()), (Some(from), Some(to)) if from <= start && end <= to)
+        })
     }
 
     /// Changes the protection of `len` bytes from `at` on.
