@@ -19,6 +19,8 @@ pub struct Shared {
     pub parked: AtomicU32,
     /// Not 0: threads end.
     pub stop: AtomicU32,
+    /// Not 0: this thread rests.
+    resting: [AtomicU32; 32],
     /// Rounds of each thread.
     pub beats: [AtomicU32; 32],
     /// The word that the kernel clears at the end of a raw clone's thread: nothing tells where it is, so it must lie where nothing moves.
@@ -40,9 +42,11 @@ impl Shared {
         self.beats[actor].fetch_add(1, Ordering::Relaxed);
         if self.park.load(Ordering::Acquire) != 0 {
             self.parked.fetch_add(1, Ordering::AcqRel);
+            self.resting[actor].store(1, Ordering::Release);
             while self.park.load(Ordering::Acquire) != 0 {
                 unsafe { libc::syscall(libc::SYS_futex, &raw const self.park, libc::FUTEX_WAIT, 1, 0) };
             }
+            self.resting[actor].store(0, Ordering::Release);
             self.parked.fetch_sub(1, Ordering::AcqRel);
         }
         self.stop.load(Ordering::Acquire) == 0
@@ -52,7 +56,11 @@ impl Shared {
         self.park.store(1, Ordering::Release);
         let end = Instant::now() + Duration::from_secs(60);
         while self.parked.load(Ordering::Acquire) as usize != threads || !all_wait() {
-            assert!(Instant::now() < end, "threads do not come to rest: {:?}", self.counts(threads));
+            if Instant::now() > end {
+                let busy = |&actor: &usize| self.resting[actor].load(Ordering::Acquire) == 0;
+                let busy: Vec<_> = (0..threads).filter(busy).map(|actor| actors::NAMES[actor]).collect();
+                panic!("threads do not come to rest: {busy:?}\n{}", states());
+            }
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -69,6 +77,13 @@ impl Shared {
 
 fn tasks() -> Vec<i32> {
     std::fs::read_dir("/proc/self/task").unwrap().filter_map(|task| task.unwrap().file_name().to_str()?.parse().ok()).collect()
+}
+
+/// What each thread waits for in the kernel.
+fn states() -> String {
+    let read = |tid: i32, file: &str| std::fs::read_to_string(format!("/proc/self/task/{tid}/{file}")).unwrap_or_default();
+    let line = |tid| format!("{tid} {} {} {}", read(tid, "comm").trim(), read(tid, "wchan"), read(tid, "syscall"));
+    tasks().into_iter().map(line).collect()
 }
 
 /// Whether every other thread of the program waits in the kernel.
