@@ -172,7 +172,7 @@ impl Held {
             let at = &raw const *running.core as usize;
             // SAFETY: the keeper serves with (); the core is dropped after the evictor was joined, in `end`.
             let started = unsafe { running.desk.ask(move |(): &()| Evictor::start(&*(at as *const Core))) };
-            running.evictor = Some(started.unwrap_or(Err(Errno::SRCH)).map_err(|e| Error::System("start a thread", e))?);
+            running.evictor = Some(started.unwrap_or(Err(Errno::SRCH)).map_err(no_thread)?);
         }
         running.evictor.as_ref().map(Evictor::post).ok_or(Error::System("start a thread", Errno::SRCH))
     }
@@ -385,6 +385,13 @@ impl Drop for CoreRef {
     }
 }
 
+fn no_thread(e: Errno) -> Error {
+    match e {
+        Errno::NOMEM => Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e),
+        e => Error::System("start a thread", e),
+    }
+}
+
 /// Starts the keeper, which starts the rest.
 fn start() -> Result<Running, Error> {
     system::pin_library(start as *const () as usize);
@@ -399,7 +406,7 @@ fn start() -> Result<Running, Error> {
     }
     // SAFETY: the desk is joined before it is dropped, in `end` or below.
     let keeper = unsafe { own::spawn(c"uhmm-keeper", STACK, keep, (&raw const *desk).cast_mut().cast()) };
-    let keeper = keeper.map_err(|e| Error::System("start a thread", e))?;
+    let keeper = keeper.map_err(no_thread)?;
     // SAFETY: the keeper serves with ().
     let started = unsafe { desk.ask(|(): &()| start_core()) }.unwrap_or(Err(Error::System("reach the keeper", Errno::SRCH)));
     match started {
@@ -445,13 +452,13 @@ fn start_core() -> Result<(OwnBox<Core>, Thread, Thread), Error> {
     let post = Post { core: &raw const *core, monitor: Monitor::new().map_err(reserve)? };
     let argument = OwnBox::new(c"uhmm monitor", post).map_err(reserve)?.leak().cast();
     // SAFETY: the core is dropped after the monitor was joined, in `end`.
-    let monitor = unsafe { own::spawn(c"uhmm-monitor", STACK, monitor, argument) }.map_err(|e| Error::System("start a thread", e))?;
+    let monitor = unsafe { own::spawn(c"uhmm-monitor", STACK, monitor, argument) }.map_err(no_thread)?;
     let assistant = match start_assistant(&core) {
         Ok(assistant) => assistant,
         Err(e) => {
             let _ = core.stop.signal();
             monitor.join();
-            return Err(Error::System("start a thread", e));
+            return Err(no_thread(e));
         }
     };
     OWNER.store(std::process::id(), Ordering::Release);
@@ -506,7 +513,7 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
         Err(e) => {
             // SAFETY: leaked above, and no thread has it.
             drop(unsafe { OwnBox::reclaim(seat) });
-            return Err(Error::System("start a thread", e));
+            return Err(no_thread(e));
         }
     };
     core.devices.set(index, dev);
