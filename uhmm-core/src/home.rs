@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::Size;
 use crate::ranges;
+use crate::space::Refusals;
 use crate::sync::*;
 use core::ops::Range;
 use uhmm_os::uffd::{CopyMode, MoveMode};
@@ -209,7 +210,7 @@ pub(crate) fn drop_duplicates(core: &Core, dev: &Device, state: &mut State, va: 
 /// Brings everything of the block that holds `va` home, whatever it takes; snapshots of a running launch stay.
 pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> {
     let va = Span::block(va).start;
-    let mut refused = 0;
+    let mut refusals = Refusals::new(&core.space);
     loop {
         let hold = core.space.hold();
         let Some(block) = core.dir.get(va) else { return Ok(()) };
@@ -232,9 +233,7 @@ pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> 
         match result {
             Ok(()) => return Ok(()),
             Err(_) => {
-                refused += 1;
-                core.space.refused(refused);
-                thread::yield_now();
+                refusals.wait();
             }
         }
     }

@@ -23,6 +23,7 @@ use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
+use crate::space::Refusals;
 use crate::sync::*;
 use uhmm_os::mem::{self, Advice};
 use uhmm_os::{Errno, PAGE, thread};
@@ -225,7 +226,7 @@ impl Core {
     pub(crate) fn block_resident(&self, dev: &Device, room: &mut Room, ask: &Ask, park: Park<'_>) -> Result<bool, Error> {
         let mut again = false;
         let mut populated = false;
-        let (mut dry, mut refused) = (0, 0);
+        let (mut dry, mut refusals) = (0, Refusals::new(&self.space));
         loop {
             let look = self.collect(dev, &mut room.batches[room.at], ask, populated)?;
             if let Look::Taken { again: more } = look {
@@ -243,10 +244,7 @@ impl Core {
             match look {
                 Look::Wait if held => {}
                 Look::Wait => thread::yield_now(),
-                Look::Settle => {
-                    refused += 1;
-                    self.space.refused(refused);
-                }
+                Look::Settle => refusals.wait(),
                 Look::Elsewhere(other) => home::send_home(self, self.device(other), ask.part.start)?,
                 Look::Full => {
                     // Nothing to evict may mean that others hold blocks in transit, or that the CPU has just taken the last one home.
@@ -348,6 +346,9 @@ impl Core {
         {
             return if e == Errno::AGAIN { Look::Settle } else { Look::Done };
         }
+        if intent != Intent::Snapshot {
+            fresh &= state.reg;
+        }
         let present = match self.space.present(ranges::hull(span, fresh)) {
             Ok(present) => present,
             Err(_) => return Look::Done,
@@ -445,11 +446,10 @@ impl Core {
         }
     }
 
-    /// Registers what of `pages` is not watched yet.
+    /// Registers what of `pages` is not watched yet, as far as it is mapped.
     fn watch(&self, state: &mut State, block: Span, pages: Bits) -> Result<(), Errno> {
         for run in (pages - state.reg).runs() {
-            self.space.register(ranges::pages(block, run.clone()))?;
-            state.reg |= Bits::range(run);
+            self.space.watch(ranges::pages(block, run), |part| state.reg |= part.bits())?;
         }
         Ok(())
     }

@@ -156,14 +156,14 @@ pub(crate) fn register_ahead(core: &Core, span: Span) {
         return;
     }
     let _hold = core.space.hold();
-    if core.space.register(span).is_err() {
-        return; // block by block will tell which part cannot be watched
-    }
-    for part in span.blocks() {
-        if let Ok(block) = core.dir.get_or_make(part.start) {
-            block.lock().reg |= part.bits();
+    // An error: block by block will tell which part cannot be watched.
+    let _ = core.space.watch(span, |watched| {
+        for part in watched.blocks() {
+            if let Ok(block) = core.dir.get_or_make(part.start) {
+                block.lock().reg |= part.bits();
+            }
         }
-    }
+    });
 }
 
 /// The pages of an argument that go to the device whole.
