@@ -15,7 +15,7 @@ use crate::sync::*;
 use uhmm_os::maps::{Maps, Vma};
 use uhmm_os::pagemap::{Category, Pagemap, Region, ScanArgs};
 use uhmm_os::uffd::{Features, RegisterMode, Rights, Userfaultfd};
-use uhmm_os::{Errno, PAGE, thread};
+use uhmm_os::{Errno, thread};
 
 /// What the userfaultfd must be able to do.
 pub const NEEDED: Features = Features::PAGEFAULT_FLAG_WP
@@ -114,8 +114,10 @@ impl Space {
             if part.is_empty() {
                 continue;
             }
+            // Not a page alone, for that would split a huge one.
+            let first = part.and(Span::block(part.start));
             // SAFETY: nothing of a new registration is protected: the call only tells whether it is one (ENOENT).
-            match unsafe { self.uffd.write_protect(part.start, PAGE, false) } {
+            match unsafe { self.uffd.write_protect(first.start, first.len(), false) } {
                 Ok(()) => f(part),
                 Err(Errno::NOENT) => {}
                 Err(e) => return Err(e),
