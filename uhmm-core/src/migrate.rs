@@ -143,8 +143,8 @@ enum Look {
     Full,
     /// The mappings changed since the asker looked them up.
     Stale,
-    /// Pages are shared since a fork, or are the zero page: make the run's pages the program's own, and look again.
-    Populate(Span),
+    /// Pages are shared since a fork, or are the zero page: make these the program's own, and look again.
+    Populate(Bits),
 }
 
 /// Takes the old pages of what a launch overwrites.
@@ -257,11 +257,13 @@ impl Core {
                     }
                 }
                 Look::Stale => return Ok(true),
-                Look::Populate(run) => {
+                Look::Populate(pages) => {
                     populated = true;
-                    #[allow(unsafe_code)]
-                    // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
-                    let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
+                    for run in pages.runs().map(|run| ranges::pages(Span::block(ask.part.start), run)) {
+                        #[allow(unsafe_code)]
+                        // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
+                        let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
+                    }
                 }
                 Look::Done | Look::Taken { .. } => unreachable!("handled above"),
             }
@@ -378,10 +380,8 @@ impl Core {
                 self.pool.put(tray);
             }
             return match end {
-                MoveEnd::Refused(page) if !populated => {
-                    let run = here.run_at(page);
-                    Look::Populate(ranges::pages(span, run.start..run.end))
-                }
+                // All of them, for the next look is the last: what it finds refused stays.
+                MoveEnd::Refused if !populated => Look::Populate(here),
                 MoveEnd::Pending => Look::Settle,
                 _ => Look::Done,
             };
@@ -401,7 +401,7 @@ impl Core {
         batch.count += 1;
         let again = match end {
             MoveEnd::Pending | MoveEnd::Vanished => true,
-            MoveEnd::Refused(_) => !populated,
+            MoveEnd::Refused => !populated,
             MoveEnd::All => false,
         };
         Look::Taken { again }

@@ -26,8 +26,8 @@ pub(crate) enum MoveEnd {
     Pending,
     /// A page was not there any more.
     Vanished,
-    /// The kernel will not move this page of the block (pinned, shared since a fork, another kind of mapping); others may have moved.
-    Refused(usize),
+    /// The kernel will not move a page (pinned, shared since a fork, another kind of mapping); others may have moved.
+    Refused,
 }
 
 /// The addresses of a run of pages of a block.
@@ -74,7 +74,7 @@ pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bo
                 Errno::NOENT => return (moved, MoveEnd::Vanished),
                 Errno::INVAL if n > 1 => most = within_mapping(space, va + at * PAGE, n),
                 _ => {
-                    end = MoveEnd::Refused(at);
+                    end = MoveEnd::Refused;
                     if hasty {
                         return (moved, end);
                     }
