@@ -85,7 +85,7 @@ fn drop_now(core: &Core, block: &Block, part: Span, read: &mut dyn FnMut()) {
         tray.full |= moved;
         core.pool.put(tray);
         match end {
-            MoveEnd::All | MoveEnd::Refused(_) => return,
+            MoveEnd::All | MoveEnd::Refused => return,
             MoveEnd::Vanished => continue, // the kernel has begun: what it has not come to yet is still to be taken
             MoveEnd::Pending => {}
         }

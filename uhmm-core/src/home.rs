@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::Size;
 use crate::ranges;
+use crate::space::Refusals;
 use crate::sync::*;
 use core::ops::Range;
 use uhmm_os::uffd::{CopyMode, MoveMode, Partial};
@@ -212,7 +213,7 @@ pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> 
 /// As [`send_home`], for some pages of the block.
 pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) -> Result<(), Error> {
     let va = Span::block(va).start;
-    let mut refused = 0;
+    let mut refusals = Refusals::new(&core.space);
     loop {
         let hold = core.space.hold();
         let Some(block) = core.dir.get(va) else { return Ok(()) };
@@ -235,9 +236,7 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
         match result {
             Ok(()) => return Ok(()),
             Err(_) => {
-                refused += 1;
-                core.space.refused(refused);
-                thread::yield_now();
+                refusals.wait();
             }
         }
     }

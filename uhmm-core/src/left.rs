@@ -8,6 +8,7 @@ use crate::core::Core;
 use crate::error::Error;
 use crate::mode::Mode;
 use crate::page::{Span, Va};
+use crate::ranges;
 use crate::sync::*;
 use uhmm_os::mem::{self, Advice};
 
@@ -123,11 +124,9 @@ pub(crate) fn leave(core: &Core, start: Va, end: Va) -> Result<(), Error> {
     if !core.space.left.add(span) {
         return refuse("too many ranges were asked for");
     }
-    core.space.register(span).map_err(|e| Error::System("watch the range", e))?;
-    for part in span.blocks() {
-        if let Ok(block) = core.dir.get_or_make(part.start) {
-            block.lock().reg |= part.bits();
-        }
+    if let Err(e) = ranges::watch_span(core, span) {
+        core.space.left.remove(span);
+        return Err(Error::System("watch the range", e));
     }
     inherit(span, false);
     Ok(())

@@ -124,8 +124,8 @@ impl Monitor {
     pub(crate) fn run(&mut self, core: &Core, stop: &EventFd) {
         let mut vain = 0u32;
         loop {
-            if vain > 10 || core.space.is_slow() {
-                thread::sleep_micros(1000); // see `Space::refused`
+            if vain > 10 || core.space.is_impatient() {
+                thread::sleep_micros(1000); // see `space::Refusals`
             } else if vain > 0 {
                 thread::yield_now();
             }

@@ -13,6 +13,7 @@ use crate::launch::{LARGE, Ledger};
 use crate::migrate::{Ask, BATCH, Intent, Park, Room};
 use crate::mode::Mode;
 use crate::page::{Span, Va};
+use crate::ranges;
 use crate::shares;
 use crate::sync::*;
 use core::ops::Range;
@@ -203,15 +204,8 @@ pub(crate) fn register_ahead(core: &Core, span: Span) {
     if any {
         return;
     }
-    let _hold = core.space.hold();
-    if core.space.register(span).is_err() {
-        return; // block by block will tell which part cannot be watched
-    }
-    for part in span.blocks() {
-        if let Ok(block) = core.dir.get_or_make(part.start) {
-            block.lock().reg |= part.bits();
-        }
-    }
+    // An error: block by block will tell which part cannot be watched.
+    let _ = ranges::watch_span(core, span);
 }
 
 /// The pages of an argument that go to the device whole.

@@ -26,8 +26,8 @@ pub(crate) enum MoveEnd {
     Pending,
     /// A page was not there any more.
     Vanished,
-    /// The kernel will not move this page of the block (pinned, shared since a fork, another kind of mapping); others may have moved.
-    Refused(usize),
+    /// The kernel will not move a page (pinned, shared since a fork, another kind of mapping); others may have moved.
+    Refused,
 }
 
 /// The addresses of a run of pages of a block.
@@ -74,7 +74,7 @@ pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bo
                 Errno::NOENT => return (moved, MoveEnd::Vanished),
                 Errno::INVAL if n > 1 => most = within_mapping(space, va + at * PAGE, n),
                 _ => {
-                    end = MoveEnd::Refused(at);
+                    end = MoveEnd::Refused;
                     if hasty {
                         return (moved, end);
                     }
@@ -92,6 +92,21 @@ pub(crate) fn within_mapping(space: &Space, at: Va, n: usize) -> usize {
         Ok(Some(vma)) if (vma.end - at) / PAGE < n => (vma.end - at) / PAGE,
         _ => n.div_ceil(2),
     }
+}
+
+/// Watches what is mapped of a range, whatever blocks it lies in. No lock is held.
+///
+/// # Errors
+/// As [`Space::watch`]; what was watched before that is noted.
+pub(crate) fn watch_span(core: &Core, span: Span) -> Result<(), Errno> {
+    let _hold = core.space.hold();
+    core.space.watch(span, |watched| {
+        for part in watched.blocks() {
+            if let Ok(block) = core.dir.get_or_make(part.start) {
+                block.lock().reg |= part.bits();
+            }
+        }
+    })
 }
 
 /// Write-protects pages of the program.

@@ -75,10 +75,12 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
             continue;
         }
         if !state.reg.has(page) {
-            if core.space.register(span).is_err() {
+            let mut watched = Bits::EMPTY;
+            let done = core.space.watch(span, |part| watched |= part.bits());
+            state.reg |= watched;
+            if done.is_err() || !watched.has(page) {
                 continue;
             }
-            state.reg.set(page);
         }
         if fixed::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)) {
             keep_page(core, dev, &mut state, va, page, args);

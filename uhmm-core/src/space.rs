@@ -7,6 +7,8 @@
 //! kernel answer EAGAIN to his call, since every page leaves the program into memory that is registered in this same userfaultfd: he then drops his
 //! locks, [`Space::settle`]s and looks again.
 
+#![allow(unsafe_code)] // a call of userfaultfd that changes nothing
+
 use crate::bits::Bits;
 use crate::left::Left;
 use crate::mode::Mode;
@@ -50,8 +52,8 @@ pub struct Space {
     pub left: Left,
     pagemap: Pagemap,
     events: RwLock<()>,
-    /// Somebody finds an event unread whenever he looks: see [`Space::refused`].
-    slow: AtomicBool,
+    /// How many find an event unread whenever they look: see [`Refusals`].
+    impatient: AtomicU32,
 }
 
 impl Space {
@@ -68,7 +70,7 @@ impl Space {
             maps: Maps::open().map_err(|e| crate::Error::System("open /proc/self/maps", e))?,
             pagemap: Pagemap::open().map_err(|e| crate::Error::System("open /proc/self/pagemap", e))?,
             events: RwLock::new(()),
-            slow: AtomicBool::new(false),
+            impatient: AtomicU32::new(0),
         })
     }
 
@@ -91,21 +93,9 @@ impl Space {
         }
     }
 
-    /// As [`settle`](Self::settle), for who has been refused `times` times in a row.
-    ///
-    /// The kernel counts an event until the one who raised it has woken. If some threads do nothing but raise events, and there are more threads than cores, there is
-    /// always one. So after some refusals the monitor is asked to take its time before it reads: by then they all wait, the read wakes them together, and before
-    /// the first of them raises another there is a moment without.
-    pub fn refused(&self, times: u32) {
-        if times > 10 {
-            self.slow.store(true, Ordering::Relaxed);
-        }
-        self.settle();
-    }
-
-    /// Whether the monitor is to take its time before it reads; asked once per time.
-    pub fn is_slow(&self) -> bool {
-        self.slow.swap(false, Ordering::Relaxed)
+    /// Whether the monitor is to take its time before it reads: see [`Refusals`].
+    pub fn is_impatient(&self) -> bool {
+        self.impatient.load(Ordering::Relaxed) > 0
     }
 
     /// Watches a range for missing pages and for writes to protected ones.
@@ -115,6 +105,35 @@ impl Space {
     pub fn register(&self, span: Span) -> Result<(), Errno> {
         let missing = if self.mode == Mode::Full || self.left.at(span.start).0 { RegisterMode::MISSING } else { RegisterMode::empty() };
         self.uffd.register(span.start, span.len(), missing | RegisterMode::WP)
+    }
+
+    /// Watches what is mapped of a range, and calls `f` with each part that is watched now. The event lock is held.
+    ///
+    /// Registering skips what is not mapped, and a mapping that nobody watched has gone, or come since, without an event: so it is looked up what is mapped
+    /// after that, and of each mapping the kernel is asked whether it is registered.
+    ///
+    /// # Errors
+    /// As [`register`](Self::register); `EAGAIN` if an event is unread.
+    pub fn watch(&self, span: Span, mut f: impl FnMut(Span)) -> Result<(), Errno> {
+        self.register(span)?;
+        let mut at = span.start;
+        while at < span.end {
+            let Some(vma) = self.maps.find(at)? else { break };
+            let part = Span { start: vma.start, end: vma.end }.and(Span { start: at, end: span.end });
+            at = vma.end;
+            if part.is_empty() {
+                continue;
+            }
+            // Not a page alone, for that would split a huge one.
+            let first = part.and(Span::block(part.start));
+            // SAFETY: nothing of a new registration is protected: the call only tells whether it is one (ENOENT).
+            match unsafe { self.uffd.write_protect(first.start, first.len(), false) } {
+                Ok(()) => f(part),
+                Err(Errno::NOENT) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
     }
 
     /// Which pages of `span`, which lies in one block, exist on the CPU's side.
@@ -193,6 +212,43 @@ impl Space {
     /// Whether copies of the mapping's pages may stay on a device while the CPU keeps its own.
     pub fn shares(&self, vma: &Vma) -> bool {
         self.mode != Mode::None && vma.is_private_anonymous() && vma.read
+    }
+}
+
+/// How often in a row somebody was refused because an event was unread.
+///
+/// The kernel counts an event until the one who raised it has woken, and who waits for the event lock gets it just after a read, when nobody has. If some threads do
+/// nothing but raise events, and there are more threads than cores, there is always one. So as long as somebody has been refused often, the monitor takes its
+/// time before each read: by then they all wait, the read wakes them together, and before the first of them raises another there is a moment without.
+#[derive(Debug)]
+pub struct Refusals<'a> {
+    space: &'a Space,
+    times: u32,
+}
+
+impl<'a> Refusals<'a> {
+    const MANY: u32 = 10;
+
+    /// None yet.
+    pub fn new(space: &'a Space) -> Self {
+        Refusals { space, times: 0 }
+    }
+
+    /// One more. Waits until it is worth trying again; to be called without any lock.
+    pub fn wait(&mut self) {
+        self.times = self.times.saturating_add(1);
+        if self.times == Self::MANY {
+            self.space.impatient.fetch_add(1, Ordering::Relaxed);
+        }
+        self.space.settle();
+    }
+}
+
+impl Drop for Refusals<'_> {
+    fn drop(&mut self) {
+        if self.times >= Self::MANY {
+            self.space.impatient.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 

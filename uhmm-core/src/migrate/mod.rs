@@ -26,7 +26,7 @@ use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::Size;
 use crate::ranges::{self, MoveEnd};
-use crate::space::Present;
+use crate::space::{Present, Refusals};
 use crate::sync::*;
 use batch::{Batch, Collected, Item};
 use uhmm_os::mem::{self, Advice};
@@ -78,8 +78,8 @@ enum Look {
     Full,
     /// The mappings changed since the asker looked them up.
     Stale,
-    /// Pages are shared since a fork, or are the zero page: make the run's pages the program's own, and look again.
-    Populate(Span),
+    /// Pages are shared since a fork, or are the zero page: make these the program's own, and look again.
+    Populate(Bits),
 }
 
 /// Takes the old pages of what a launch overwrites.
@@ -185,7 +185,7 @@ impl Core {
     pub(crate) fn block_resident(&self, dev: &Device, room: &mut Room, ask: &Ask, park: Park<'_>) -> Result<bool, Error> {
         let mut again = false;
         let mut populated = false;
-        let (mut dry, mut refused) = (0, 0);
+        let (mut dry, mut refusals) = (0, Refusals::new(&self.space));
         loop {
             let look = self.collect(dev, &mut room.batches[room.at], ask, populated)?;
             room.refused |= matches!(look, Look::Refused | Look::Taken { refused: true, .. });
@@ -204,10 +204,7 @@ impl Core {
             match look {
                 Look::Wait if held => {}
                 Look::Wait => thread::yield_now(),
-                Look::Settle => {
-                    refused += 1;
-                    self.space.refused(refused);
-                }
+                Look::Settle => refusals.wait(),
                 Look::Elsewhere(other) => home::send_home(self, self.device(other), ask.part.start)?,
                 Look::Full => {
                     // Nothing to evict may mean that others hold blocks in transit, or that the CPU has just taken the last one home.
@@ -222,11 +219,13 @@ impl Core {
                     }
                 }
                 Look::Stale => return Ok(true),
-                Look::Populate(run) => {
+                Look::Populate(pages) => {
                     populated = true;
-                    #[allow(unsafe_code)]
-                    // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
-                    let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
+                    for run in pages.runs().map(|run| ranges::pages(Span::block(ask.part.start), run)) {
+                        #[allow(unsafe_code)]
+                        // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
+                        let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
+                    }
                 }
                 Look::Done | Look::Refused | Look::Taken { .. } => unreachable!("handled above"),
             }
@@ -323,6 +322,9 @@ impl Core {
         {
             return if e == Errno::AGAIN { Look::Settle } else { Look::Refused };
         }
+        if !intent.bounces() {
+            fresh &= state.reg;
+        }
         let present = match self.space.present(ranges::hull(span, fresh)) {
             _ if intent.bounces() => Present::default(),
             Ok(present) => present,
@@ -355,12 +357,10 @@ impl Core {
                 self.pool.put(tray);
             }
             return match end {
-                MoveEnd::Refused(page) if !populated => {
-                    let run = here.run_at(page);
-                    Look::Populate(ranges::pages(span, run.start..run.end))
-                }
+                // All of them, for the next look is the last: what it finds refused stays.
+                MoveEnd::Refused if !populated => Look::Populate(here),
                 MoveEnd::Pending => Look::Settle,
-                MoveEnd::Refused(_) => Look::Refused,
+                MoveEnd::Refused => Look::Refused,
                 _ => Look::Done,
             };
         }
@@ -379,10 +379,10 @@ impl Core {
         batch.count += 1;
         let again = match end {
             MoveEnd::Pending | MoveEnd::Vanished => true,
-            MoveEnd::Refused(_) => !populated,
+            MoveEnd::Refused => !populated,
             MoveEnd::All => false,
         };
-        Look::Taken { again, refused: matches!(end, MoveEnd::Refused(_)) && populated }
+        Look::Taken { again, refused: end == MoveEnd::Refused && populated }
     }
 
     /// Drops copies of what the CPU has written since they were made, where it does not wait for that.
@@ -435,11 +435,10 @@ impl Core {
         }
     }
 
-    /// Registers what of `pages` is not watched yet.
+    /// Registers what of `pages` is not watched yet, as far as it is mapped.
     fn watch(&self, state: &mut State, block: Span, pages: Bits) -> Result<(), Errno> {
         for run in (pages - state.reg).runs() {
-            self.space.register(ranges::pages(block, run.clone()))?;
-            state.reg |= Bits::range(run);
+            self.space.watch(ranges::pages(block, run), |part| state.reg |= part.bits())?;
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ crate::tests![
     reused_addresses_cost_few_faults,
     changes_during_kernels_on_other_ranges,
     changes_of_the_very_range_of_a_running_kernel,
+    mappings_that_come_and_go_are_never_taken_unwatched,
 ];
 
 const PAGE: usize = 4096;
@@ -463,4 +464,48 @@ fn changes_of_the_very_range_of_a_running_kernel() {
         assert!(before.iter().enumerate().all(|(i, &x)| i % 256 == 0 || x == 1), "change {change}: what no kernel writes");
     }
     println!("{failed} launches failed");
+}
+
+/// A mapping that nobody watches comes and goes without an event. Registering a range skips what is not mapped, and yet the directory called all of it watched: a
+/// mapping that came there later was taken all the same. The program then read zeros, or waited for ever.
+fn mappings_that_come_and_go_are_never_taken_unwatched() {
+    const LEN: usize = 8 * PAGE;
+    let (_hmm, dev) = device(16);
+    // Where the kernel places nothing by itself; each thread has every fourth piece of two blocks.
+    let start = 0x200_0000_0000;
+    let stop = AtomicBool::new(false);
+    let end = Instant::now() + seconds(5);
+    std::thread::scope(|scope| {
+        for number in 0..4usize {
+            let stop = &stop;
+            scope.spawn(move || {
+                let mut random = fastrand::Rng::with_seed(number as u64);
+                let mut round = 0u8;
+                while !stop.load(Ordering::Relaxed) {
+                    round = round.wrapping_add(1).max(1);
+                    let at = (start + (random.usize(0..30) * 4 + number) * LEN) as *mut libc::c_void;
+                    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+                    assert_eq!(unsafe { libc::mmap(at, LEN, RW, flags, -1, 0) }, at);
+                    let data = unsafe { std::slice::from_raw_parts_mut(at.cast::<u8>(), LEN) };
+                    assert!(data.iter().all(|&x| x == 0), "new memory");
+                    data.fill(round);
+                    for _ in 0..random.usize(0..3) {
+                        std::thread::yield_now();
+                        assert!(data.iter().all(|&x| x == round), "what was written");
+                    }
+                    assert_eq!(unsafe { libc::munmap(at, LEN) }, 0);
+                }
+            });
+        }
+        let mut random = fastrand::Rng::with_seed(77);
+        while Instant::now() < end {
+            let from = random.usize(0..2 * BLOCK / PAGE) * PAGE;
+            let len = random.usize(1..=(2 * BLOCK - from) / PAGE) * PAGE;
+            dev.prefetch_range(start + from, len).unwrap();
+            if random.u8(0..8) == 0 {
+                dev.evict(unsafe { std::slice::from_raw_parts((start + from) as *const u8, len) }).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
 }

@@ -27,6 +27,7 @@ crate::tests![
     a_touch_beside_a_border_of_mappings,
     neighbouring_mappings_come_home_together,
     holes_of_neighbouring_mappings_are_filled,
+    all_pages_of_a_block_that_a_fork_has_shared_move,
 ];
 
 const BLOCK: usize = 2 << 20;
@@ -425,4 +426,22 @@ fn holes_of_neighbouring_mappings_are_filled() {
     range[30 * PAGE] = 1;
     range[3 * PAGE] = 1;
     assert_eq!(range.iter().map(|&x| u32::from(x)).sum::<u32>(), 2);
+}
+
+/// After a fork the kernel moves a page only once it is the program's own again. Of a block whose pages do not follow each other only the first run was made
+/// so; the others stayed.
+fn all_pages_of_a_block_that_a_fork_has_shared_move() {
+    let (_hmm, dev) = small("soft");
+    let pages = Pages::huge(BLOCK);
+    let range = part(&pages, 0, BLOCK);
+    unsafe { libc::madvise(pages.start.cast(), BLOCK, libc::MADV_NOHUGEPAGE) };
+    range.iter_mut().step_by(3 * PAGE).for_each(|x| *x = 1);
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        unsafe { libc::_exit(0) };
+    }
+    assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
+    dev.prefetch(&*range).unwrap();
+    assert_eq!(pages_present(range), 0);
+    assert!(range.iter().enumerate().all(|(i, &x)| x == u8::from(i % (3 * PAGE) == 0)));
 }
