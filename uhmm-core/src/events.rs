@@ -19,8 +19,17 @@ use crate::raw_fork;
 use uhmm_os::uffd::Userfaultfd;
 use uhmm_os::{BLOCK, Errno, PAGE, thread};
 
-/// Follows one event. `read` reads more of them into the monitor's queue, which lets calls go on that the kernel refuses meanwhile.
-pub(crate) fn follow(core: &Core, change: &Change, read: &mut dyn FnMut()) {
+/// The events after the one that is followed.
+pub(crate) trait Later {
+    /// Reads more of them, which lets calls go on that the kernel refuses meanwhile, and those go on who raised them.
+    fn read(&mut self);
+
+    /// Pages of `part`, which lies in one block, of which one of them that was read says that their mapping has gone: what is there now is another one's.
+    fn unmapped(&self, part: Span) -> Bits;
+}
+
+/// Follows one event.
+pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
     match *change {
         Change::Unmap(span) => unmapped(core, span),
         Change::Fork(fd) => {
@@ -32,10 +41,10 @@ pub(crate) fn follow(core: &Core, change: &Change, read: &mut dyn FnMut()) {
         Change::Remove(span) => {
             core.dir.for_each(span, |block, part| {
                 invalidate(core, block, part, false);
-                drop_now(core, block, part, read);
+                drop_now(core, block, part, later);
             });
         }
-        Change::Remap { from, to } => remapped(core, from.start, to, from.len(), read),
+        Change::Remap { from, to } => remapped(core, from.start, to, from.len(), later),
     }
 }
 
@@ -65,7 +74,9 @@ fn unmapped(core: &Core, span: Span) {
 ///
 /// The kernel announces the drop, and does it some time after this was read. A migration in between would carry the old contents to a device, where the
 /// drop does not find them. So what the range holds goes here and now, while no migration can look; the kernel then finds it empty.
-fn drop_now(core: &Core, block: &Block, part: Span, read: &mut dyn FnMut()) {
+///
+/// Not what was unmapped after that, by an event that was read already: what is there is new. While such an event is unread the kernel refuses to move anything.
+fn drop_now(core: &Core, block: &Block, part: Span, later: &mut dyn Later) {
     let va = Span::block(part.start).start;
     // Copies of other memory are checked at each launch, and an empty page is no clean one.
     let mine = if core.space.mode == Mode::Full { part.bits() } else { core.space.left.bits(part) };
@@ -74,7 +85,7 @@ fn drop_now(core: &Core, block: &Block, part: Span, read: &mut dyn FnMut()) {
     }
     loop {
         let state = block.lock();
-        let watched = mine & (state.reg - state.busy());
+        let watched = mine & (state.reg - state.busy() - later.unmapped(part));
         let Ok(present) = core.space.present(part) else { return };
         let pages = present.pages & watched;
         if pages.is_empty() {
@@ -90,7 +101,7 @@ fn drop_now(core: &Core, block: &Block, part: Span, read: &mut dyn FnMut()) {
             MoveEnd::Pending => {}
         }
         drop(state);
-        read();
+        later.read();
         thread::yield_now();
     }
 }
@@ -129,21 +140,21 @@ fn forget(core: &Core, state: &mut State, va: Va, bits: Bits) {
 }
 
 /// Copies pages that a migration has taken out, and whose copy step may still be reading them, to where the program expects them now.
-fn rescue(core: &Core, state: &State, moving: Bits, target: Va, read: &mut dyn FnMut()) {
+fn rescue(core: &Core, state: &State, moving: Bits, target: Va, later: &mut dyn Later) {
     if state.tray == 0 || moving.is_empty() {
         return;
     }
     for page in (moving & state.taken).pages() {
         // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread.
         while home::copy_page(core, target + page * PAGE, state.tray + page * PAGE) == Err(Errno::AGAIN) {
-            read();
+            later.read();
             thread::yield_now();
         }
     }
 }
 
 /// The program's pages are at `to` now. What a device has of them comes home there, whatever the new alignment.
-fn remapped(core: &Core, from: Va, to: Va, len: usize, read: &mut dyn FnMut()) {
+fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
     let old = Span { start: from, end: from + len };
     core.space.left.remove(old);
     core.dir.for_each(old, |block, part| {
@@ -159,12 +170,12 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, read: &mut dyn FnMut()) {
                 match home::bring_home_to(core, dev, &mut state, va, away, target) {
                     Ok(_) => break,
                     // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread.
-                    Err(Errno::AGAIN) => read(),
+                    Err(Errno::AGAIN) => later.read(),
                     Err(_) => break, // the new place is gone too: its event stands in the queue
                 }
                 thread::yield_now();
             }
-            rescue(core, &state, bits & state.busy() & state.gone(), target, read);
+            rescue(core, &state, bits & state.busy() & state.gone(), target, later);
             let shared = bits & (state.duplicated() | (state.busy() - state.gone()));
             forget(core, &mut state, va, bits);
             for run in shared.runs() {
@@ -172,7 +183,7 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, read: &mut dyn FnMut()) {
                 while ranges::unprotect_span(core, Span { start: target + run.start * PAGE, end: target + run.end * PAGE })
                     == Err(Errno::AGAIN)
                 {
-                    read();
+                    later.read();
                     thread::yield_now();
                 }
             }

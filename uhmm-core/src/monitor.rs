@@ -97,6 +97,26 @@ impl Place {
     }
 }
 
+/// What is not followed yet.
+struct Rest<'a> {
+    monitor: &'a mut Monitor,
+    core: &'a Core,
+}
+
+impl events::Later for Rest<'_> {
+    fn read(&mut self) {
+        self.monitor.read(self.core);
+    }
+
+    fn unmapped(&self, part: Span) -> Bits {
+        let later = self.monitor.changes[self.monitor.followed..self.monitor.read].iter().flatten();
+        later.fold(Bits::EMPTY, |pages, change| match *change {
+            Change::Unmap(gone) | Change::Remap { from: gone, .. } => pages | gone.and(part).bits(),
+            Change::Remove(_) | Change::Fork(_) => pages,
+        })
+    }
+}
+
 enum Served {
     Done,
     Later,
@@ -180,7 +200,7 @@ impl Monitor {
             let change = self.changes[self.followed];
             self.followed += 1;
             if let Some(change) = change {
-                events::follow(core, &change, &mut || self.read(core));
+                events::follow(core, &change, &mut Rest { monitor: self, core });
             }
         }
         (self.read, self.followed) = (0, 0);

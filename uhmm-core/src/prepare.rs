@@ -17,7 +17,7 @@ use crate::ranges;
 use crate::shares;
 use crate::sync::*;
 use core::ops::Range;
-use uhmm_os::{BLOCK, PAGE, tasks};
+use uhmm_os::{PAGE, tasks};
 
 /// Makes what the arguments declare resident.
 ///
@@ -196,7 +196,8 @@ fn intent(access: Access) -> Intent {
 
 /// Watches a large range by one call, where it is not watched at all yet, instead of block by block.
 pub(crate) fn register_ahead(core: &Core, span: Span) {
-    if span.len() <= BLOCK {
+    // In one block one call does it anyway. In several, each call would split the mapping for a moment, and an mremap that resizes fails then.
+    if span.blocks().nth(1).is_none() {
         return;
     }
     let mut any = false;

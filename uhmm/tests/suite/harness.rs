@@ -47,7 +47,7 @@ pub fn run(tests: &[Test], lesser: &'static [Test]) {
     }
     for &test in tests {
         let name = test.name.trim_start_matches("suite::");
-        trials.push(Trial::test(name, move || child(test.name, None)).with_ignored_flag((test.full && !full) || by_hand(name)));
+        trials.push(Trial::test(name, move || child(test.name, None)).with_ignored_flag(test.full && !full));
         for mode in [Mode::UserModeOnly, Mode::None] {
             if modes::runs_in(name, mode) {
                 trials.push(Trial::test(format!("{}::{name}", mode.name()), move || child(test.name, Some(mode))));
@@ -58,11 +58,6 @@ pub fn run(tests: &[Test], lesser: &'static [Test]) {
     // Tests measure nothing, but their races want both cores.
     arguments.test_threads.get_or_insert(2);
     libtest_mimic::run(&arguments, trials).exit();
-}
-
-/// Tests that run only when a time was asked for: what they do to a machine with few cores can take far longer than they are given.
-fn by_hand(name: &str) -> bool {
-    name == "own_memory::everything_moves_while_the_process_runs" && std::env::var_os("UHMM_TEST_SECONDS").is_none()
 }
 
 /// Whether this process could have full mode.

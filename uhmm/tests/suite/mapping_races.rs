@@ -431,10 +431,9 @@ fn changes_of_the_very_range_of_a_running_kernel() {
                     _ => i32::from(libc::mremap(at, part, part + PAGE, libc::MREMAP_MAYMOVE) == libc::MAP_FAILED),
                 }
             };
-            assert_eq!(done, 0);
+            assert_eq!(done, 0, "change {change}: {}", std::io::Error::last_os_error());
             run.join().unwrap()
         });
-        let success = result.is_ok();
         if let Err(error) = result {
             failed += 1;
             let address = match error {
@@ -452,14 +451,8 @@ fn changes_of_the_very_range_of_a_running_kernel() {
         again.fill(round);
         dev.run(&add_one, 1, args![inout(&mut *again)]).unwrap();
         assert!(again.iter().all(|&x| x == round.wrapping_add(1)), "change {change}");
-        let before = unsafe { std::slice::from_raw_parts_mut(start as *mut u8, from) };
+        let before = unsafe { std::slice::from_raw_parts(start as *const u8, from) };
         let touched = before.first().copied().unwrap_or(1);
-        if !success {
-            // After a launch that failed a byte reads as before or as the kernel wrote it.
-            let near = |x: u8| x.abs_diff(touched) <= 1 || x.abs_diff(touched) == 255;
-            assert!(before.iter().step_by(256).all(|&x| near(x)), "change {change}: neither as before nor as written");
-            before.iter_mut().step_by(256).for_each(|x| *x = touched);
-        }
         assert!(before.iter().step_by(256).all(|&x| x == touched), "change {change}: what was not changed has one value");
         assert!(before.iter().enumerate().all(|(i, &x)| i % 256 == 0 || x == 1), "change {change}: what no kernel writes");
     }

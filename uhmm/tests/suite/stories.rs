@@ -25,6 +25,7 @@ crate::tests![
     a_touch_beside_an_array_fails_no_launch,
     bytes_that_came_home_are_counted_when_the_toucher_goes_on,
     a_touch_beside_a_border_of_mappings,
+    what_is_mapped_after_a_drop_is_not_dropped,
     neighbouring_mappings_come_home_together,
     holes_of_neighbouring_mappings_are_filled,
     all_pages_of_a_block_that_a_fork_has_shared_move,
@@ -444,4 +445,31 @@ fn all_pages_of_a_block_that_a_fork_has_shared_move() {
     dev.prefetch(&*range).unwrap();
     assert_eq!(pages_present(range), 0);
     assert!(range.iter().enumerate().all(|(i, &x)| x == u8::from(i % (3 * PAGE) == 0)));
+}
+
+/// The pages that the program drops are taken away when the kernel announces it, before the kernel does it itself. If the monitor got to run only after the program
+/// had dropped a range, mapped something new there and filled it, it took the new contents: they read as zeros.
+fn what_is_mapped_after_a_drop_is_not_dropped() {
+    let (_hmm, dev) = small("soft");
+    let end = Instant::now() + seconds(5);
+    std::thread::scope(|scope| {
+        for number in 1..=8u8 {
+            let dev = &dev;
+            scope.spawn(move || {
+                let pages = blocks(1);
+                let range = part(&pages, 0, 64 * PAGE);
+                let at = range.as_mut_ptr().cast();
+                while Instant::now() < end {
+                    range.fill(1);
+                    dev.prefetch(&*range).unwrap();
+                    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+                    assert_eq!(unsafe { libc::madvise(at, range.len(), libc::MADV_DONTNEED) }, 0);
+                    assert_eq!(unsafe { libc::mmap(at, range.len(), libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) }, at);
+                    range.fill(number);
+                    std::thread::yield_now();
+                    assert!(range.iter().all(|&x| x == number), "what was written is there");
+                }
+            });
+        }
+    });
 }
