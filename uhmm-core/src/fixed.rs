@@ -23,6 +23,7 @@ use crate::directory::{BlockGuard, State};
 use crate::page::{Span, Va};
 use crate::ranges;
 use uhmm_os::maps::{Vma, VmaKind};
+use uhmm_os::tasks::{HEADS, RobustHead};
 use uhmm_os::{BLOCK, Errno, PAGE, system, tasks};
 
 /// From the start of glibc's thread control block to the robust list's head, and from the head to its end, rseq area included (2.31 to 2.40).
@@ -100,22 +101,47 @@ fn release(core: &Core, state: &mut BlockGuard<'_>, block: Span, pages: Bits) {
 /// Pages of `span` that must not leave. `locked` is the block whose lock the caller holds.
 fn look(core: &Core, span: Span, locked: Option<(Va, &State)>) -> Bits {
     let mut found = core.c_library.and(span).bits();
-    let listed = tasks::for_each_robust_list_head(|head| {
-        found |= control_block(head).and(span).bits();
+    let mut walk = |head: Va, words: RobustHead| {
         let entry = |start: Va, len: usize| {
             if let Some(end) = start.checked_add(len) {
                 found |= Span::touching(start, end).and(span).bits();
             }
         };
-        tasks::for_each_robust_entry(head, |at| read(core, at, locked), entry);
+        tasks::for_each_robust_entry(head, words, |at, words| read(core, at, words, locked), entry);
+    };
+    let mut blocks = Bits::EMPTY;
+    // Most lie where nothing was ever watched, and are read together.
+    let (mut far, mut count, mut words) = ([0; HEADS], 0, [RobustHead::default(); HEADS]);
+    let listed = tasks::for_each_robust_list_head(|head| {
+        blocks |= control_block(head).and(span).bits();
+        if count < HEADS && core.dir.get(head).is_none() && core.dir.get(head + size_of::<RobustHead>()).is_none() {
+            far[count] = head;
+            count += 1;
+            return;
+        }
+        let mut words = RobustHead::default();
+        if read(core, head, &mut words, locked) {
+            walk(head, words);
+        }
     });
-    if listed { found } else { span.bits() } // they cannot be told: nothing is free
+    let read_ones = tasks::read_heads(&far, &mut words, count);
+    for index in 0..count {
+        // Beyond the first that is gone, because its thread has ended, each is tried for itself.
+        if index < read_ones || read(core, far[index], &mut words[index], locked) {
+            walk(far[index], words[index]);
+        }
+    }
+    if listed { found | blocks } else { span.bits() } // they cannot be told: nothing is free
 }
 
-/// A word of the program's, if its page is there.
-fn read(core: &Core, at: Va, locked: Option<(Va, &State)>) -> Option<usize> {
-    if at >= 1 << 47 {
-        return None;
+/// Reads words of the program's, if their pages are there.
+fn read(core: &Core, at: Va, words: &mut [usize], locked: Option<(Va, &State)>) -> bool {
+    let span = Span { start: at, end: at.saturating_add(size_of_val(words)) };
+    if span.end > 1 << 47 {
+        return false;
+    }
+    if Span::touching(span.start, span.end).len() > PAGE {
+        return words.chunks_mut(1).enumerate().all(|(index, word)| read(core, at + index * size_of::<usize>(), word, locked));
     }
     let there = |state: &State| {
         // A registered page that is not there would be waited for.
@@ -123,13 +149,13 @@ fn read(core: &Core, at: Va, locked: Option<(Va, &State)>) -> Option<usize> {
             && core.space.present(Span::touching(at, at + 1)).is_ok_and(|present| !present.pages.is_empty())
     };
     match locked {
-        Some((va, state)) if va == Span::block(at).start => there(state).then(|| tasks::read_word(at)).flatten(),
+        Some((va, state)) if va == Span::block(at).start => there(state) && tasks::read_words(at, words),
         _ => match core.dir.get(at) {
             Some(block) => {
                 let state = block.lock();
-                there(&state).then(|| tasks::read_word(at)).flatten()
+                there(&state) && tasks::read_words(at, words)
             }
-            None => tasks::read_word(at),
+            None => tasks::read_words(at, words),
         },
     }
 }

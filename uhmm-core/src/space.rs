@@ -7,8 +7,6 @@
 //! kernel answer EAGAIN to his call, since every page leaves the program into memory that is registered in this same userfaultfd: he then drops his
 //! locks, [`Space::settle`]s and looks again.
 
-#![allow(unsafe_code)] // a call of userfaultfd that changes nothing
-
 use crate::bits::Bits;
 use crate::left::Left;
 use crate::mode::Mode;
@@ -107,7 +105,7 @@ impl Space {
         self.uffd.register(span.start, span.len(), missing | RegisterMode::WP)
     }
 
-    /// Watches what is mapped of a range, and calls `f` with each part that is watched now. The event lock is held.
+    /// Watches what is mapped of a range of private anonymous memory, and calls `f` with each part that is watched now. The event lock is held.
     ///
     /// Registering skips what is not mapped, and a mapping that nobody watched has gone, or come since, without an event: so it is looked up what is mapped
     /// after that, and of each mapping the kernel is asked whether it is registered.
@@ -124,13 +122,8 @@ impl Space {
             if part.is_empty() {
                 continue;
             }
-            // Not a page alone, for that would split a huge one.
-            let first = part.and(Span::block(part.start));
-            // SAFETY: nothing of a new registration is protected: the call only tells whether it is one (ENOENT).
-            match unsafe { self.uffd.write_protect(first.start, first.len(), false) } {
-                Ok(()) => f(part),
-                Err(Errno::NOENT) => {}
-                Err(e) => return Err(e),
+            if vma.is_private_anonymous() && self.uffd.watches(part.start)? {
+                f(part);
             }
         }
         Ok(())

@@ -2,6 +2,7 @@
 //! pinned. *Fault path.*
 
 use crate::syscall::{abi, call};
+use crate::thread::getpid;
 use core::mem::MaybeUninit;
 
 /// Calls `f` with the address of every thread's robust list head (get_robust_list(2)); threads without one are left out.
@@ -72,15 +73,23 @@ fn robust_list_head(tid: usize) -> Option<usize> {
     Some(unsafe { head.assume_init() }).filter(|&head| head != 0)
 }
 
+/// What lies at a robust list head (`struct robust_list_head`): the first entry's address, the word's offset from an entry, the entry that is just being
+/// locked or unlocked.
+pub type RobustHead = [usize; 3];
+
 /// Calls `f` with the bytes that the kernel reads or writes on behalf of a thread that ends, as robust_list(7) describes its list: each entry's link, and
-/// the futex word beside it. `head` is the thread's list head; `read` returns the word at an address, or `None` where it cannot be had, which ends the
-/// walk, as does the kernel's own bound. Each range is given before it is read.
-pub fn for_each_robust_entry(head: usize, mut read: impl FnMut(usize) -> Option<usize>, mut f: impl FnMut(usize, usize)) {
+/// the futex word beside it. `words` is what lies at the thread's list head, `head`; `read` fills in the words at an address, and returns false where they
+/// cannot be had, which ends the walk, as does the kernel's own bound. Each range is given before it is read.
+pub fn for_each_robust_entry(
+    head: usize,
+    words: RobustHead,
+    mut read: impl FnMut(usize, &mut [usize]) -> bool,
+    mut f: impl FnMut(usize, usize),
+) {
     const WORD: usize = size_of::<usize>();
     /// ROBUST_LIST_LIMIT: so many entries does the kernel look at.
     const MOST: usize = 2048;
-    // struct robust_list_head: the first entry's address, the word's offset from an entry, the entry that is just being locked or unlocked.
-    let (Some(mut entry), Some(offset), Some(pending)) = (read(head), read(head + WORD), read(head + 2 * WORD)) else { return };
+    let [mut entry, offset, pending] = words;
     let mut give = |entry: usize| {
         f(entry, WORD);
         f(entry.wrapping_add(offset), size_of::<u32>());
@@ -95,27 +104,37 @@ pub fn for_each_robust_entry(head: usize, mut read: impl FnMut(usize) -> Option<
             return;
         }
         give(entry);
-        match read(entry) {
-            Some(next) => entry = next,
-            None => return,
+        let mut next = [0];
+        if !read(entry, &mut next) {
+            return;
         }
+        [entry] = next;
     }
 }
 
-/// The word at an address of this process; `None` if nothing is mapped there or it is not aligned. Waits if the page is watched by a userfaultfd and missing.
-pub fn read_word(at: usize) -> Option<usize> {
-    if !at.is_multiple_of(align_of::<usize>()) {
-        return None;
-    }
-    let mut word = 0usize;
-    let local = [&raw mut word as usize, size_of::<usize>()]; // struct iovec
-    let remote = [at, size_of::<usize>()];
-    // SAFETY: the kernel writes the word only, and looks at the remote address itself.
-    let read = unsafe {
-        let pid = call(abi::__NR_getpid, []).ok()?;
-        call(abi::__NR_process_vm_readv, [pid, local.as_ptr() as usize, 1, remote.as_ptr() as usize, 1, 0])
-    };
-    (read == Ok(size_of::<usize>())).then_some(word)
+/// Reads what lies at several list heads by one call, up to the first that cannot be read: how many were read. Waits as [`read_words`] does.
+pub fn read_heads(heads: &[usize; HEADS], words: &mut [RobustHead; HEADS], count: usize) -> usize {
+    const LEN: usize = size_of::<RobustHead>();
+    let local = [words.as_mut_ptr() as usize, count.min(HEADS) * LEN]; // struct iovec
+    let remote = heads.map(|head| [head, LEN]);
+    let remote = [remote.as_ptr() as usize, count.min(HEADS)];
+    // SAFETY: the kernel writes the words only, and looks at the remote addresses itself.
+    let read = unsafe { call(abi::__NR_process_vm_readv, [getpid() as usize, local.as_ptr() as usize, 1, remote[0], remote[1], 0]) };
+    read.unwrap_or(0) / LEN
+}
+
+/// How many heads [`read_heads`] takes.
+pub const HEADS: usize = 32;
+
+/// Reads the words at an address of this process; false if nothing is mapped there or it is not aligned. Waits if a page is watched by a userfaultfd and
+/// missing.
+pub fn read_words(at: usize, words: &mut [usize]) -> bool {
+    let len = size_of_val(words);
+    let local = [words.as_mut_ptr() as usize, len]; // struct iovec
+    let remote = [at, len];
+    // SAFETY: the kernel writes the words only, and looks at the remote address itself.
+    let read = unsafe { call(abi::__NR_process_vm_readv, [getpid() as usize, local.as_ptr() as usize, 1, remote.as_ptr() as usize, 1, 0]) };
+    at.is_multiple_of(align_of::<usize>()) && read == Ok(len)
 }
 
 /// The core on which a thread of this process ran last (proc_pid_stat(5), field 39).
@@ -201,16 +220,24 @@ mod tests {
         let offset = 0usize.wrapping_sub(16);
         (list[0], list[1], list[2]) = (at(10), offset, at(30) | 1);
         (list[10], list[20]) = (at(20) | 1, at(0));
-        let read = |address: usize| list.get(address.wrapping_sub(at(0)) / 8).copied();
+        let read = |address: usize, words: &mut [usize]| {
+            let index = address.wrapping_sub(at(0)) / 8;
+            list.get(index..index + words.len()).map(|found| words.copy_from_slice(found)).is_some()
+        };
         let mut given = vec![];
-        for_each_robust_entry(at(0), read, |start, len| given.push((start, len)));
+        let head = [list[0], list[1], list[2]];
+        for_each_robust_entry(at(0), head, read, |start, len| given.push((start, len)));
         let entry = |index: usize| [(at(index), 8), (at(index) - 16, 4)];
         assert_eq!(given, [entry(30), entry(10), entry(20)].concat());
         // A list that never ends, and one whose entry cannot be read, do end.
         let mut count = 0;
-        for_each_robust_entry(at(0), |_| Some(at(1)), |_, _| count += 1);
+        let endless = |_: usize, words: &mut [usize]| {
+            words.fill(at(1));
+            true
+        };
+        for_each_robust_entry(at(0), [at(1); 3], endless, |_, _| count += 1);
         assert_eq!(count, 2 * 2049);
-        for_each_robust_entry(at(0), |address| (address < at(3)).then(|| list[(address - at(0)) / 8]), |_, _| count += 1);
+        for_each_robust_entry(at(0), head, |address, words| address < at(3) && read(address, words), |_, _| count += 1);
         assert_eq!(count, 2 * 2049 + 4);
     }
 
@@ -218,8 +245,21 @@ mod tests {
     fn words_are_read_and_what_is_no_word_is_not() {
         let word = 0x1234_5678_9abcusize;
         let at = &raw const word as usize;
-        assert_eq!(read_word(at), Some(word));
-        assert_eq!((read_word(at + 1), read_word(0), read_word(8), read_word(usize::MAX - 7)), (None, None, None, None));
+        let mut read = [0];
+        assert!(read_words(at, &mut read));
+        assert_eq!(read, [word]);
+        for bad in [at + 1, 0, 8, usize::MAX - 7] {
+            assert!(!read_words(bad, &mut read), "{bad:#x}");
+        }
+        // Heads are read up to the first that is not there.
+        let head: RobustHead = [1, 2, 3];
+        let (mut heads, mut words) = ([&raw const head as usize; HEADS], [[0; 3]; HEADS]);
+        assert_eq!(read_heads(&heads, &mut words, HEADS), HEADS);
+        assert_eq!(words, [head; HEADS]);
+        (heads[2], words) = (8, [[0; 3]; HEADS]);
+        assert_eq!(read_heads(&heads, &mut words, HEADS), 2);
+        assert_eq!(words[..3], [head, head, [0; 3]]);
+        assert_eq!(read_heads(&heads, &mut words, 1), 1);
     }
 
     #[test]

@@ -30,6 +30,7 @@ const WRITEPROTECT: u32 = linux_raw_sys::ioctl::UFFDIO_WRITEPROTECT;
 // The generated bindings hold these structures, but not their request numbers.
 const MOVE: u32 = iowr::<abi::uffdio_move>(GROUP, abi::_UFFDIO_MOVE as u8);
 const POISON: u32 = iowr::<abi::uffdio_poison>(GROUP, abi::_UFFDIO_POISON as u8);
+const CONTINUE: u32 = iowr::<abi::uffdio_continue>(GROUP, abi::_UFFDIO_CONTINUE as u8);
 
 bitflags! {
     /// What a registration reports.
@@ -231,6 +232,24 @@ impl Userfaultfd {
         answer == Err(Errno::AGAIN)
     }
 
+    /// Whether a page of private anonymous memory lies in a registered range, this descriptor's or another's. *Fault path.* Linux 5.13.
+    ///
+    /// # Errors
+    /// `EAGAIN`: a mapping event is unread; `EINVAL` for an address that is not page-aligned.
+    pub fn watches(&self, at: usize) -> Result<bool, Errno> {
+        // UFFDIO_CONTINUE is for shared memory. The kernel looks for a registered range first (ENOENT), and then at the kind of memory (EINVAL).
+        let mut arg = abi::uffdio_continue { range: range(at, crate::PAGE), mode: 0, mapped: 0 };
+        if !at.is_multiple_of(crate::PAGE) {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY: it is refused for private memory; in shared memory it would map a page that is in the file.
+        match unsafe { ioctl(self.as_fd(), CONTINUE, &mut arg) } {
+            Ok(_) | Err(Errno::INVAL) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Reads the messages that are there, at most [`MsgBuf::CAPACITY`], and returns how many; 0 if there is none. *Fault path.*
     ///
     /// # Errors
@@ -272,6 +291,7 @@ mod tests {
         // From the kernel's userfaultfd.h: the numbers are part of its interface and do not change.
         assert_eq!(MOVE, 0xC028_AA05);
         assert_eq!(POISON, 0xC020_AA08);
+        assert_eq!(CONTINUE, 0xC020_AA07);
     }
 
     #[test]

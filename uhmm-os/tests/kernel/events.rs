@@ -157,6 +157,7 @@ fn pending_refuses_moves() {
             assert_eq!(uffd.copy(to, from, PAGE, CopyMode::empty()), again);
         }
         assert_eq!(uffd.zeropage(to, PAGE), again);
+        assert_eq!(uffd.watches(to), Err(Errno::AGAIN));
         assert!(is_filled(from, 0, PAGE), "nothing was moved");
         assert_eq!(next_event(&uffd), Event::Unmap { start: gone, end: gone + PAGE });
         changer.join().unwrap().unwrap();

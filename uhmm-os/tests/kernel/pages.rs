@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
 use std::time::Duration;
 use uhmm_os::mem::Advice;
-use uhmm_os::pagemap::{Category, Pagemap};
+use uhmm_os::pagemap::{Category, Pagemap, Region, ScanArgs};
 use uhmm_os::uffd::*;
 use uhmm_os::{BLOCK, Errno, PAGE};
 
@@ -28,6 +28,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test("uffd_move_errors", Needs::Uffd(MOVE), move_errors),
     Test("uffd_move_serves_a_fault", Needs::Uffd(MOVE), move_serves_a_fault),
     Test("uffd_write_protect", Needs::Uffd(WP), write_protect),
+    Test("uffd_tells_what_is_registered", Needs::Uffd(WP), tells_what_is_registered),
     Test("uffd_poison", Needs::Uffd(Features::POISON), poison),
     Test("uffd_register_and_unregister", Needs::Uffd(NONE), register_and_unregister),
     Test("uffd_user_mode_only_system_call", Needs::Uffd(NONE), user_mode_only_system_call),
@@ -249,6 +250,33 @@ fn write_protect() {
     assert_eq!(peek(memory.start() + PAGE), 2);
     let stranger = pages(1);
     assert_eq!(protect(&uffd, stranger.start(), PAGE, true), Err(Errno::NOENT));
+}
+
+/// And changes nothing by that: a missing page stays missing, a protected one protected, a huge one whole.
+fn tells_what_is_registered() {
+    let (uffd, memory) = (open(WP), area(2 * BLOCK));
+    advise(&memory, Advice::Hugepage);
+    poke(memory.start(), 1);
+    let (huge, missing, beyond) = (memory.start(), memory.start() + BLOCK, memory.start() + BLOCK + 8 * PAGE);
+    let here = || {
+        let mut regions = [Region::EMPTY; 4];
+        let wanted = Category::PRESENT | Category::SWAPPED;
+        let args = ScanArgs { any_of: wanted, return_mask: wanted | Category::HUGE | Category::WRITTEN, ..ScanArgs::all_of(Category::empty()) };
+        let scan = Pagemap::open().unwrap().scan(memory.start(), memory.end(), &args, &mut regions).unwrap();
+        regions[..scan.filled].iter().map(|region| (region.start, region.end, region.categories)).collect::<Vec<_>>()
+    };
+    assert_eq!(uffd.watches(huge), Ok(false));
+    uffd.register(memory.start(), BLOCK + 8 * PAGE, RegisterMode::MISSING | RegisterMode::WP).unwrap();
+    protect(&uffd, huge, BLOCK, true).unwrap();
+    let before = here();
+    assert_eq!(before.len(), 1, "{before:?}");
+    for (at, watched) in [(huge, true), (huge + 3 * PAGE, true), (missing, true), (beyond - PAGE, true), (beyond, false), (memory.end() - PAGE, false)] {
+        assert_eq!(uffd.watches(at), Ok(watched), "{at:#x}");
+    }
+    assert_eq!(here(), before);
+    assert_eq!(uffd.watches(huge + 1), Err(Errno::INVAL));
+    uffd.unregister(memory.start(), BLOCK + 8 * PAGE).unwrap();
+    assert_eq!(uffd.watches(huge), Ok(false));
 }
 
 fn poison() {
