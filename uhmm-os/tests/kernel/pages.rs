@@ -261,7 +261,8 @@ fn tells_what_is_registered() {
     let here = || {
         let mut regions = [Region::EMPTY; 4];
         let wanted = Category::PRESENT | Category::SWAPPED;
-        let args = ScanArgs { any_of: wanted, return_mask: wanted | Category::HUGE | Category::WRITTEN, ..ScanArgs::all_of(Category::empty()) };
+        let args =
+            ScanArgs { any_of: wanted, return_mask: wanted | Category::HUGE | Category::WRITTEN, ..ScanArgs::all_of(Category::empty()) };
         let scan = Pagemap::open().unwrap().scan(memory.start(), memory.end(), &args, &mut regions).unwrap();
         regions[..scan.filled].iter().map(|region| (region.start, region.end, region.categories)).collect::<Vec<_>>()
     };
@@ -270,7 +271,9 @@ fn tells_what_is_registered() {
     protect(&uffd, huge, BLOCK, true).unwrap();
     let before = here();
     assert_eq!(before.len(), 1, "{before:?}");
-    for (at, watched) in [(huge, true), (huge + 3 * PAGE, true), (missing, true), (beyond - PAGE, true), (beyond, false), (memory.end() - PAGE, false)] {
+    for (at, watched) in
+        [(huge, true), (huge + 3 * PAGE, true), (missing, true), (beyond - PAGE, true), (beyond, false), (memory.end() - PAGE, false)]
+    {
         assert_eq!(uffd.watches(at), Ok(watched), "{at:#x}");
     }
     assert_eq!(here(), before);
