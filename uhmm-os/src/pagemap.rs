@@ -225,6 +225,31 @@ impl Pagemap {
         if self.entries_only { self.scan_by_entries(start, end, args, regions) } else { self.scan_by_ioctl(start, end, args, regions) }
     }
 
+    /// How many bytes from `start` on are there without a gap, in memory or in swap, up to `end`; 0 if that cannot be told. *Fault path.*
+    pub fn present_from(&self, start: usize, end: usize) -> usize {
+        let mut at = start;
+        while at < end
+            && let Some(region) = self.first_present(at, end)
+            && region.start == at
+        {
+            at = region.end;
+        }
+        at - start
+    }
+
+    /// How many bytes from `start` on are missing, up to `end`; 0 if that cannot be told. *Fault path.*
+    pub fn absent_from(&self, start: usize, end: usize) -> usize {
+        self.first_present(start, end).map_or(0, |region| region.start - start)
+    }
+
+    /// The first region that is there: an empty one at `end` if none is.
+    fn first_present(&self, start: usize, end: usize) -> Option<Region> {
+        let wanted = Category::PRESENT | Category::SWAPPED;
+        let args = ScanArgs { any_of: wanted, return_mask: wanted, ..ScanArgs::all_of(Category::empty()) };
+        let mut first = [Region { start: end, end, ..Region::EMPTY }];
+        self.scan(start, end, &args, &mut first).ok().map(|_| first[0])
+    }
+
     fn scan_by_ioctl(&self, start: usize, end: usize, args: &ScanArgs, regions: &mut [Region]) -> Result<Scan, Errno> {
         let mut arg = abi::pm_scan_arg {
             size: size_of::<abi::pm_scan_arg>() as u64,

@@ -15,6 +15,7 @@ pub use event::{Event, Events, MsgBuf};
 pub use open::{Features, OpenError, Rights, probe};
 
 use crate::Errno;
+use crate::pagemap::Pagemap;
 use crate::syscall::{abi, call, ioctl, iowr};
 use bitflags::bitflags;
 use core::fmt;
@@ -95,7 +96,11 @@ fn range(start: usize, len: usize) -> abi::uffdio_range {
 ///
 /// When the last descriptor closes, all registrations end and missing pages read as zeros.
 #[derive(Debug)]
-pub struct Userfaultfd(OwnedFd);
+pub struct Userfaultfd {
+    fd: OwnedFd,
+    /// To see how far a move came; with [`Features::MOVE`] only.
+    pagemap: Option<Pagemap>,
+}
 
 impl Userfaultfd {
     /// A descriptor that watches nothing, where there is no userfaultfd: it never has a message, and every ioctl answers `ENOTTY`.
@@ -103,7 +108,8 @@ impl Userfaultfd {
     /// # Errors
     /// Those of eventfd(2).
     pub fn none() -> Result<Self, Errno> {
-        Ok(Userfaultfd(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)?))
+        let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)?;
+        Ok(Userfaultfd { fd, pagemap: None })
     }
 
     /// Takes over the descriptor of an [`Event::Fork`]: the child's userfaultfd, with the parent's features and registrations.
@@ -112,7 +118,7 @@ impl Userfaultfd {
     /// `fd` must be such a descriptor, open, and owned by nobody else.
     pub unsafe fn from_fork(fd: RawFd) -> Self {
         // SAFETY: the caller's promise.
-        Userfaultfd(unsafe { OwnedFd::from_raw_fd(fd) })
+        Userfaultfd { fd: unsafe { OwnedFd::from_raw_fd(fd) }, pagemap: None }
     }
 
     /// Watches a range. *Fault path.*
@@ -170,7 +176,25 @@ impl Userfaultfd {
         let mut arg = abi::uffdio_move { dst: dst as u64, src: src as u64, len: len as u64, mode: mode.bits(), move_: 0 };
         // SAFETY: the kernel checks both ranges; the caller gives the source up.
         let result = unsafe { ioctl(self.as_fd(), MOVE, &mut arg) };
-        partial(result, arg.move_)
+        let Err(counted) = partial(result, arg.move_) else { return Ok(()) };
+        self.really_moved(dst, src, len, mode, counted)
+    }
+
+    /// How far a move came that ended early.
+    ///
+    /// Linux 6.18 does not count some of the pages that it has moved when it had to wait for one that was locked (by memory compaction, say), and wakes nobody
+    /// who waits for them. What has moved is at the destination, and not at the source.
+    fn really_moved(&self, dst: usize, src: usize, len: usize, mode: MoveMode, counted: Partial) -> Result<(), Partial> {
+        let Some(pagemap) = &self.pagemap else { return Err(counted) };
+        let (to, from, rest) = (dst + counted.done, src + counted.done, len.saturating_sub(counted.done));
+        let more = pagemap.present_from(to, to + rest).min(pagemap.absent_from(from, from + rest));
+        if more == 0 {
+            return Err(counted);
+        }
+        if !mode.contains(MoveMode::DONTWAKE) {
+            let _ = self.wake(to, more);
+        }
+        if more == rest { Ok(()) } else { Err(Partial { done: counted.done + more, ..counted }) }
     }
 
     /// Maps the zero page in a range of missing pages and wakes those who wait. *Fault path.*
@@ -267,24 +291,25 @@ impl Userfaultfd {
 
     /// The descriptor, to poll.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 
     /// The descriptor's number.
     pub fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.fd.as_raw_fd()
     }
 }
 
 impl AsFd for Userfaultfd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::PAGE;
 
     #[test]
     fn request_numbers() {
@@ -292,6 +317,43 @@ mod tests {
         assert_eq!(MOVE, 0xC028_AA05);
         assert_eq!(POISON, 0xC020_AA08);
         assert_eq!(CONTINUE, 0xC020_AA07);
+    }
+
+    /// The story: under memory compaction Linux 6.18 answered EAGAIN with a count of 0 to a move that had moved everything. Whoever believed it took the pages
+    /// for lost, and gave their new place to something else.
+    #[test]
+    fn what_was_moved_is_looked_at_and_not_believed() {
+        let Ok(uffd) = Userfaultfd::open(Rights::UserModeOnly, Features::MOVE) else { return }; // nothing moves here
+        let reserve = crate::mem::Reserve {
+            hint: 0,
+            len: 16 * PAGE,
+            align: PAGE,
+            name: c"uhmm-os-test",
+            prot: crate::mem::Prot::ReadWrite,
+            exact: false,
+        };
+        let memory = crate::mem::map(&reserve).unwrap();
+        // SAFETY: memory of the test's own.
+        unsafe { crate::mem::madvise(memory.start(), memory.len(), crate::mem::Advice::NoHugepage) }.unwrap();
+        let (src, dst) = (memory.start(), memory.start() + 8 * PAGE);
+        for page in 0..8 {
+            // SAFETY: memory of the test's own.
+            unsafe { ((src + page * PAGE) as *mut u8).write(1) };
+        }
+        uffd.register(dst, 8 * PAGE, RegisterMode::MISSING).unwrap();
+        let look = |counted, pages: usize| {
+            let counted = Partial { done: counted * PAGE, errno: Errno::AGAIN };
+            uffd.really_moved(dst, src, pages * PAGE, MoveMode::empty(), counted).map_err(|left| left.done / PAGE)
+        };
+        assert_eq!((look(0, 8), look(0, 1)), (Err(0), Err(0)));
+        // SAFETY: nobody relies on the source.
+        unsafe { uffd.move_pages(dst, src, 5 * PAGE, MoveMode::empty()) }.unwrap();
+        assert_eq!((look(0, 8), look(2, 8), look(5, 8)), (Err(5), Err(5), Err(5)));
+        assert_eq!((look(0, 5), look(4, 5)), (Ok(()), Ok(())));
+        // Both there: somebody filled the destination, and nothing was moved.
+        uffd.zeropage(dst + 5 * PAGE, PAGE).unwrap();
+        assert_eq!((look(0, 8), look(5, 6)), (Err(5), Err(5)));
+        uffd.unregister(dst, 8 * PAGE).unwrap();
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::{GROUP, Userfaultfd};
 use crate::Errno;
+use crate::pagemap::Pagemap;
 use crate::syscall::{abi, call, ioctl};
 use bitflags::bitflags;
 use rustix::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -146,7 +147,13 @@ impl Userfaultfd {
     pub fn open(rights: Rights, features: Features) -> Result<Self, OpenError> {
         let fd = open_descriptor(rights)?;
         let errno = match handshake(&fd, features) {
-            Ok(_) => return Ok(Userfaultfd(fd)),
+            Ok(_) => {
+                let pagemap = features.contains(Features::MOVE).then(Pagemap::open).transpose();
+                return Ok(Userfaultfd {
+                    fd,
+                    pagemap: pagemap.map_err(|errno| OpenError::Os { what: "opening /proc/self/pagemap", errno })?,
+                });
+            }
             Err(OpenError::Os { errno, .. }) if errno == Errno::INVAL || errno == Errno::PERM => errno,
             Err(e) => return Err(e),
         };
