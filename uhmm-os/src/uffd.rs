@@ -14,9 +14,9 @@ pub use crate::wait::{EventFd, MAX_POLL, poll};
 pub use event::{Event, Events, MsgBuf};
 pub use open::{Features, OpenError, Rights, probe};
 
-use crate::Errno;
 use crate::pagemap::Pagemap;
 use crate::syscall::{abi, call, ioctl, iowr};
+use crate::{Errno, mem};
 use bitflags::bitflags;
 use core::fmt;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -182,8 +182,8 @@ impl Userfaultfd {
 
     /// How far a move came that ended early.
     ///
-    /// Linux 6.18 does not count some of the pages that it has moved when it had to wait for one that was locked (by memory compaction, say), and wakes nobody
-    /// who waits for them. What has moved is at the destination, and not at the source.
+    /// Linux 6.18 does not count some of the pages that it has moved when it had to wait for one that was locked (by memory compaction, say). It wakes nobody who
+    /// waits for them, and other cores may go on using their old addresses. What has moved is at the destination, and not at the source.
     fn really_moved(&self, dst: usize, src: usize, len: usize, mode: MoveMode, counted: Partial) -> Result<(), Partial> {
         let Some(pagemap) = &self.pagemap else { return Err(counted) };
         let (to, from, rest) = (dst + counted.done, src + counted.done, len.saturating_sub(counted.done));
@@ -191,6 +191,7 @@ impl Userfaultfd {
         if more == 0 {
             return Err(counted);
         }
+        let _ = mem::flush_translations(); // an error: memory is short; the next flush, for whatever reason, does it
         if !mode.contains(MoveMode::DONTWAKE) {
             let _ = self.wake(to, more);
         }

@@ -129,12 +129,14 @@ impl Window {
 
     fn make(&self, uffd: &Userfaultfd, start: usize, end: usize) -> Result<(), Errno> {
         let (at, len) = (self.at(start), end - start);
-        let prot = if self.watched { Prot::ReadWrite } else { Prot::None };
-        let mapping = mem::map(&Reserve { hint: at, len, align: PAGE, name: c"uhmm window", prot, exact: true })?;
+        let mapping = mem::map(&Reserve { hint: at, len, align: PAGE, name: c"uhmm window", prot: Prot::None, exact: true })?;
         // SAFETY: the mapping is ours and empty. A kernel without huge pages does without the advice.
         let _ = unsafe { mem::madvise(at, len, Advice::Hugepage) };
         if self.watched {
             uffd.register(at, len, RegisterMode::MISSING | RegisterMode::WP)?;
+            // Only now, for a worker may be waiting to touch it: before, the kernel would have given it a page of zeroes.
+            // SAFETY: as above.
+            unsafe { mem::mprotect(at, len, Prot::ReadWrite) }?;
         }
         mapping.into_raw();
         Ok(())
@@ -170,16 +172,16 @@ impl Window {
             let len = run.pages * PAGE;
             let at = self.at(run.va);
             let from = memory.address(run.frame);
-            let result = self.open(uffd, Span { start: run.va, end: run.va + len }).and_then(|()| {
-                if !self.watched {
-                    return remap::enter(at, from, len, run.write);
-                }
-                move_all(uffd, at, from, len, &unscratch)?;
-                // SAFETY: the window is ours.
-                if run.write { Ok(()) } else { unsafe { uffd.write_protect(at, len, true) } }
+            let entered = self.open(uffd, Span { start: run.va, end: run.va + len }).and_then(|()| {
+                if self.watched { move_all(uffd, at, from, len, &unscratch) } else { remap::enter(at, from, len, run.write) }
             });
-            if let Err(e) = result {
-                self.unmap(uffd, memory, &batch[..index]);
+            let protected = match entered {
+                // SAFETY: the window is ours.
+                Ok(()) if self.watched && !run.write => unsafe { uffd.write_protect(at, len, true) },
+                _ => Ok(()),
+            };
+            if let Err(e) = entered.and(protected) {
+                self.unmap(uffd, memory, &batch[..index + usize::from(entered.is_ok())]);
                 return Err(e);
             }
         }
@@ -241,7 +243,7 @@ impl Window {
 /// How often a page that is held is tried again.
 const BUSY: usize = 10_000;
 
-/// Moves pages between the device's own mappings. A scratch page in the way goes.
+/// Moves pages between the device's own mappings, all or none. A scratch page in the way goes.
 fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &dyn Fn(usize)) -> Result<(), Errno> {
     let mut done = 0;
     let mut busy = 0;
@@ -256,12 +258,17 @@ fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &
                 busy += 1;
                 thread::yield_now();
             }
-            Errno::EXIST => {
+            Errno::EXIST if busy < BUSY => {
+                busy += 1;
                 unscratch(to + done);
                 // SAFETY: what lies in the window where the directory has no page is a scratch page.
-                unsafe { mem::madvise(to + done, PAGE, Advice::DontNeed)? };
+                let _ = unsafe { mem::madvise(to + done, PAGE, Advice::DontNeed) };
             }
-            errno => return Err(errno),
+            errno => {
+                // SAFETY: as above; what has moved goes back to where it was.
+                let _ = unsafe { uffd.move_pages(from, to, done, MoveMode::empty()) };
+                return Err(errno);
+            }
         }
     }
     Ok(())

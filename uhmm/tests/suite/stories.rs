@@ -29,6 +29,7 @@ crate::tests![
     neighbouring_mappings_come_home_together,
     holes_of_neighbouring_mappings_are_filled,
     all_pages_of_a_block_that_a_fork_has_shared_move,
+    a_window_that_is_being_made_takes_no_writes,
 ];
 
 const BLOCK: usize = 2 << 20;
@@ -472,4 +473,30 @@ fn what_is_mapped_after_a_drop_is_not_dropped() {
             });
         }
     });
+}
+
+/// A part of the device's page table was mapped first, and watched then: a worker that touched it in between got a page of zeroes, for the whole block, and what it and the others
+/// wrote there was lost without an error.
+fn a_window_that_is_being_made_takes_no_writes() {
+    const BLOCKS: usize = 64;
+    let hmm = Uhmm::new().unwrap();
+    let dev = hmm.soft("soft").memory(256 << 20).threads(4).open().unwrap();
+    let end = Instant::now() + seconds(5);
+    while Instant::now() < end {
+        // New memory each time, and with it a new window. All workers come to each block at once.
+        let mut memory = blocks(BLOCKS);
+        let words = memory.slice::<u64>();
+        let start = words.as_mut_ptr();
+        let barrier = Barrier::new(4);
+        let kernel = |ctx: &Ctx<'_>| {
+            for block in 0..BLOCKS {
+                barrier.wait();
+                unsafe { *ctx.pointer::<u64>(0).add(block * BLOCK / 8 + ctx.group()) = 7 };
+            }
+        };
+        dev.run(&kernel, 4, args![unsafe { ptr(start) }]).unwrap();
+        for block in 0..BLOCKS {
+            assert_eq!(words[block * BLOCK / 8..][..4], [7; 4], "block {block}");
+        }
+    }
 }
