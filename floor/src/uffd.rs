@@ -3,7 +3,7 @@
 //! Sources: `ioctl_userfaultfd(2)`, `userfaultfd(2)`, and `Documentation/admin-guide/mm/userfaultfd.rst`.
 //! Rule: whatever runs in the SIGBUS handler ([`Uffd::copy`], [`Uffd::move_pages`], [`Uffd::unregister`]) makes system calls only.
 
-use crate::memory::Region;
+use crate::memory::{PAGE, Region};
 use crate::{Error, Result};
 use core::ffi::c_int;
 use core::mem::MaybeUninit;
@@ -99,17 +99,21 @@ impl Uffd {
     /// Both ranges lie in live regions of this crate, `to` in one that this descriptor watches, and nobody relies on `from` keeping
     /// its contents.
     pub(crate) unsafe fn move_pages(&self, mut to: *mut u8, mut from: *mut u8, mut len: usize) -> core::result::Result<(), c_int> {
+        let mut again = false;
         while len > 0 {
             let mut request = raw::uffdio_move { dst: to as u64, src: from as u64, len: len as u64, mode: 0, move_: 0 };
             // SAFETY: by the contract.
-            match unsafe { self.ioctl(UFFDIO_MOVE, &raw mut request) } {
+            let done = match unsafe { self.ioctl(UFFDIO_MOVE, &raw mut request) } {
                 0 => return Ok(()),
                 libc::EAGAIN => {
-                    let done = usize::try_from(request.move_).unwrap_or(0).min(len);
-                    (to, from, len) = (to.wrapping_add(done), from.wrapping_add(done), len - done);
+                    again = true;
+                    usize::try_from(request.move_).unwrap_or(0).min(len)
                 }
+                // Linux 6.18 answers EAGAIN and does not count some of what it has moved.
+                libc::EEXIST if again => PAGE,
                 errno => return Err(errno),
-            }
+            };
+            (to, from, len) = (to.wrapping_add(done), from.wrapping_add(done), len - done);
         }
         Ok(())
     }

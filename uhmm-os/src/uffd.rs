@@ -195,7 +195,8 @@ impl Userfaultfd {
         if !mode.contains(MoveMode::DONTWAKE) {
             let _ = self.wake(to, more);
         }
-        if more == rest { Ok(()) } else { Err(Partial { done: counted.done + more, ..counted }) }
+        // The error may be about a page that has moved.
+        if more == rest { Ok(()) } else { Err(Partial { done: counted.done + more, errno: Errno::AGAIN }) }
     }
 
     /// Maps the zero page in a range of missing pages and wakes those who wait. *Fault path.*
@@ -343,8 +344,11 @@ mod tests {
         }
         uffd.register(dst, 8 * PAGE, RegisterMode::MISSING).unwrap();
         let look = |counted, pages: usize| {
-            let counted = Partial { done: counted * PAGE, errno: Errno::AGAIN };
-            uffd.really_moved(dst, src, pages * PAGE, MoveMode::empty(), counted).map_err(|left| left.done / PAGE)
+            let counted = Partial { done: counted * PAGE, errno: Errno::EXIST };
+            uffd.really_moved(dst, src, pages * PAGE, MoveMode::empty(), counted).map_err(|left| {
+                assert_eq!(left.errno == Errno::AGAIN, left != counted, "the error is of a page that has moved");
+                left.done / PAGE
+            })
         };
         assert_eq!((look(0, 8), look(0, 1)), (Err(0), Err(0)));
         // SAFETY: nobody relies on the source.

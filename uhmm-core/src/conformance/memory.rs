@@ -110,7 +110,8 @@ pub(super) fn pages_present(data: &[u8]) -> usize {
     let Ok(pagemap) = File::open("/proc/self/pagemap") else { panic!("/proc/self/pagemap is needed") };
     let mut entries = vec![0u8; end.saturating_sub(start) * 8];
     pagemap.read_exact_at(&mut entries, start as u64 * 8).unwrap_or_else(|e| panic!("pagemap: {e}"));
-    entries.chunks(8).filter(|entry| entry[7] >> 7 != 0).count()
+    // In memory, or on its way to another place there (compaction).
+    entries.chunks(8).filter(|entry| entry[7] >> 6 != 0).count()
 }
 
 /// Memory of the device's own, of bytes.

@@ -60,9 +60,16 @@ fn copy(uffd: &Userfaultfd, to: usize, from: usize, len: usize, mode: CopyMode) 
     unsafe { uffd.copy(to, from, len, mode) }
 }
 
+/// Goes on where a page was locked for a moment (compaction).
 fn moved(uffd: &Userfaultfd, to: usize, from: usize, len: usize) -> Result<(), Partial> {
-    // SAFETY: memory of the test's own.
-    unsafe { uffd.move_pages(to, from, len, MoveMode::empty()) }
+    let mut done = 0;
+    loop {
+        // SAFETY: memory of the test's own.
+        match unsafe { uffd.move_pages(to + done, from + done, len - done, MoveMode::empty()) } {
+            Err(partial) if partial.errno == Errno::AGAIN => done += partial.done,
+            result => return result.map_err(|partial| Partial { done: done + partial.done, ..partial }),
+        }
+    }
 }
 
 fn protect(uffd: &Userfaultfd, start: usize, len: usize, on: bool) -> Result<(), Errno> {

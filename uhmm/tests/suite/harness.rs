@@ -111,7 +111,8 @@ pub fn seconds(default: u64) -> Duration {
 
 /// Whether the kernel has a page at this address (/proc/self/pagemap, bit 63).
 pub fn present<T>(at: *const T) -> bool {
-    entry(at) >> 63 & 1 != 0
+    // In memory, or on its way to another place there (compaction).
+    entry(at) >> 62 != 0
 }
 
 fn entry<T>(at: *const T) -> u64 {

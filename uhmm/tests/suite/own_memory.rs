@@ -169,7 +169,7 @@ fn move_all(dev: &uhmm::Device, shared: &mut Shared, count: usize, pagemap: i32)
             let read = unsafe { libc::pread(pagemap, buffer.cast(), pages * 8, (at / PAGE * 8) as i64) };
             assert_eq!(read, pages as isize * 8);
             for page in 0..pages {
-                let present = shared.entries[page] >> 63 != 0;
+                let present = shared.entries[page] >> 62 != 0;
                 moved += usize::from(!present);
                 if present {
                     // Behind the list, which is not needed any more up to here: there may be more pages than ranges.
