@@ -4,17 +4,27 @@
 use crate::syscall::{abi, call};
 use crate::thread::getpid;
 use core::mem::MaybeUninit;
+use rustix::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// Calls `f` with the address of every thread's robust list head (get_robust_list(2)); threads without one are left out.
 ///
-/// A C library registers one for each thread it makes, in that thread's control block. Returns false if the threads cannot be listed.
+/// A C library registers one for each thread it makes, in that thread's control block. A head may be given more than once. Returns false if the threads cannot be
+/// listed.
 pub fn for_each_robust_list_head(mut f: impl FnMut(usize)) -> bool {
+    // When a thread ends while they are listed, the kernel may skip another. Then there are more of them than were listed and are alive; as there are when one
+    // was made meanwhile.
+    const TRIES: usize = 100;
+    (0..TRIES).any(|_| list_robust_list_heads(&mut f).is_some_and(|(alive, threads)| alive >= threads))
+}
+
+/// Lists once: how many threads were found alive, and how many there are after that. `None` if they cannot be listed.
+fn list_robust_list_heads(f: &mut impl FnMut(usize)) -> Option<(usize, usize)> {
     let path = c"/proc/self/task";
     let flags = abi::O_RDONLY | abi::O_DIRECTORY | abi::O_CLOEXEC;
     // SAFETY: a path that ends with a zero, and flags.
     let opened = unsafe { call(abi::__NR_openat, [abi::AT_FDCWD as usize, path.as_ptr() as usize, flags as usize, 0]) };
-    let Ok(fd) = opened else { return false };
-    let mut listed = true;
+    let fd = opened.ok()?;
+    let (mut listed, mut alive) = (true, 0);
     let mut buffer = [0u64; 256];
     loop {
         // SAFETY: the buffer is valid for writes of its length and aligned for linux_dirent64.
@@ -23,7 +33,10 @@ pub fn for_each_robust_list_head(mut f: impl FnMut(usize)) -> bool {
             Ok(0) => break,
             Ok(len) => each_entry(&buffer, len, |tid| {
                 if let Some(head) = robust_list_head(tid) {
-                    f(head);
+                    alive += 1;
+                    if head != 0 {
+                        f(head);
+                    }
                 }
             }),
             Err(_) => {
@@ -32,9 +45,11 @@ pub fn for_each_robust_list_head(mut f: impl FnMut(usize)) -> bool {
             }
         }
     }
-    // SAFETY: opened above.
-    let _ = unsafe { call(abi::__NR_close, [fd]) };
-    listed
+    // SAFETY: opened above, and closed when it is not used any more.
+    let directory = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+    // The links of the directory: itself, its parent, and one for each thread.
+    let links = rustix::fs::fstat(&directory).ok()?.st_nlink;
+    listed.then_some((alive, usize::try_from(links).ok()?.saturating_sub(2)))
 }
 
 /// Calls `f` for every entry of a directory listing (getdents64(2)) whose name is a number.
@@ -64,13 +79,14 @@ fn each_entry(buffer: &[u64; 256], len: usize, mut f: impl FnMut(usize)) {
     }
 }
 
+/// A thread's list head, 0 if it has none; `None` if there is no such thread.
 fn robust_list_head(tid: usize) -> Option<usize> {
     let mut head = MaybeUninit::<usize>::uninit();
     let mut len = MaybeUninit::<usize>::uninit();
     // SAFETY: both are valid for the writes of get_robust_list(2).
     unsafe { call(abi::__NR_get_robust_list, [tid, head.as_mut_ptr() as usize, len.as_mut_ptr() as usize]) }.ok()?;
     // SAFETY: the call has succeeded and written it.
-    Some(unsafe { head.assume_init() }).filter(|&head| head != 0)
+    Some(unsafe { head.assume_init() })
 }
 
 /// What lies at a robust list head (`struct robust_list_head`): the first entry's address, the word's offset from an entry, the entry that is just being
@@ -289,5 +305,46 @@ mod tests {
         }
         drop(ends);
         threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// The story: a thread that lived was missing from the list, because another one had ended while it was read.
+    #[test]
+    fn no_thread_that_lives_is_skipped_when_others_end() {
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                        let some: Vec<_> = (0..4).map(|_| std::thread::spawn(|| {})).collect();
+                        some.into_iter().for_each(|thread| thread.join().unwrap());
+                    }
+                });
+            }
+            // The last that was started stands behind all that end.
+            let (started, begun) = std::sync::mpsc::channel();
+            scope.spawn(|| {
+                let started = started;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let (sent, end) = (started.clone(), std::time::Instant::now() + std::time::Duration::from_millis(5));
+                    std::thread::spawn(move || {
+                        sent.send((robust_list_head(crate::thread::gettid() as usize).unwrap(), end)).unwrap();
+                        std::thread::sleep(std::time::Duration::from_millis(50));
+                    });
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+            });
+            let end = std::time::Instant::now() + std::time::Duration::from_secs(2);
+            let mut missing = 0;
+            while std::time::Instant::now() < end {
+                let Ok((head, until)) = begun.recv() else { break };
+                while std::time::Instant::now() < until {
+                    let mut found = false;
+                    assert!(for_each_robust_list_head(|other| found |= other == head));
+                    missing += usize::from(!found);
+                }
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(missing, 0);
+        });
     }
 }
