@@ -163,7 +163,8 @@ impl Userfaultfd {
     /// Moves the pages themselves from `src` to `dst`: nothing is copied, `src` is empty afterwards, each page goes over
     /// atomically and arrives writable. *Fault path.* Linux 6.8.
     ///
-    /// Only `dst` needs to be registered, with this descriptor. Both must be private anonymous memory with equal permissions.
+    /// Only `dst` needs to be registered, with this descriptor. Both must be private anonymous memory with equal permissions. A page that is at `dst` and not at
+    /// `src` counts as moved.
     ///
     /// # Errors
     /// In [`Partial`]: `EAGAIN`: a mapping event is unread (it never succeeds before that is read), or stopped after progress;
