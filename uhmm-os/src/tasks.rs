@@ -4,7 +4,7 @@
 use crate::syscall::{abi, call};
 use crate::thread::getpid;
 use core::mem::MaybeUninit;
-use rustix::fd::{FromRawFd, OwnedFd, RawFd};
+use rustix::fd::{BorrowedFd, RawFd};
 
 /// Calls `f` with the address of every thread's robust list head (get_robust_list(2)); threads without one are left out.
 ///
@@ -45,11 +45,12 @@ fn list_robust_list_heads(f: &mut impl FnMut(usize)) -> Option<(usize, usize)> {
             }
         }
     }
-    // SAFETY: opened above, and closed when it is not used any more.
-    let directory = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
     // The links of the directory: itself, its parent, and one for each thread.
-    let links = rustix::fs::fstat(&directory).ok()?.st_nlink;
-    listed.then_some((alive, usize::try_from(links).ok()?.saturating_sub(2)))
+    // SAFETY: opened above, and still open.
+    let links = rustix::fs::fstat(unsafe { BorrowedFd::borrow_raw(fd as RawFd) }).map(|stat| stat.st_nlink);
+    // SAFETY: opened above.
+    let _ = unsafe { call(abi::__NR_close, [fd]) };
+    listed.then_some((alive, usize::try_from(links.ok()?).ok()?.saturating_sub(2)))
 }
 
 /// Calls `f` for every entry of a directory listing (getdents64(2)) whose name is a number.
