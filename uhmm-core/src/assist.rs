@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // lends a function to a thread for as long as it is awaited
 
 use crate::sync::*;
+use uhmm_os::thread::Aside;
 
 /// What both threads run.
 type Job = dyn Fn() + Sync;
@@ -24,6 +25,7 @@ unsafe impl Send for Offer {}
 pub(crate) struct Assist {
     offer: Mutex<Offer>,
     changed: Condvar,
+    aside: Aside,
 }
 
 impl core::fmt::Debug for Assist {
@@ -55,6 +57,7 @@ impl Assist {
         // SAFETY: only the lifetime changes. The offer is withdrawn, and the other thread's run awaited, before the borrow ends.
         offer.job = Some(unsafe { core::mem::transmute::<*const (dyn Fn() + Sync + '_), *const Job>(lent) });
         drop(offer);
+        self.aside.keep_off();
         self.changed.notify_all();
         let _withdraw = Withdraw(self);
         job();
@@ -62,6 +65,7 @@ impl Assist {
 
     /// Takes part in whatever is offered, until closed.
     pub(crate) fn serve(&self) {
+        self.aside.enter();
         let mut offer = self.offer.lock();
         while !offer.closed {
             let Some(job) = offer.job.take() else {

@@ -376,6 +376,7 @@ impl DeviceRef {
     pub fn copy(&self, dma: Dma) -> Result<(), Error> {
         self.ask(move |_, dev| {
             let list = [dma];
+            dev.driver.stand_by();
             let fence = dev.driver.copy(&list);
             dev.driver.wait(fence, &list).map_err(|e| Error::Gone { address: e.address })
         })?

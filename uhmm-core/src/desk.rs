@@ -31,7 +31,10 @@ struct Work {
 /// A desk. It must lie in memory that never migrates.
 pub(crate) struct Desk {
     work: Mutex<Work>,
+    /// For who asks.
     changed: Condvar,
+    /// For who serves.
+    filled: Condvar,
     room: Room,
 }
 
@@ -52,6 +55,7 @@ impl Desk {
         Desk {
             work: Mutex::new(Work { phase: Phase::Free, call: None }),
             changed: Condvar::new(),
+            filled: Condvar::new(),
             room: Room(UnsafeCell::new([MaybeUninit::uninit(); ROOM])),
         }
     }
@@ -86,7 +90,7 @@ impl Desk {
         unsafe { room.cast::<F>().write(job) };
         work.call = Some(call::<C, R, F>);
         work.phase = Phase::Filled;
-        self.changed.notify_all();
+        self.filled.notify_one();
         while work.phase != Phase::Done {
             work = self.changed.wait(work);
         }
@@ -105,7 +109,7 @@ impl Desk {
                 if work.phase == Phase::Closed {
                     return;
                 }
-                work = self.changed.wait(work);
+                work = self.filled.wait(work);
             }
             let call = work.call.take();
             drop(work);
@@ -130,6 +134,7 @@ impl Desk {
         }
         work.phase = Phase::Closed;
         self.changed.notify_all();
+        self.filled.notify_all();
     }
 }
 

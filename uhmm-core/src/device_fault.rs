@@ -182,7 +182,7 @@ impl Touch<'_> {
     }
 
     /// What to bring.
-    fn ask(&mut self, vma: &Vma, here: bool, fetched: Bits) -> Ask {
+    fn ask(&mut self, vma: &Vma, here: bool, fetched: Bits) -> Ask<'static> {
         let (core, page) = (self.core, self.page());
         let (moves, _) = core.space.moves(vma, self.va);
         let part = Span::block(self.va).and(Span { start: vma.start, end: vma.end });

@@ -157,6 +157,9 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// The device's own address of a frame that is not mapped at any process address, for memory that the program allocated on the device.
     fn address(&self, frame: Frame) -> usize;
 
+    /// The calling thread is going to ask for copies and to wait for them: threads of the driver's that copy had better run on other cores.
+    fn stand_by(&self) {}
+
     /// Starts a batch of copies. The batch and what it names stay as they are until [`wait`](Self::wait) has returned.
     fn copy(&self, batch: &[Dma]) -> Fence;
 

@@ -17,6 +17,7 @@
 //! * Program memory is read only where it is there: its block locked, its page present. Whoever reads holds the `ends` lock, under which alone two
 //!   blocks may be locked, or no block.
 
+use crate::args::MAX_ARGS;
 use crate::bits::Bits;
 use crate::core::Core;
 use crate::directory::{BlockGuard, State};
@@ -42,7 +43,7 @@ pub(crate) fn c_library() -> Span {
 /// Pages of `span`, which lies in one block, that must not leave. To be called without a block's lock.
 pub(crate) fn pages(core: &Core, span: Span) -> Bits {
     let _one = core.ends.lock();
-    look(core, span, None)
+    look_in(core, span, None)
 }
 
 /// Pages of `span` that lie in a thread's stack: of the main thread's mapping, and what lies below a control block in its mapping (a guard page ends that).
@@ -70,7 +71,7 @@ pub(crate) fn seal(core: &Core, state: &mut BlockGuard<'_>, va: Va, pages: Bits)
     }
     let block = Span::block(va);
     let hull = ranges::hull(block, pages);
-    let free = pages - look(core, hull, Some((block.start, state)));
+    let free = pages - look_in(core, hull, Some((block.start, state)));
     let mut sealed = Bits::EMPTY;
     for run in free.runs() {
         if let Err(e) = ranges::protect(core, ranges::pages(block, run.clone())) {
@@ -79,9 +80,112 @@ pub(crate) fn seal(core: &Core, state: &mut BlockGuard<'_>, va: Va, pages: Bits)
         }
         sealed |= Bits::range(run);
     }
-    let late = sealed & look(core, hull, Some((block.start, state)));
+    let late = sealed & look_in(core, hull, Some((block.start, state)));
     release(core, state, block, late);
     Ok(sealed - late)
+}
+
+/// Edge pages of a launch that were sealed together: two looks for all of them, instead of two for each.
+///
+/// They stay sealed as long as they are write-protected: whoever begins to need one writes to it, which ends the protection, and who protects it again looks
+/// before and after.
+#[derive(Debug)]
+pub(crate) struct Sealed {
+    pages: [Va; EDGES],
+    count: usize,
+}
+
+/// The most edge pages that a launch has.
+const EDGES: usize = 2 * MAX_ARGS;
+
+impl Sealed {
+    /// None.
+    pub(crate) const fn new() -> Self {
+        Sealed { pages: [0; EDGES], count: 0 }
+    }
+
+    /// Adds a page that is to be sealed.
+    pub(crate) fn push(&mut self, page: Va) {
+        if self.count < EDGES && !self.pages[..self.count].contains(&page) {
+            self.pages[self.count] = page;
+            self.count += 1;
+        }
+    }
+
+    /// Seals the pages that were added, as far as they are the CPU's and may leave; the others are dropped from the list. No lock is held but that of the launch.
+    pub(crate) fn seal(&mut self, core: &Core) {
+        let _hold = core.space.hold();
+        let _one = core.ends.lock();
+        self.retain(|page| watched(core, page));
+        if self.count == 0 {
+            return;
+        }
+        self.drop_needed(core, |_| {});
+        self.retain(|page| ranges::protect(core, Span { start: page, end: page + PAGE }).is_ok());
+        self.drop_needed(core, |page| {
+            if let Some(block) = core.dir.get(page) {
+                let span = Span::block(page);
+                release(core, &mut block.lock(), span, Bits::one((page - span.start) / PAGE));
+            }
+        });
+    }
+
+    /// Pages of a block that are sealed still. The event lock and the block's are held.
+    pub(crate) fn still(&self, core: &Core, block: Va) -> Bits {
+        let mut still = Bits::EMPTY;
+        for &page in &self.pages[..self.count] {
+            if Span::block(page).start == block && core.space.is_protected(page) {
+                still.set(page % BLOCK / PAGE);
+            }
+        }
+        still
+    }
+
+    fn retain(&mut self, mut keep: impl FnMut(Va) -> bool) {
+        let mut kept = 0;
+        for index in 0..self.count {
+            if keep(self.pages[index]) {
+                self.pages[kept] = self.pages[index];
+                kept += 1;
+            }
+        }
+        self.count = kept;
+    }
+
+    /// Drops what must not leave, after `f`.
+    fn drop_needed(&mut self, core: &Core, f: impl Fn(Va)) {
+        let mut needed = [false; EDGES];
+        let told = look(core, None, &mut |stays| {
+            for (needed, &page) in needed.iter_mut().zip(&self.pages[..self.count]) {
+                *needed |= stays.start < page + PAGE && page < stays.end;
+            }
+        });
+        let mut index = 0;
+        self.retain(|page| {
+            let stays = needed[index] || !told;
+            index += 1;
+            if stays {
+                f(page);
+            }
+            !stays
+        });
+    }
+}
+
+/// Whether the page is the CPU's, with nothing of it on its way, and watched from now on.
+fn watched(core: &Core, page: Va) -> bool {
+    let Ok(block) = core.dir.get_or_make(page) else { return false };
+    let mut state = block.lock();
+    let at = page % BLOCK / PAGE;
+    if (state.private() | state.duplicated() | state.busy()).has(at) {
+        return false;
+    }
+    if !state.reg.has(at) {
+        let mut part = Bits::EMPTY;
+        let _ = core.space.watch(Span { start: page, end: page + PAGE }, |watched| part |= watched.bits());
+        state.reg |= part;
+    }
+    state.reg.has(at)
 }
 
 /// Makes pages writable whatever is unread.
@@ -98,22 +202,28 @@ fn release(core: &Core, state: &mut BlockGuard<'_>, block: Span, pages: Bits) {
     }
 }
 
-/// Pages of `span` that must not leave. `locked` is the block whose lock the caller holds.
-fn look(core: &Core, span: Span, locked: Option<(Va, &State)>) -> Bits {
-    let mut found = core.c_library.and(span).bits();
-    let mut walk = |head: Va, words: RobustHead| {
+/// Pages of `span`, which lies in one block, that must not leave.
+fn look_in(core: &Core, span: Span, locked: Option<(Va, &State)>) -> Bits {
+    let mut found = Bits::EMPTY;
+    let told = look(core, locked, &mut |stays| found |= stays.and(span).bits());
+    if told { found } else { span.bits() } // nothing is free
+}
+
+/// Calls `stays` with all that must not leave; false if that cannot be told. `locked` is the block whose lock the caller holds.
+fn look(core: &Core, locked: Option<(Va, &State)>, stays: &mut dyn FnMut(Span)) -> bool {
+    fn walk(core: &Core, locked: Option<(Va, &State)>, head: Va, words: RobustHead, stays: &mut dyn FnMut(Span)) {
         let entry = |start: Va, len: usize| {
             if let Some(end) = start.checked_add(len) {
-                found |= Span::touching(start, end).and(span).bits();
+                stays(Span::touching(start, end));
             }
         };
         tasks::for_each_robust_entry(head, words, |at, words| read(core, at, words, locked), entry);
-    };
-    let mut blocks = Bits::EMPTY;
-    // Most lie where nothing was ever watched, and are read together.
+    }
+    stays(core.c_library);
+    // Most heads lie where nothing was ever watched, and are read together.
     let (mut far, mut count, mut words) = ([0; HEADS], 0, [RobustHead::default(); HEADS]);
-    let listed = tasks::for_each_robust_list_head(|head| {
-        blocks |= control_block(head).and(span).bits();
+    let told = tasks::for_each_robust_list_head(|head| {
+        stays(control_block(head));
         if count < HEADS && core.dir.get(head).is_none() && core.dir.get(head + size_of::<RobustHead>()).is_none() {
             far[count] = head;
             count += 1;
@@ -121,17 +231,17 @@ fn look(core: &Core, span: Span, locked: Option<(Va, &State)>) -> Bits {
         }
         let mut words = RobustHead::default();
         if read(core, head, &mut words, locked) {
-            walk(head, words);
+            walk(core, locked, head, words, stays);
         }
     });
     let read_ones = tasks::read_heads(&far, &mut words, count);
     for index in 0..count {
         // Beyond the first that is gone, because its thread has ended, each is tried for itself.
         if index < read_ones || read(core, far[index], &mut words[index], locked) {
-            walk(far[index], words[index]);
+            walk(core, locked, far[index], words[index], stays);
         }
     }
-    if listed { found | blocks } else { span.bits() } // they cannot be told: nothing is free
+    told
 }
 
 /// Reads words of the program's, if their pages are there.

@@ -13,6 +13,7 @@ use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::driver::{KernelFault, Launch};
 use crate::error::Error;
+use crate::fixed::Sealed;
 use crate::hold;
 use crate::kernel::{Bound, Entry, Grid};
 use crate::migrate::{Intent, Parked};
@@ -48,6 +49,8 @@ pub(crate) struct Ledger {
     /// Blocks with snapshots of the running launch.
     pub(crate) bounced: OwnSlice<usize>,
     pub(crate) bounced_count: usize,
+    /// Edge pages that have been sealed for the launch.
+    pub(crate) sealed: Sealed,
     /// The last launch's ranges, and how often the device's pages had changed when it ended.
     last: [(Va, Va, Option<Access>); MAX_ARGS],
     last_changes: u64,
@@ -66,6 +69,7 @@ impl Ledger {
             parked_count: 0,
             bounced: OwnSlice::new(c"uhmm ledger", most)?,
             bounced_count: 0,
+            sealed: Sealed::new(),
             last: [(0, 0, None); MAX_ARGS],
             last_changes: u64::MAX,
         })
@@ -273,6 +277,7 @@ pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<
         return Err(Error::TooLarge { device: info.name, needed: inside.len(), capacity: info.memory });
     }
     let _one = core.prepare.lock();
+    dev.driver.stand_by();
     dev.set_pin(core.next_launch());
     dev.changed(); // the last launch's pins are gone
     check::pieces(core, start, end, |piece| {

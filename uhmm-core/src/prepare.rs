@@ -8,6 +8,7 @@ use crate::bits::Bits;
 use crate::check::{self, Piece};
 use crate::core::{Core, Device};
 use crate::error::Error;
+use crate::fixed::Sealed;
 use crate::home;
 use crate::launch::{LARGE, Ledger};
 use crate::migrate::{Ask, BATCH, Intent, Park, Room};
@@ -26,12 +27,18 @@ use uhmm_os::{PAGE, tasks};
 pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
     dev.set_pin(core.next_launch());
     ledger.forget_last();
+    ledger.sealed = Sealed::new();
+    let seals = dev.driver.info().replayable_faults && core.space.mode == Mode::Full; // else edges are copied at each launch
     for (start, end, _) in ranges(args) {
         dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
         shares::open(core, dev, start, end);
         check::pieces(core, start, end, |piece| {
             if piece.movable {
-                register_ahead(core, Span::inside(start, end).and(Span::touching(piece.start, piece.end)));
+                let whole = Span::touching(piece.start, piece.end);
+                register_ahead(core, Span::inside(start, end).and(whole));
+                if seals && end - start >= LARGE {
+                    edges(start, end).filter(|edge| whole.and(*edge) == *edge).for_each(|edge| ledger.sealed.push(edge.start));
+                }
             }
             Ok(())
         })?;
@@ -39,13 +46,17 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
     if !dev.driver.info().replayable_faults {
         edges_home(core, dev, args)?;
     }
+    ledger.sealed.seal(core);
+    let sealed = core::mem::replace(&mut ledger.sealed, Sealed::new());
     let mut wants = [Want::default(); MAX_ARGS];
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
         *want = Want::of(dev, range);
     }
     let reads = ranges(args).any(|range| range.2 == Access::In);
-    let plan = Plan { core, dev, args, wants, pins: reads && tasks::has_pinned_pages(), next: AtomicUsize::new(0) };
-    plan.carry_out(ledger)?;
+    let plan = Plan { core, dev, args, wants, sealed: &sealed, pins: reads && tasks::has_pinned_pages(), next: AtomicUsize::new(0) };
+    let carried_out = plan.carry_out(ledger);
+    ledger.sealed = sealed; // of those that are written snapshots are taken; they leave when the launch has ended
+    carried_out?;
     for (start, end, access) in ranges(args) {
         snapshot_rest(core, dev, ledger, args, Span::touching(start, end), access)?;
     }
@@ -56,14 +67,17 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
 /// and the launch gets a snapshot.
 fn edges_home(core: &Core, dev: &Device, args: &[RawArg]) -> Result<(), Error> {
     for (start, end, _) in ranges(args) {
-        let inside = Span::inside(start, end);
-        for edge in [Span::touching(start, start + 1), Span::touching(end - 1, end)] {
-            if inside.and(edge) != edge {
-                home::send_pages_home(core, dev, edge.start, edge.bits())?;
-            }
+        for edge in edges(start, end) {
+            home::send_pages_home(core, dev, edge.start, edge.bits())?;
         }
     }
     Ok(())
+}
+
+/// The pages at the ends of a range that hold other data too.
+fn edges(start: Va, end: Va) -> impl Iterator<Item = Span> {
+    let inside = Span::inside(start, end);
+    [Span::touching(start, start + 1), Span::touching(end - 1, end)].into_iter().filter(move |edge| inside.and(*edge) != *edge)
 }
 
 /// Blocks that a thread takes at a time.
@@ -78,6 +92,7 @@ struct Plan<'a> {
     dev: &'a Device,
     args: &'a [RawArg],
     wants: [Want; MAX_ARGS],
+    sealed: &'a Sealed,
     /// Some pages of the process may be pinned. Whoever has pinned a page writes to it without a fault, so it must not be duplicated: what is read moves
     /// too, which is refused for just these pages; they get a snapshot.
     pins: bool,
@@ -87,6 +102,7 @@ struct Plan<'a> {
 
 impl Plan<'_> {
     fn carry_out(&self, ledger: &mut Ledger) -> Result<(), Error> {
+        self.dev.driver.stand_by();
         let blocks: usize = self.wants.iter().map(|want| want.span.blocks().count()).sum();
         let ledger = Mutex::new(ledger);
         // A second pass looks again at what an event or a cancelled page left over; more are only needed while the program changes its mappings.
@@ -152,7 +168,7 @@ impl Plan<'_> {
     }
 
     /// What argument `index` wants of a part of a block.
-    fn ask(&self, access: Access, part: Span, piece: Piece) -> Ask {
+    fn ask(&self, access: Access, part: Span, piece: Piece) -> Ask<'_> {
         if !piece.movable {
             let intent = match access {
                 Access::In if piece.shareable && !self.pins => Intent::Duplicate,
@@ -169,7 +185,7 @@ impl Plan<'_> {
         let (part, want) = if whole { (block, Bits::ALL) } else { (part, part.bits()) };
         let beside = alike().fold(want, |rest, other| rest - other.inside.and(block).bits());
         let intent = if self.pins && access == Access::In { Intent::Move } else { intent(access) };
-        Ask { beside, ..Ask::new(part, want, intent) }
+        Ask { beside, sealed: Some(self.sealed), ..Ask::new(part, want, intent) }
     }
 }
 

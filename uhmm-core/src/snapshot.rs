@@ -11,7 +11,7 @@ use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::{Block, BlockGuard, Frame};
 use crate::driver::{Dma, DmaKind};
-use crate::fixed;
+use crate::fixed::{self, Sealed};
 use crate::launch::{LARGE, Ledger};
 use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Span, Va};
@@ -32,7 +32,7 @@ pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Raw
     let fetches = dev.driver.info().replayable_faults;
     let mut end = |va, keeps: bool| {
         if success && keeps && fetches {
-            keep(core, dev, va, args);
+            keep(core, dev, va, args, &ledger.sealed);
         }
         let ended = end_block(core, dev, va, args, success);
         result = match (result, ended) {
@@ -59,7 +59,7 @@ fn written(args: &[RawArg], page: Va) -> impl Iterator<Item = (Range<usize>, usi
 }
 
 /// Lets the pages of large arguments stay on the device.
-fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
+fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], sealed: &Sealed) {
     let _hold = core.space.hold();
     let _ends = core.ends.lock();
     let Some(block) = core.dir.get(va) else { return };
@@ -82,7 +82,7 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg]) {
                 continue;
             }
         }
-        if fixed::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)) {
+        if sealed.still(core, va).has(page) || fixed::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)) {
             keep_page(core, dev, &mut state, va, page, args);
         }
     }

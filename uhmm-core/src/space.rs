@@ -156,6 +156,11 @@ impl Space {
         Ok(found)
     }
 
+    /// Whether a page is there and write-protected.
+    pub fn is_protected(&self, page: Va) -> bool {
+        self.pagemap.entry(page).is_ok_and(|entry| entry.present && entry.uffd_wp)
+    }
+
     /// Pages of `span`, which lies in one block, that the CPU has not written since they were protected asynchronously.
     pub fn clean(&self, span: Span) -> Bits {
         let args = ScanArgs {

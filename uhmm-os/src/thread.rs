@@ -16,7 +16,7 @@ use crate::syscall::{abi, call};
 use crate::{Errno, PAGE};
 use core::ffi::{CStr, c_void};
 use core::mem::{ManuallyDrop, MaybeUninit};
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 /// Bytes of an alternate stack: a signal frame with AVX-512 and AMX state takes 11 KiB, and handlers may serve faults on it.
 const ALTERNATE: usize = 64 << 10;
@@ -273,6 +273,51 @@ pub fn num_cores() -> usize {
     // SAFETY: the mask is written, up to its size.
     let _ = unsafe { call(abi::__NR_sched_getaffinity, [0, size_of_val(&mask), mask.as_mut_ptr() as usize]) };
     mask.iter().map(|word| word.count_ones() as usize).sum::<usize>().max(1)
+}
+
+/// Keeps a thread off the core of who wakes it, so that both run at once.
+///
+/// A kernel often wakes a thread on its waker's core, and corrects that only when it balances, milliseconds later; until then the woken one waits there although another
+/// core sleeps. (Measured on a virtual machine of two cores: preparing a launch and bringing its result home took a tenth longer.)
+#[derive(Debug)]
+pub struct Aside {
+    tid: AtomicU32,
+    /// Where the thread may run at all.
+    allowed: [AtomicUsize; CORES / usize::BITS as usize],
+    /// The core that it is kept off, and one; 0 if none yet.
+    off: AtomicUsize,
+}
+
+impl Default for Aside {
+    fn default() -> Self {
+        Aside { tid: AtomicU32::new(0), allowed: [const { AtomicUsize::new(0) }; _], off: AtomicUsize::new(0) }
+    }
+}
+
+impl Aside {
+    /// Makes the calling thread the one that is kept off others' cores.
+    pub fn enter(&self) {
+        let mut mask: CoreMask = [0; _];
+        // SAFETY: the mask is written, up to its size.
+        let _ = unsafe { call(abi::__NR_sched_getaffinity, [0, size_of_val(&mask), mask.as_mut_ptr() as usize]) };
+        for (to, from) in self.allowed.iter().zip(mask) {
+            to.store(from, Ordering::Relaxed);
+        }
+        self.tid.store(gettid(), Ordering::Release);
+    }
+
+    /// From now on the thread, which must live, does not run on the caller's core, unless that is the only one it may use. Costs a system call, and another one if
+    /// the caller's core is not that of the last time. *Fault path.*
+    pub fn keep_off(&self) {
+        let (tid, core) = (self.tid.load(Ordering::Acquire), current_core());
+        if tid == 0 || core >= CORES || self.off.swap(core + 1, Ordering::Relaxed) == core + 1 {
+            return;
+        }
+        let mut mask: CoreMask = core::array::from_fn(|word| self.allowed[word].load(Ordering::Relaxed));
+        mask[core / 64] &= !(1 << (core % 64));
+        // SAFETY: the mask is read. An error (no core would be left, or they are others by now) changes nothing.
+        let _ = unsafe { call(abi::__NR_sched_setaffinity, [tid as usize, size_of_val(&mask), mask.as_ptr() as usize]) };
+    }
 }
 
 const CLOSE_RANGE_UNSHARE: usize = 2; // close_range(2), not in the generated bindings

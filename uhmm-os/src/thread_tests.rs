@@ -201,3 +201,44 @@ fn affinity() {
     assert_eq!(num_cores(), all);
     assert_eq!(all, std::thread::available_parallelism().unwrap().get());
 }
+
+#[test]
+fn who_is_kept_off_a_core_runs_on_the_others() {
+    let aside = Aside::default();
+    let cores: Vec<usize> = {
+        let list = read_to_string("/proc/thread-self/status").unwrap();
+        let mask = list.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim().to_owned();
+        let range = |part: &str| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            first.parse::<usize>().unwrap()..=last.parse().unwrap()
+        };
+        mask.split(',').flat_map(range).collect()
+    };
+    let turn = Barrier::new(2);
+    std::thread::scope(|scope| {
+        let kept_off = scope.spawn(|| {
+            aside.enter();
+            turn.wait();
+            let mut seen = vec![];
+            for _ in &cores {
+                turn.wait();
+                yield_now();
+                seen.push((num_cores(), current_core()));
+                turn.wait();
+            }
+            seen
+        });
+        turn.wait();
+        for &core in &cores {
+            set_affinity(&[core]).unwrap();
+            aside.keep_off();
+            turn.wait();
+            turn.wait();
+        }
+        let others = (cores.len() - 1).max(1);
+        for (&core, (may, ran)) in cores.iter().zip(kept_off.join().unwrap()) {
+            assert_eq!(may, others);
+            assert!(ran != core || cores.len() == 1, "it ran on core {ran}, which it was kept off");
+        }
+    });
+}

@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering
 use rustix_futex_sync::{Condvar, Mutex};
 use uhmm_core::driver::{Dma, DmaError, DmaKind, Fence, Frame};
 use uhmm_core::own::{self, OwnBox};
-use uhmm_os::thread::{self, Thread};
+use uhmm_os::thread::{self, Aside, Thread};
 use uhmm_os::{Errno, PAGE, copy};
 
 /// Bytes that are claimed at once.
@@ -44,6 +44,7 @@ struct Shared {
     state: Mutex<State>,
     work: Condvar,
     done: Condvar,
+    aside: Aside,
 }
 
 #[derive(Debug, Default)]
@@ -71,6 +72,7 @@ impl Engine {
             state: Mutex::new(State::default()),
             work: Condvar::new(),
             done: Condvar::new(),
+            aside: Aside::default(),
         };
         Ok(Engine { shared: OwnBox::new(c"uhmm copy engine", shared)?, thread: Mutex::new(None) })
     }
@@ -90,6 +92,11 @@ impl Engine {
         let thread = unsafe { own::spawn(c"uhmm-dma", 128 << 10, work, (&raw const *self.shared).cast_mut().cast())? };
         *self.thread.lock() = Some(thread);
         Ok(())
+    }
+
+    /// The calling thread is going to submit, and to help: the engine's thread does its part on another core.
+    pub fn stand_by(&self) {
+        self.shared.aside.keep_off();
     }
 
     /// Queues a batch.
@@ -155,6 +162,7 @@ impl Drop for Engine {
 impl Shared {
     /// The engine's thread.
     fn work(&self) {
+        self.aside.enter();
         loop {
             let mut state = self.state.lock();
             while state.wanted == 0 {

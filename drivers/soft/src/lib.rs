@@ -114,6 +114,10 @@ unsafe impl Driver for Soft {
         self.memory.address(frame)
     }
 
+    fn stand_by(&self) {
+        self.engine.stand_by();
+    }
+
     fn copy(&self, batch: &[Dma]) -> Fence {
         self.engine.submit(&self.memory, batch)
     }

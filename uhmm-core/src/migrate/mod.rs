@@ -19,7 +19,7 @@ use crate::core::{Core, Device};
 use crate::directory::{BlockGuard, State};
 use crate::driver::DmaKind;
 use crate::error::Error;
-use crate::fixed;
+use crate::fixed::{self, Sealed};
 use crate::home;
 use crate::mode::Mode;
 use crate::notifier;
@@ -87,7 +87,7 @@ pub(crate) type Park<'a> = &'a mut dyn FnMut(Parked);
 
 /// What is asked for of one block.
 #[derive(Clone, Copy)]
-pub(crate) struct Ask {
+pub(crate) struct Ask<'a> {
     /// The block, or the part of it that matters.
     pub part: Span,
     /// The pages.
@@ -96,6 +96,8 @@ pub(crate) struct Ask {
     pub intent: Intent,
     /// Those of them that hold data besides that of an argument: what must stay may be among it, see [`crate::fixed`].
     pub beside: Bits,
+    /// What was sealed for the launch.
+    pub sealed: Option<&'a Sealed>,
     /// The running launch has declared them: they stay until it ends.
     pub pinned: bool,
     /// What the asker knows of the mappings is as old as this; see [`crate::notifier`].
@@ -106,10 +108,10 @@ pub(crate) struct Ask {
     pub rdonly: Bits,
 }
 
-impl Ask {
+impl Ask<'_> {
     /// Of a launch's declared pages.
     pub(crate) fn new(part: Span, want: Bits, intent: Intent) -> Self {
-        Ask { part, want, intent, beside: Bits::EMPTY, pinned: true, seq: None, twins: Bits::EMPTY, rdonly: Bits::EMPTY }
+        Ask { part, want, intent, beside: Bits::EMPTY, sealed: None, pinned: true, seq: None, twins: Bits::EMPTY, rdonly: Bits::EMPTY }
     }
 }
 
@@ -172,7 +174,7 @@ impl Core {
     ///
     /// # Errors
     /// As [`make_resident`](Self::make_resident).
-    pub(crate) fn make_block_resident(&self, dev: &Device, ask: &Ask) -> Result<Outcome, Error> {
+    pub(crate) fn make_block_resident(&self, dev: &Device, ask: &Ask<'_>) -> Result<Outcome, Error> {
         let mut room = self.room();
         room.refused = false;
         let park: Park<'_> = &mut |parked| self.pool.put(parked.tray);
@@ -182,7 +184,7 @@ impl Core {
     }
 
     /// Takes part in a migration with one block: true if it should be looked at again.
-    pub(crate) fn block_resident(&self, dev: &Device, room: &mut Room, ask: &Ask, park: Park<'_>) -> Result<bool, Error> {
+    pub(crate) fn block_resident(&self, dev: &Device, room: &mut Room, ask: &Ask<'_>, park: Park<'_>) -> Result<bool, Error> {
         let mut again = false;
         let mut populated = false;
         let (mut dry, mut refusals) = (0, Refusals::new(&self.space));
@@ -264,7 +266,7 @@ impl Core {
     }
 
     /// Takes the wanted pages of one block from the CPU and adds them to the batch.
-    fn collect(&self, dev: &Device, batch: &mut Batch, ask: &Ask, populated: bool) -> Result<Look, Error> {
+    fn collect(&self, dev: &Device, batch: &mut Batch, ask: &Ask<'_>, populated: bool) -> Result<Look, Error> {
         let Ask { part, want, intent, pinned, seq, .. } = *ask;
         let beside = if intent.bounces() { Bits::EMPTY } else { ask.beside };
         let _hold = self.space.hold();
@@ -314,7 +316,7 @@ impl Core {
     }
 
     /// Takes pages that the device has nothing of from the CPU.
-    fn collect_fresh(&self, dev: &Device, batch: &mut Batch, state: &mut BlockGuard<'_>, ask: &Ask, populated: bool) -> Look {
+    fn collect_fresh(&self, dev: &Device, batch: &mut Batch, state: &mut BlockGuard<'_>, ask: &Ask<'_>, populated: bool) -> Look {
         let Ask { want: mut fresh, intent, beside, .. } = *ask;
         let span = Span::block(ask.part.start);
         if !intent.bounces()
@@ -330,7 +332,7 @@ impl Core {
             Ok(present) => present,
             Err(_) => return Look::Done,
         };
-        let beside = beside & present.pages;
+        let beside = (beside & present.pages) - ask.sealed.map_or(Bits::EMPTY, |sealed| sealed.still(self, span.start));
         match fixed::seal(self, state, span.start, beside) {
             Ok(sealed) => fresh -= beside - sealed,
             Err(_) => return Look::Settle,
