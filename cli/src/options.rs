@@ -38,7 +38,7 @@ pub(crate) struct MulMat {
     /// The right matrix.
     #[arg(value_name = "B.npy")]
     pub(crate) b: Option<PathBuf>,
-    /// Write the product to this file.
+    /// Write the product to this file; one that is there already is replaced.
     #[arg(short, long, value_name = "R.npy")]
     pub(crate) output: Option<PathBuf>,
     /// Multiply two random matrices of N rows and N columns.
