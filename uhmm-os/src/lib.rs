@@ -32,6 +32,7 @@
 compile_error!("uhmm-os supports Linux on x86-64 only: its system calls, signal frames and copy loops are written for that");
 
 pub mod copy;
+mod flush;
 pub mod maps;
 pub mod mem;
 pub mod pagemap;

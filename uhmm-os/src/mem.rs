@@ -133,23 +133,6 @@ pub fn map(reserve: &Reserve<'_>) -> Result<Mapping, Errno> {
     Ok(mapping)
 }
 
-/// Has every core forget all of this process's translations: nobody reaches, through an old one, a page that is not at that address any more. *Fault path.*
-///
-/// There is no call for it. But unmapping more pages than `tlb_single_page_flush_ceiling` (33, the kernel's arch/x86/tlb) flushes everything, and returns when all
-/// cores have done so.
-///
-/// # Errors
-/// Those of [`map`].
-pub fn flush_translations() -> Result<(), Errno> {
-    const PAGES: usize = 128;
-    let memory = map(&Reserve { hint: 0, len: PAGES * PAGE, align: PAGE, name: c"uhmm flush", prot: Prot::ReadWrite, exact: false })?;
-    // SAFETY: fresh memory of ours. Small pages, for it is their number that counts.
-    unsafe {
-        let _ = madvise(memory.start, memory.len, Advice::NoHugepage);
-        madvise(memory.start, memory.len, Advice::PopulateWrite)
-    }
-}
-
 /// Maps zeroed memory over whatever is there, not inherited by a fork's child.
 ///
 /// # Errors
@@ -252,6 +235,8 @@ pub enum Advice {
     DontDump,
     /// Drop the pages and what backs them (shared memory).
     Remove,
+    /// They will be touched in no order.
+    Random,
 }
 
 impl Advice {
@@ -269,6 +254,7 @@ impl Advice {
             Advice::DoFork => abi::MADV_DOFORK,
             Advice::DontDump => abi::MADV_DONTDUMP,
             Advice::Remove => abi::MADV_REMOVE,
+            Advice::Random => abi::MADV_RANDOM,
         };
         bits as usize
     }

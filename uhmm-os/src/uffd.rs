@@ -14,9 +14,10 @@ pub use crate::wait::{EventFd, MAX_POLL, poll};
 pub use event::{Event, Events, MsgBuf};
 pub use open::{Features, OpenError, Rights, probe};
 
+use crate::flush::Flush;
 use crate::pagemap::Pagemap;
 use crate::syscall::{abi, call, ioctl, iowr};
-use crate::{Errno, mem};
+use crate::{Errno, tasks};
 use bitflags::bitflags;
 use core::fmt;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -98,8 +99,15 @@ fn range(start: usize, len: usize) -> abi::uffdio_range {
 #[derive(Debug)]
 pub struct Userfaultfd {
     fd: OwnedFd,
-    /// To see how far a move came; with [`Features::MOVE`] only.
-    pagemap: Option<Pagemap>,
+    /// With [`Features::MOVE`] only.
+    moves: Option<Moves>,
+}
+
+/// What it takes to see how far a move came, and to end it as the kernel should have.
+#[derive(Debug)]
+struct Moves {
+    pagemap: Pagemap,
+    flush: Flush,
 }
 
 impl Userfaultfd {
@@ -109,7 +117,7 @@ impl Userfaultfd {
     /// Those of eventfd(2).
     pub fn none() -> Result<Self, Errno> {
         let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)?;
-        Ok(Userfaultfd { fd, pagemap: None })
+        Ok(Userfaultfd { fd, moves: None })
     }
 
     /// Takes over the descriptor of an [`Event::Fork`]: the child's userfaultfd, with the parent's features and registrations.
@@ -118,7 +126,7 @@ impl Userfaultfd {
     /// `fd` must be such a descriptor, open, and owned by nobody else.
     pub unsafe fn from_fork(fd: RawFd) -> Self {
         // SAFETY: the caller's promise.
-        Userfaultfd { fd: unsafe { OwnedFd::from_raw_fd(fd) }, pagemap: None }
+        Userfaultfd { fd: unsafe { OwnedFd::from_raw_fd(fd) }, moves: None }
     }
 
     /// Watches a range. *Fault path.*
@@ -186,13 +194,18 @@ impl Userfaultfd {
     /// Linux 6.18 does not count some of the pages that it has moved when it had to wait for one that was locked (by memory compaction, say). It wakes nobody who
     /// waits for them, and other cores may go on using their old addresses. What has moved is at the destination, and not at the source.
     fn really_moved(&self, dst: usize, src: usize, len: usize, mode: MoveMode, counted: Partial) -> Result<(), Partial> {
-        let Some(pagemap) = &self.pagemap else { return Err(counted) };
+        let Some(Moves { pagemap, flush }) = &self.moves else { return Err(counted) };
         let (to, from, rest) = (dst + counted.done, src + counted.done, len.saturating_sub(counted.done));
         let more = pagemap.present_from(to, to + rest).min(pagemap.absent_from(from, from + rest));
         if more == 0 {
             return Err(counted);
         }
-        let _ = mem::flush_translations(); // an error: memory is short; the next flush, for whatever reason, does it
+        // Through a translation that lasts, another core goes on writing to a page that is somewhere else by now. Neither can that be told to who asked for the
+        // move, for it has happened, nor be left to some later flush. `Flush` has all that it needs; what remains is a process that may not call mprotect.
+        if flush.all().is_err() {
+            tasks::write_stderr(b"uhmm: old translations of pages that were moved cannot be flushed; stopping before data is lost\n");
+            std::process::abort();
+        }
         if !mode.contains(MoveMode::DONTWAKE) {
             let _ = self.wake(to, more);
         }

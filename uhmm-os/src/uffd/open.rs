@@ -1,7 +1,8 @@
 //! Opening a userfaultfd: which rights, which features, and what to tell a user who lacks them.
 
-use super::{GROUP, Userfaultfd};
+use super::{GROUP, Moves, Userfaultfd};
 use crate::Errno;
+use crate::flush::Flush;
 use crate::pagemap::Pagemap;
 use crate::syscall::{abi, call, ioctl};
 use bitflags::bitflags;
@@ -148,11 +149,8 @@ impl Userfaultfd {
         let fd = open_descriptor(rights)?;
         let errno = match handshake(&fd, features) {
             Ok(_) => {
-                let pagemap = features.contains(Features::MOVE).then(Pagemap::open).transpose();
-                return Ok(Userfaultfd {
-                    fd,
-                    pagemap: pagemap.map_err(|errno| OpenError::Os { what: "opening /proc/self/pagemap", errno })?,
-                });
+                let moves = if features.contains(Features::MOVE) { Some(Moves::new()?) } else { None };
+                return Ok(Userfaultfd { fd, moves });
             }
             Err(OpenError::Os { errno, .. }) if errno == Errno::INVAL || errno == Errno::PERM => errno,
             Err(e) => return Err(e),
@@ -166,6 +164,14 @@ impl Userfaultfd {
             Errno::PERM => Err(OpenError::RefusedFeatures { refused: features & Features::EVENT_FORK }),
             errno => Err(OpenError::Os { what: "the userfaultfd handshake (UFFDIO_API)", errno }),
         }
+    }
+}
+
+impl Moves {
+    fn new() -> Result<Self, OpenError> {
+        let failed = |what| move |errno| OpenError::Os { what, errno };
+        let pagemap = Pagemap::open().map_err(failed("opening /proc/self/pagemap"))?;
+        Ok(Moves { pagemap, flush: Flush::new().map_err(failed("mapping memory to flush translations with"))? })
     }
 }
 
