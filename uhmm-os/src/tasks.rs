@@ -211,6 +211,9 @@ pub fn write_stderr(text: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::{Duration, Instant};
 
     #[test]
     fn a_threads_core_is_found_whatever_its_name() {
@@ -281,12 +284,12 @@ mod tests {
 
     #[test]
     fn every_thread_has_its_head_in_its_own_control_block() {
-        let (started, begun) = std::sync::mpsc::channel();
+        let (started, begun) = channel();
         let mut ends = vec![];
         let threads: Vec<_> = (0..3)
             .map(|_| {
                 let started = started.clone();
-                let (end, ended) = std::sync::mpsc::channel::<()>();
+                let (end, ended) = channel::<()>();
                 ends.push(end);
                 std::thread::spawn(move || {
                     // SAFETY: pthread_self is the address of this thread's control block.
@@ -308,43 +311,50 @@ mod tests {
         threads.into_iter().for_each(|thread| thread.join().unwrap());
     }
 
+    /// Starts threads that end at once, four at a time.
+    fn start_and_end(stop: &AtomicBool) {
+        while !stop.load(Ordering::Relaxed) {
+            let some: Vec<_> = (0..4).map(|_| std::thread::spawn(|| {})).collect();
+            some.into_iter().for_each(|thread| thread.join().unwrap());
+        }
+    }
+
+    /// Starts a thread each millisecond that lives for 50 ms, and sends its list head and until when it is to be looked for. The last that was started
+    /// stands behind all that end.
+    fn start_and_tell(stop: &AtomicBool, tell: &Sender<(usize, Instant)>) {
+        while !stop.load(Ordering::Relaxed) {
+            let (tell, until) = (tell.clone(), Instant::now() + Duration::from_millis(5));
+            std::thread::spawn(move || {
+                tell.send((robust_list_head(crate::thread::gettid() as usize).unwrap(), until)).unwrap();
+                std::thread::sleep(Duration::from_millis(50));
+            });
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Lists all threads, over and over, while that of `head` lives: how often it was missing.
+    fn times_missing(head: usize, until: Instant) -> usize {
+        let mut missing = 0;
+        while Instant::now() < until {
+            let mut found = false;
+            assert!(for_each_robust_list_head(|other| found |= other == head));
+            missing += usize::from(!found);
+        }
+        missing
+    }
+
     /// The story: a thread that lived was missing from the list, because another one had ended while it was read.
     #[test]
     fn no_thread_that_lives_is_skipped_when_others_end() {
-        let stop = std::sync::atomic::AtomicBool::new(false);
+        let stop = AtomicBool::new(false);
+        let (tell, told) = channel();
         std::thread::scope(|scope| {
-            for _ in 0..3 {
-                scope.spawn(|| {
-                    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                        let some: Vec<_> = (0..4).map(|_| std::thread::spawn(|| {})).collect();
-                        some.into_iter().for_each(|thread| thread.join().unwrap());
-                    }
-                });
-            }
-            // The last that was started stands behind all that end.
-            let (started, begun) = std::sync::mpsc::channel();
-            scope.spawn(|| {
-                let started = started;
-                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                    let (sent, end) = (started.clone(), std::time::Instant::now() + std::time::Duration::from_millis(5));
-                    std::thread::spawn(move || {
-                        sent.send((robust_list_head(crate::thread::gettid() as usize).unwrap(), end)).unwrap();
-                        std::thread::sleep(std::time::Duration::from_millis(50));
-                    });
-                    std::thread::sleep(std::time::Duration::from_millis(1));
-                }
-            });
-            let end = std::time::Instant::now() + std::time::Duration::from_secs(2);
-            let mut missing = 0;
-            while std::time::Instant::now() < end {
-                let Ok((head, until)) = begun.recv() else { break };
-                while std::time::Instant::now() < until {
-                    let mut found = false;
-                    assert!(for_each_robust_list_head(|other| found |= other == head));
-                    missing += usize::from(!found);
-                }
-            }
-            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            (0..3).for_each(|_| drop(scope.spawn(|| start_and_end(&stop))));
+            scope.spawn(|| start_and_tell(&stop, &{ tell }));
+            let end = Instant::now() + Duration::from_secs(2);
+            let threads = told.iter().take_while(|_| Instant::now() < end);
+            let missing: usize = threads.map(|(head, until)| times_missing(head, until)).sum();
+            stop.store(true, Ordering::Relaxed);
             assert_eq!(missing, 0);
         });
     }
