@@ -1,5 +1,6 @@
 //! Threads that do what threads of programs do, each checking what it gets, for tests that move memory under them.
 
+use crate::harness::in_a_child;
 use crate::own_memory::Shared;
 use std::cell::Cell;
 use std::fs::File;
@@ -287,15 +288,7 @@ fn fork(shared: &'static Shared, me: usize) {
     while shared.rest(me) {
         round += 1;
         data.iter_mut().for_each(|x| *x += 1);
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            // Only what is safe after a fork of a process with threads.
-            let right = data.iter().enumerate().all(|(i, &x)| x == i as u32 + round);
-            unsafe { libc::_exit(i32::from(!right)) };
-        }
-        let mut status = 0;
-        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-        assert_eq!(status, 0, "a forked child");
+        in_a_child(|| data.iter().enumerate().all(|(i, &x)| x == i as u32 + round));
         sleep(Duration::from_millis(100));
     }
 }

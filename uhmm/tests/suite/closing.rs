@@ -176,13 +176,7 @@ fn devices_close_before_forks() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                let pid = unsafe { libc::fork() };
-                if pid == 0 {
-                    unsafe { libc::_exit(0) };
-                }
-                let mut status = 0;
-                assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-                assert_eq!(status, 0);
+                in_a_child(|| true);
             }
         });
         let mut data = vec![0u32; 400_000];

@@ -124,16 +124,8 @@ fn evict_all_beside_launches() {
     std::thread::scope(|scope| {
         for part in 0..2u32 {
             let dev = &dev;
-            scope.spawn(move || {
-                let mut data = vec![part; 300_000];
-                let mut expected = part;
-                while Instant::now() < end {
-                    dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
-                    expected += 1;
-                    assert!(data.iter().step_by(1000).all(|&x| x == expected));
-                }
-                assert!(data.iter().all(|&x| x == expected));
-            });
+            let look = |data: &[u32], expected| assert!(data.iter().step_by(1000).all(|&x| x == expected));
+            scope.spawn(move || increment_until(end, dev, part, 300_000, look));
         }
         let mut times = 0;
         while Instant::now() < end {
@@ -181,7 +173,7 @@ fn a_raised_signal_finds_everything_at_home() {
         hmm.evict_on_signal(signal).unwrap();
         away.go(&dev);
         watch(&away);
-        unsafe { libc::raise(signal) };
+        raise(signal);
         assert_eq!(SEEN.load(Ordering::Relaxed), away.all, "pages at home when the handler ran");
         away.check();
     }
@@ -192,7 +184,7 @@ fn a_raised_signal_finds_everything_at_home() {
     for signal in [libc::SIGUSR1, libc::SIGUSR2, libc::SIGRTMAX()] {
         hmm.evict_on_signal(signal).unwrap();
         away.go(&dev);
-        unsafe { libc::raise(signal) };
+        raise(signal);
         assert!(away.is_home());
     }
     assert_eq!(CALLS.load(Ordering::Relaxed), calls);
@@ -290,11 +282,11 @@ fn a_signal_without_uhmm() {
         }
         away.go(&dev);
         watch(&away);
-        unsafe { libc::raise(libc::SIGUSR2) };
+        raise(libc::SIGUSR2);
         assert_eq!(SEEN.load(Ordering::Relaxed), away.all, "round {round}");
         drop((hmm, dev));
         let (calls, started) = (CALLS.load(Ordering::Relaxed), Instant::now());
-        unsafe { libc::raise(libc::SIGUSR2) };
+        raise(libc::SIGUSR2);
         assert_eq!(CALLS.load(Ordering::Relaxed), calls + 1, "round {round}");
         assert!(started.elapsed() < Duration::from_secs(2));
     }
@@ -321,7 +313,7 @@ fn a_signal_in_a_forked_child() {
         assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
         assert_eq!(status, 0, "raw: {raw}");
         away.go(&dev);
-        unsafe { libc::raise(libc::SIGUSR2) };
+        raise(libc::SIGUSR2);
         assert_eq!(SEEN.load(Ordering::Relaxed), away.all, "the parent's evictor serves on");
     }
     away.check();
@@ -338,7 +330,7 @@ fn a_kernel_that_does_not_end() {
         let launch = scope.spawn(|| until_released(&dev, &mut used, &RUNS, &END));
         wait_for(&RUNS);
         let started = Instant::now();
-        unsafe { libc::raise(libc::SIGUSR2) };
+        raise(libc::SIGUSR2);
         let took = started.elapsed();
         let home = away.is_home();
         END.store(true, Ordering::Release);
@@ -361,7 +353,7 @@ fn a_kernel_raises_the_signal() {
     let kernel = |ctx: &Ctx<'_>| {
         ctx.out::<u32>(0).chunk(1 << 20).fill(3);
         let started = Instant::now();
-        unsafe { libc::raise(libc::SIGFPE) };
+        raise(libc::SIGFPE);
         assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
     };
     dev.run(&kernel, 1, args![inout(&mut data)]).unwrap();
@@ -377,7 +369,7 @@ fn signals_beside_launches_and_forks() {
     let end = Instant::now() + seconds(5);
     let tids = [const { AtomicI32::new(0) }; 2];
     let work = |part: usize| {
-        tids[part].store(unsafe { libc::gettid() }, Ordering::Relaxed);
+        tids[part].store(gettid(), Ordering::Relaxed);
         let mut expected = part as u32;
         let mut data = vec![expected; 200_000];
         while Instant::now() < end {
@@ -388,14 +380,7 @@ fn signals_beside_launches_and_forks() {
                 dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
                 expected += 1;
             }
-            let pid = unsafe { libc::fork() };
-            if pid == 0 {
-                let right = data.iter().all(|&x| x == expected);
-                unsafe { libc::_exit(i32::from(!right)) };
-            }
-            let mut status = 0;
-            assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-            assert_eq!(status, 0);
+            in_a_child(|| data.iter().all(|&x| x == expected));
             drop((hmm, dev));
             assert!(data.iter().all(|&x| x == expected));
         }

@@ -137,6 +137,7 @@ pub struct Pages {
 
 impl Pages {
     pub fn new(len: usize) -> Self {
+        // SAFETY: a new mapping where the kernel likes.
         let start = unsafe {
             libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
         };
@@ -148,18 +149,21 @@ impl Pages {
     pub fn huge(len: usize) -> Self {
         let pages = Pages::new(len + (2 << 20));
         let start = (pages.start as usize).next_multiple_of(2 << 20) as *mut u8;
+        // SAFETY: inside the new mapping, and contents do not change.
         unsafe { libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE) };
         std::mem::forget(pages);
         Pages { start, len }
     }
 
     pub fn slice<T>(&mut self) -> &mut [T] {
+        // SAFETY: the mapping is ours, of that length, and borrowed with `self`; tests ask for numbers, and words of atomics, which any bytes are.
         unsafe { std::slice::from_raw_parts_mut(self.start.cast(), self.len / size_of::<T>()) }
     }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
+        // SAFETY: the mapping is ours.
         unsafe { libc::munmap(self.start.cast(), self.len) };
     }
 }
@@ -169,6 +173,47 @@ pub fn device(mib: usize) -> (uhmm::Uhmm, uhmm::Device) {
     let hmm = uhmm::Uhmm::new().expect("full rights");
     let dev = hmm.soft("soft").memory(mib << 20).threads(2).open().expect("a device");
     (hmm, dev)
+}
+
+/// Launches [`increment`] on this device over `data`, over and over until `end`, and after each launch looks whether all is as it should be: calls `look` with
+/// the data and the number that each element has now.
+pub fn increment_until(end: Instant, dev: &uhmm::Device, start: u32, len: usize, look: impl Fn(&[u32], u32)) {
+    let mut data = vec![start; len];
+    let mut expected = start;
+    while Instant::now() < end {
+        dev.run(&increment, groups(data.len()), uhmm::args![uhmm::inout(&mut data)]).unwrap();
+        expected += 1;
+        look(&data, expected);
+    }
+    assert!(data.iter().all(|&x| x == expected));
+}
+
+/// Forks; the child ends after `right`, and the parent looks whether that was true there. The child does only what is safe after a fork of a process with threads.
+pub fn in_a_child(right: impl FnOnce() -> bool) {
+    // SAFETY: the child runs `right` and ends without unwinding into its parent's frames.
+    let pid = unsafe { libc::fork() };
+    assert_ne!(pid, -1);
+    if pid == 0 {
+        let right = std::panic::catch_unwind(std::panic::AssertUnwindSafe(right)).unwrap_or(false);
+        // SAFETY: it ends here.
+        unsafe { libc::_exit(i32::from(!right)) };
+    }
+    let mut status = 0;
+    // SAFETY: our child, and a status of our own.
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    assert_eq!(status, 0);
+}
+
+/// This thread's number.
+pub fn gettid() -> i32 {
+    // SAFETY: it has no arguments.
+    unsafe { libc::gettid() }
+}
+
+/// Raises a signal in this thread.
+pub fn raise(signal: i32) -> i32 {
+    // SAFETY: what the signal's handler does is its own affair.
+    unsafe { libc::raise(signal) }
 }
 
 /// Adds 1 to every element of argument 0, in parts of 1000.

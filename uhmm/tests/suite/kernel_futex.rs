@@ -76,7 +76,7 @@ fn a_waiter_is_woken_while_its_word_is_away() {
         std::thread::scope(|scope| {
             let (tell, tid) = std::sync::mpsc::channel();
             let waiter = scope.spawn(move || {
-                tell.send(unsafe { libc::gettid() }).unwrap();
+                tell.send(gettid()).unwrap();
                 futex(word, libc::FUTEX_WAIT | PRIVATE, 5, [0; 3])
             });
             wait_until_asleep(tid.recv().unwrap());
@@ -99,7 +99,7 @@ fn words_that_the_kernel_writes() {
         away(dev, data);
         assert_eq!(futex(word, requeue, 1, [1, other.as_ptr() as usize, 42]), 0);
         let add_two = libc::FUTEX_OP(libc::FUTEX_OP_ADD, 2, libc::FUTEX_OP_CMP_EQ, 40) as usize;
-        let tid = unsafe { libc::gettid() } as u32;
+        let tid = gettid() as u32;
         let add = || futex(&other, libc::FUTEX_WAKE_OP | PRIVATE, 1, [1, word.as_ptr() as usize, add_two]);
         let lock = || futex(word, libc::FUTEX_LOCK_PI | PRIVATE, 0, [0; 3]);
         let unlock = || futex(word, libc::FUTEX_UNLOCK_PI | PRIVATE, 0, [0; 3]);

@@ -233,18 +233,6 @@ fn the_programs_descriptors_are_its_own() {
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 2));
 }
 
-/// Runs `child` in a forked child, and its exit status is 0.
-fn forked(child: impl FnOnce() -> bool) {
-    let pid = unsafe { libc::fork() };
-    if pid == 0 {
-        let right = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(false);
-        unsafe { libc::_exit(i32::from(!right)) };
-    }
-    let mut status = 0;
-    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-    assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "status {status:#x}");
-}
-
 /// A page that is on a device has nothing in a forked child, which would read zeroes: everything comes home before a fork.
 fn a_forked_child_sees_the_contents() {
     let (hmm, dev) = device(64);
@@ -255,7 +243,7 @@ fn a_forked_child_sees_the_contents() {
         dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
         dev.run(&sum, 1, args![uhmm::inp(&shared)]).unwrap();
         assert_eq!(pages_present(&data), 0);
-        forked(|| {
+        in_a_child(|| {
             let inherited = data.iter().enumerate().all(|(i, &x)| x == i as u32 + round) && shared[499_999] == 499_999;
             data[5] = 0;
             // The parent's uhmm is not the child's, which may have one of its own.
@@ -280,21 +268,7 @@ fn forks_during_launches() {
         for seed in 0..3u32 {
             let dev = &dev;
             scope.spawn(move || {
-                let mut data = vec![seed; 300_000];
-                let mut expected = seed;
-                while std::time::Instant::now() < end {
-                    dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
-                    expected += 1;
-                    let pid = unsafe { libc::fork() };
-                    if pid == 0 {
-                        // Only what is safe after a fork of a process with threads.
-                        let right = data.iter().all(|&x| x == expected);
-                        unsafe { libc::_exit(i32::from(!right)) };
-                    }
-                    let mut status = 0;
-                    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-                    assert_eq!(status, 0);
-                }
+                increment_until(end, dev, seed, 300_000, |data, expected| in_a_child(|| data.iter().all(|&x| x == expected)))
             });
         }
     });

@@ -156,12 +156,7 @@ fn memory_that_cannot_move_is_used_all_the_same() {
 fn pages_shared_by_a_fork_move_after_it() {
     let (_hmm, dev) = device(64);
     let mut data: Vec<u32> = (0..1_000_000).collect();
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        unsafe { libc::_exit(0) };
-    }
-    let mut status = 0;
-    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    in_a_child(|| true);
     for round in 1..3 {
         dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
         assert_eq!(pages_present(&data), 0, "round {round}");

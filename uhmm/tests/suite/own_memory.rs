@@ -88,7 +88,7 @@ fn states() -> String {
 
 /// Whether every other thread of the program waits in the kernel.
 fn all_wait() -> bool {
-    let own = unsafe { libc::gettid() };
+    let own = gettid();
     tasks().into_iter().filter(|&tid| tid != own).all(|tid| {
         let Ok(stat) = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")) else { return false };
         let rest = &stat[stat.rfind(')').unwrap()..];

@@ -438,11 +438,7 @@ fn all_pages_of_a_block_that_a_fork_has_shared_move() {
     let range = part(&pages, 0, BLOCK);
     unsafe { libc::madvise(pages.start.cast(), BLOCK, libc::MADV_NOHUGEPAGE) };
     range.iter_mut().step_by(3 * PAGE).for_each(|x| *x = 1);
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        unsafe { libc::_exit(0) };
-    }
-    assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
+    in_a_child(|| true);
     dev.prefetch(&*range).unwrap();
     assert_eq!(pages_present(range), 0);
     assert!(range.iter().enumerate().all(|(i, &x)| x == u8::from(i % (3 * PAGE) == 0)));
