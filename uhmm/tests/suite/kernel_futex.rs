@@ -13,6 +13,7 @@ fn each_word(test: impl Fn(&uhmm::Device, &[u8], &AtomicU32)) {
         let data = pages.slice::<u8>();
         data.fill(1);
         for at in [0, 4092, (1 << 20) + 4] {
+            // SAFETY: inside the pages, which outlive it, and aligned; nobody reads these bytes through the slice.
             let word = unsafe { &*data.as_ptr().add(at).cast::<AtomicU32>() };
             test(&dev, data, word);
         }
@@ -27,6 +28,7 @@ fn away(dev: &uhmm::Device, data: &[u8]) {
 
 /// futex(2) without a time limit; -1 and errno, or its result.
 fn futex(word: &AtomicU32, operation: i32, value: u32, more: [usize; 3]) -> isize {
+    // SAFETY: the word is alive; of the other arguments those that are addresses are of what the caller keeps alive.
     let result = unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, value, more[0], more[1], more[2]) };
     result as isize
 }
@@ -131,6 +133,7 @@ fn locks_on_pages_that_keep_leaving() {
         changed: Condvar,
     }
     let at = at.wrapping_add(5000).cast::<Shared>();
+    // SAFETY: inside the pages, which outlive the threads, and aligned; through the slice nobody reads or writes any more.
     let shared = unsafe {
         at.write(Shared { turn: Mutex::new(0), changed: Condvar::new() });
         &*at
