@@ -32,7 +32,9 @@ pub type Frame = u32;
 #[derive(Debug)]
 pub struct State {
     gone: Bits,
+    /// The device has a copy of its own.
     dev: Bits,
+    /// Bounced, with `dev`; without, the page that the program has mapped is the device's.
     bounce: Bits,
     busy: Bits,
     /// Pages whose frame is in the device's page table.
@@ -77,7 +79,12 @@ impl State {
 
     /// Pages of which the device holds a valid copy.
     pub fn resident(&self) -> Bits {
-        self.dev
+        self.dev | self.bounce
+    }
+
+    /// Pages in the memory of a coherent device that the program has mapped.
+    pub fn coherent(&self) -> Bits {
+        self.bounce - self.dev
     }
 
     /// Pages on the device only.
@@ -92,7 +99,7 @@ impl State {
 
     /// Pages with a snapshot for one launch.
     pub fn bounced(&self) -> Bits {
-        self.bounce
+        self.bounce & self.dev
     }
 
     /// Pages in transit.
@@ -105,7 +112,8 @@ impl State {
         match (self.busy.has(page), self.gone.has(page), self.dev.has(page), self.bounce.has(page)) {
             (true, true, ..) => PageState::Moving,
             (true, false, ..) => PageState::Copying,
-            (_, _, _, true) => PageState::Bounced,
+            (_, _, true, true) => PageState::Bounced,
+            (_, _, false, true) => PageState::Coherent,
             (_, true, true, _) => PageState::Private,
             (_, false, true, _) => PageState::Duplicated,
             _ => PageState::System,
@@ -128,6 +136,7 @@ impl State {
             PageState::Duplicated => (false, true, false, false),
             PageState::Private => (true, true, false, false),
             PageState::Bounced => (false, true, true, false),
+            PageState::Coherent => (false, false, true, false),
             PageState::Moving => (true, false, false, true),
             PageState::Copying => (false, false, false, true),
         };

@@ -21,6 +21,7 @@ pub mod args;
 mod assist;
 pub mod bits;
 pub mod check;
+mod coherent;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod core;

@@ -6,6 +6,7 @@
 use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::bits::Bits;
 use crate::check::{self, Piece};
+use crate::coherent;
 use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::home;
@@ -26,9 +27,17 @@ use uhmm_os::{PAGE, tasks};
 pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
     dev.set_pin(core.next_launch());
     ledger.forget_last();
+    let coherent = dev.driver.info().coherent;
+    if coherent && core.space.mode != Mode::Full {
+        return Ok(()); // it uses everything in place
+    }
     for (start, end, _) in ranges(args) {
-        dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
-        shares::open(core, dev, start, end);
+        if coherent {
+            coherent::pin(core, dev, start, end);
+        } else {
+            dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
+            shares::open(core, dev, start, end);
+        }
         check::pieces(core, start, end, |piece| {
             if piece.movable {
                 register_ahead(core, Span::inside(start, end).and(Span::touching(piece.start, piece.end)));
@@ -46,6 +55,9 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
     let reads = ranges(args).any(|range| range.2 == Access::In);
     let plan = Plan { core, dev, args, wants, pins: reads && tasks::has_pinned_pages(), next: AtomicUsize::new(0) };
     plan.carry_out(ledger)?;
+    if coherent {
+        return Ok(()); // what has not moved is used in place
+    }
     for (start, end, access) in ranges(args) {
         snapshot_rest(core, dev, ledger, args, Span::touching(start, end), access)?;
     }
@@ -124,6 +136,9 @@ impl Plan<'_> {
         let order = |access| ranges(self.args).enumerate().filter(move |(_, range)| range.2 == access);
         for (index, (start, end, access)) in order(Access::In).chain(order(Access::InOut)).chain(order(Access::Out)) {
             check::pieces(self.core, start, end, |piece| {
+                if !piece.movable && self.dev.driver.info().coherent {
+                    return Ok(());
+                }
                 let whole = Span::touching(piece.start, piece.end);
                 let pages = match access {
                     _ if piece.movable => self.wants[index].span.and(whole),
@@ -168,7 +183,9 @@ impl Plan<'_> {
         let whole = all && self.core.space.mode == Mode::Full; // else neighbours may be of another kind
         let (part, want) = if whole { (block, Bits::ALL) } else { (part, part.bits()) };
         let beside = alike().fold(want, |rest, other| rest - other.inside.and(block).bits());
-        let intent = if self.pins && access == Access::In { Intent::Move } else { intent(access) };
+        // A coherent device writes in place whatever happens then: there is nothing to park for a kernel that fails.
+        let moves = (self.pins && access == Access::In) || self.dev.driver.info().coherent;
+        let intent = if moves { Intent::Move } else { intent(access) };
         Ask { beside, ..Ask::new(part, want, intent) }
     }
 }
@@ -222,7 +239,8 @@ impl Want {
     fn of(dev: &Device, (start, end, access): (Va, Va, Access)) -> Self {
         let inside = Span::inside(start, end);
         // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
-        let shared = access == Access::In && end - start >= LARGE && dev.driver.info().replayable_faults;
+        let info = dev.driver.info();
+        let shared = access == Access::In && end - start >= LARGE && info.replayable_faults && !info.coherent;
         Want { access: Some(access), span: if shared { Span::touching(start, end) } else { inside }, inside }
     }
 }

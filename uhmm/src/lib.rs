@@ -45,7 +45,7 @@ use uhmm_core::kernel::Entry;
 use uhmm_core::{CoreRef, DeviceConfig, DeviceRef};
 
 /// The names of the kinds of device that this build has; [`Uhmm::device`] says what they are.
-pub const KINDS: &[&str] = &["soft", "soft:nofault", "null"];
+pub const KINDS: &[&str] = &["soft", "soft:nofault", "soft:coherent", "null"];
 
 /// The process's heterogeneous memory management. All values of this type in a process share one core, which ends with the last of them and of their
 /// devices: everything comes home, and no thread, mapping or descriptor stays.
@@ -73,6 +73,7 @@ impl Uhmm {
     /// |---|---|
     /// | `soft` | the reference device in software |
     /// | `soft:nofault` | the same without replayable faults, as most hardware is: kernels reach only what their launch declares |
+    /// | `soft:coherent` | the same with memory that the CPU uses in place, as behind CXL: what a launch declares moves there as far as there is room, and neither side's touch moves anything |
     /// | `null` | accepts every launch, runs nothing, has no memory: what uhmm itself costs |
     ///
     /// # Errors
@@ -81,6 +82,7 @@ impl Uhmm {
         match name {
             "soft" => self.soft("soft").open(),
             "soft:nofault" => self.soft("soft:nofault").replayable_faults(false).open(),
+            "soft:coherent" => self.soft("soft:coherent").coherent(true).open(),
             "null" => Ok(Device { dev: self.core.device(DeviceConfig::new("null"), uhmm_null::open)? }),
             _ => match self.core.open_device(name)? {
                 Some(dev) => Ok(Device { dev }),
@@ -156,6 +158,13 @@ impl SoftBuilder<'_> {
     /// all that its kernel touches: a bare `ptr` is refused, and a touch of anything else fails the launch.
     pub fn replayable_faults(mut self, have: bool) -> Self {
         self.config.replayable_faults = have;
+        self
+    }
+
+    /// Whether the CPU uses the device's memory in place. Default: no. Then device and process use the same addresses, kernels may touch any of them, whatever
+    /// [`replayable_faults`](Self::replayable_faults) says, and a launch may declare more than the device's memory: what has no room there is used where it is.
+    pub fn coherent(mut self, have: bool) -> Self {
+        self.config.coherent = have;
         self
     }
 
