@@ -23,7 +23,7 @@ pub struct Coherent {
     // Fields are dropped in this order: who uses memory goes before it.
     workers: Workers,
     engine: Engine,
-    /// Never opened: scratch pages lie among the process's addresses.
+    /// Never opened.
     window: Window,
     memory: Memory,
     uffd: Userfaultfd,
@@ -124,8 +124,8 @@ unsafe impl Driver for Coherent {
         va < 1 << 47
     }
 
-    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
+    fn scratch(&self, _address: usize, fault: KernelFault) -> bool {
         self.workers.fail(fault);
-        self.workers.put_scratch(&self.uffd, &self.window, address, false)
+        false
     }
 }

@@ -10,6 +10,7 @@ mod any_memory;
 mod bad_input;
 mod basics;
 mod closing;
+mod coherent;
 mod conformance;
 mod dying;
 mod evict;
@@ -42,6 +43,7 @@ fn main() {
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(closing::TESTS);
+    tests.extend(coherent::TESTS);
     tests.extend(profiles::TESTS);
     tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);
