@@ -46,6 +46,8 @@ enum How {
 struct StandIn {
     page: Va,
     how: How,
+    /// The kernel shows our name of it.
+    named: bool,
 }
 
 #[derive(Debug)]
@@ -67,7 +69,7 @@ impl StandIns {
     /// # Errors
     /// `ENOMEM`.
     pub(crate) fn new() -> Result<Self, Errno> {
-        let none = StandIn { page: 0, how: How::Hole };
+        let none = StandIn { page: 0, how: How::Hole, named: false };
         Ok(StandIns(Mutex::new(List { all: [none; MOST], count: 0, saved: OwnSlice::new(c"uhmm saved pages", MOST)? })))
     }
 }
@@ -99,7 +101,7 @@ pub(crate) fn put(core: &Core, dev: &Device, info: &FaultInfo) -> bool {
         Some(_) => None,
     };
     let Some(how) = how else { return false };
-    list.all[at] = StandIn { page, how };
+    list.all[at] = StandIn { page, how, named: is_named(core, page) };
     list.count += 1;
     true
 }
@@ -114,15 +116,15 @@ impl List {
     fn take_away(&mut self, core: &Core) {
         while let Some(index) = self.count.checked_sub(1) {
             self.count = index;
-            let StandIn { page, how } = self.all[index];
+            let StandIn { page, how, named } = self.all[index];
             // What the program has mapped there meanwhile is its own.
             match how {
-                How::Hole if is_ours(core, page) => {
-                    // SAFETY: the mapping bears our name, so that it is the stand-in.
+                How::Hole if is_ours(core, page, named) => {
+                    // SAFETY: it is the stand-in.
                     let _ = unsafe { mem::munmap(page, PAGE) };
                 }
                 How::Hole => {}
-                How::Replaced(stash) if is_ours(core, page) => {
+                How::Replaced(stash) if is_ours(core, page, named) => {
                     // SAFETY: the stand-in is replaced by the mapping whose place it took, which nobody else knows at its address.
                     let _ = unsafe { mem::mremap(stash, PAGE, PAGE, RemapFlags::MAYMOVE | RemapFlags::FIXED, page) };
                 }
@@ -144,7 +146,13 @@ impl List {
     }
 }
 
-fn is_ours(core: &Core, page: Va) -> bool {
+/// Whether what is mapped there is still the stand-in. Where the kernel shows no names, whatever looks like it is taken for it.
+fn is_ours(core: &Core, page: Va, named: bool) -> bool {
+    let alike = |vma: Vma| vma.is_private_anonymous() && vma.read && vma.write;
+    is_named(core, page) == named && core.space.mapping(page).ok().flatten().is_some_and(alike)
+}
+
+fn is_named(core: &Core, page: Va) -> bool {
     let mut buffer = [0u8; 64];
     let name = core.space.maps.name(page, &mut buffer);
     matches!(name, Ok(Some(name)) if name.windows(NAME.count_bytes()).any(|part| part == NAME.to_bytes()))
