@@ -16,6 +16,7 @@ crate::tests![
     unmapped_dropped_and_moved_pages_free_the_devices_memory,
     forks_share_what_the_device_has,
     pinned_and_locked_pages_are_used_in_place,
+    what_a_dying_thread_needs_is_not_taken_out,
     closing_brings_everything_home,
     two_devices_take_turns,
     nothing_need_be_declared,
@@ -214,8 +215,11 @@ fn forks_share_what_the_device_has() {
         }
         let mut byte = [0];
         (&gate[0].0).read_exact(&mut byte).unwrap();
-        // While the child has the pages too, they are made the parent's own.
+        // While the child has the pages too, they are made the parent's own. None was the device's any more, if the fork was told of.
+        let before = dev.stats();
         dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+        let again = since(&dev, before).pages_to_device;
+        assert!(again >= 970 || (raw && unsafe { libc::geteuid() } != 0), "{again} pages have moved after a fork");
         dev.evict(&data).unwrap();
         (&gate[1].1).write_all(&byte).unwrap();
         let mut status = 0;
@@ -250,6 +254,45 @@ fn pinned_and_locked_pages_are_used_in_place() {
     assert_eq!(evicted_by_taking_all(&dev), 0, "the device has nothing left");
     dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
     assert!(data.iter().all(|&x| x == 3));
+}
+
+/// The kernel marks the robust mutexes of a thread that dies, and takes no userfault then. The mutex was free when its page went to the device; who locks it there
+/// keeps the page from being taken out.
+fn what_a_dying_thread_needs_is_not_taken_out() {
+    let (_hmm, dev) = coherent(8);
+    let mut memory = Pages::new(64 * 4096);
+    memory.slice::<u8>().fill(1);
+    let at = memory.start as usize + 10 * 4096 + 256;
+    let mutex = at as *mut libc::pthread_mutex_t;
+    unsafe {
+        let mut attributes: libc::pthread_mutexattr_t = std::mem::zeroed();
+        libc::pthread_mutexattr_init(&mut attributes);
+        libc::pthread_mutexattr_setrobust(&mut attributes, libc::PTHREAD_MUTEX_ROBUST);
+        assert_eq!(libc::pthread_mutex_init(mutex, &attributes), 0);
+    }
+    for round in 0..20 {
+        dev.prefetch(memory.slice::<u8>()).unwrap();
+        let there = frames(memory.slice::<u8>());
+        let gate = [std::sync::Barrier::new(2), std::sync::Barrier::new(2)];
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                assert_eq!(unsafe { libc::pthread_mutex_lock(at as *mut libc::pthread_mutex_t) }, 0);
+                gate[0].wait();
+                gate[1].wait();
+            });
+            gate[0].wait();
+            dev.evict(memory.slice::<u8>()).unwrap();
+            let home = frames(memory.slice::<u8>());
+            let stayed: Vec<usize> = (0..64).filter(|&page| home[page] == there[page]).collect();
+            assert!(there[0] == 0 || stayed == [10], "round {round}: {stayed:?} have stayed where they were");
+            gate[1].wait();
+        });
+        unsafe {
+            assert_eq!(libc::pthread_mutex_lock(mutex), libc::EOWNERDEAD, "round {round}");
+            assert_eq!(libc::pthread_mutex_consistent(mutex), 0);
+            assert_eq!(libc::pthread_mutex_unlock(mutex), 0);
+        }
+    }
 }
 
 fn closing_brings_everything_home() {

@@ -63,6 +63,7 @@ const FULL_ONLY: &[&str] = &[
     "coherent::unmapped",
     "coherent::forks",
     "coherent::pinned",
+    "coherent::what_a_dying",
     "coherent::threads",
     "coherent::mappings",
     "nothing_declared::",
