@@ -427,6 +427,35 @@ mod tests {
         assert_eq!((dir.frame(&locks[0], 3), dir.clear_frames(&mut locks[0])), (1027, Some(1024)));
     }
 
+    /// Of a coherent page both sides have the one copy: it is resident, and neither gone nor shared.
+    #[test]
+    fn a_page_of_a_coherent_device_goes_there_and_back() {
+        use PageState::*;
+        let dir = Directory::new(1).unwrap();
+        let mut state = dir.get_or_make(0).unwrap().lock();
+        let (one, others) = (Bits::one(5), Bits::range(6..9));
+        let sets = |state: &State| [state.gone(), state.resident(), state.private(), state.coherent()];
+        for end in [Cause::Leave, Cause::Release, Cause::Unmap] {
+            state.shift(one | others, System, Cause::Collect, Moving);
+            state.shift(one | others, Moving, Cause::Commit, Private);
+            state.shift(one, Private, Cause::Enter, Coherent);
+            assert_eq!(sets(&state), [others, one | others, others, one]);
+            assert!(state.page(5) == Coherent && state.page(6) == Private && state.page(4) == System);
+            assert!((state.duplicated() | state.bounced() | state.busy()).is_empty());
+            if end == Cause::Leave {
+                state.shift(one, Coherent, end, Private);
+                state.shift(one, Private, Cause::Return, System);
+            } else {
+                state.shift(one, Coherent, end, System);
+            }
+            state.shift(others, Private, Cause::Unmap, System);
+            assert_eq!(sets(&state), [Bits::EMPTY; 4]);
+        }
+        state.shift(one, System, Cause::Collect, Copying);
+        state.shift(one, Copying, Cause::Commit, Bounced);
+        assert!(state.coherent().is_empty() && state.bounced() == one && state.resident() == one, "a snapshot is none");
+    }
+
     #[test]
     #[cfg(debug_assertions)]
     #[should_panic(expected = "no transition Private -Commit-> Duplicated")]

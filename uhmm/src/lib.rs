@@ -191,15 +191,15 @@ impl Device {
     ///
     /// # Errors
     /// Found before the kernel starts, with everything left as it was: ranges that are null, unmapped, protected, too long, overlapping, or larger than
-    /// the device's memory; an empty grid. Found by the kernel's running: [`Error::Kernel`]. A byte then reads as before the launch or as the kernel wrote it.
+    /// the device's memory (a coherent device uses in place what it has no room for); an empty grid. Found by the kernel's running: [`Error::Kernel`]. A byte then reads as before the launch or as the kernel wrote it.
     pub fn run<K: Kernel>(&self, kernel: &K, grid: impl Into<Grid>, args: Args<'_>) -> Result<(), Error> {
         self.dev.run(Entry::new(kernel), grid.into(), &args)
     }
 
-    /// Moves the whole pages of `data` to the device ahead of a launch. Pages that cannot move stay.
+    /// Moves the whole pages of `data` to the device ahead of a launch. Pages that cannot move stay, and so does what a coherent device has no room for.
     ///
     /// # Errors
-    /// [`Error::TooLarge`], [`Error::NoRoom`].
+    /// [`Error::TooLarge`], [`Error::NoRoom`]; a coherent device has neither.
     pub fn prefetch<T: Pod>(&self, data: &[T]) -> Result<(), Error> {
         let range = data.as_ptr_range();
         self.dev.prefetch(range.start as usize, range.end as usize)

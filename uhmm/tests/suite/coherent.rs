@@ -428,6 +428,12 @@ fn what_a_kernel_must_not_touch() {
             libc::mprotect(none as *mut _, 16384, libc::PROT_NONE);
         }
         assert!(std::fs::read(file.path()).unwrap().iter().all(|&x| x == 3));
+        // Root may map the page at 0, and so may kernels of root's follow a null pointer.
+        if unsafe { libc::geteuid() } == 0 {
+            let error = dev.run(&kernel, 2, args![inout(&mut data), unsafe { ptr(2048 as *const u32) }]).unwrap_err();
+            assert!(matches!(error, Error::Kernel(KernelFault::Wild { address: 2048..2056, .. })), "{error}");
+            assert!(!maps().starts_with("00000000-"), "the page at 0 has gone");
+        }
     }
     // Found before the kernel starts, as on any device.
     let refused = |start: usize, len: usize| {
