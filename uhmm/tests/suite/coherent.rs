@@ -4,8 +4,6 @@ use crate::harness::*;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
 use uhmm::{Ctx, Device, Error, KernelFault, Stats, Uhmm, args, inout, inp, out, ptr};
 
 crate::tests![
@@ -21,11 +19,9 @@ crate::tests![
     two_devices_take_turns,
     nothing_need_be_declared,
     what_a_kernel_must_not_touch,
-    threads_beside_migration_both_ways,
-    mappings_change_beside_migration,
 ];
 
-fn coherent(mib: usize) -> (Uhmm, Device) {
+pub fn coherent(mib: usize) -> (Uhmm, Device) {
     let hmm = Uhmm::new().unwrap();
     let dev = hmm.soft("soft").memory(mib << 20).threads(2).coherent(true).open().unwrap();
     (hmm, dev)
@@ -40,12 +36,12 @@ fn frames<T>(data: &[T]) -> Vec<u64> {
     entries.chunks(8).map(|entry| u64::from_ne_bytes(entry.try_into().unwrap()) & ((1 << 55) - 1)).collect()
 }
 
-fn since(dev: &Device, before: Stats) -> Stats {
+pub fn since(dev: &Device, before: Stats) -> Stats {
     dev.stats() - before
 }
 
-/// Bytes of the device's memory that are in use, found by asking for all the rest: what is in use has to go home for that.
-fn evicted_by_taking_all(dev: &Device) -> u64 {
+/// Pages that are on the device, found by asking for all of its memory: they have to go home for that.
+pub fn evicted_by_taking_all(dev: &Device) -> u64 {
     let before = dev.stats();
     drop(dev.alloc::<u8>(dev.memory()).unwrap());
     since(dev, before).pages_to_cpu
@@ -444,112 +440,4 @@ fn what_a_kernel_must_not_touch() {
     assert!(matches!(refused(hole + 5, 100), Error::Unmapped { .. }));
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
     let _ = inp(&data);
-}
-
-/// Threads count in the same memory with atomics, and read and write it by system calls, while it goes to the device and comes home.
-fn threads_beside_migration_both_ways() {
-    let (_hmm, dev) = coherent(8);
-    const WORDS: usize = 12 << 20 >> 3;
-    let mut memory = Pages::huge(12 << 20);
-    let words: &[AtomicU64] = unsafe { std::slice::from_raw_parts(memory.start.cast(), WORDS) };
-    let end = Instant::now() + seconds(5);
-    let before = dev.stats();
-    let stop = AtomicBool::new(false);
-    // Thread t counts in words t, t + 8, ...; its shadow says how far.
-    let work = |thread: usize| {
-        let mut shadow = vec![0u64; WORDS / 8];
-        let mut random = fastrand::Rng::with_seed(thread as u64 + 1);
-        let mut pipe = std::io::pipe().unwrap();
-        while !stop.load(Ordering::Relaxed) {
-            let at = random.usize(0..shadow.len() - 64);
-            for i in at..at + 64 {
-                assert_eq!(words[i * 8 + thread].fetch_add(1, Ordering::Relaxed), shadow[i], "word {i} of thread {thread}");
-                shadow[i] += 1;
-            }
-            // A system call reads a word, and another writes it back, changed by one.
-            let word = &words[at * 8 + thread];
-            let bytes = unsafe { std::slice::from_raw_parts_mut(word.as_ptr().cast::<u8>(), 8) };
-            pipe.1.write_all(bytes).unwrap();
-            let mut copy = [0u8; 8];
-            pipe.0.read_exact(&mut copy).unwrap();
-            assert_eq!(u64::from_ne_bytes(copy), shadow[at]);
-            pipe.1.write_all(&(shadow[at] + 1).to_ne_bytes()).unwrap();
-            pipe.0.read_exact(bytes).unwrap();
-            shadow[at] += 1;
-        }
-        (0..shadow.len()).for_each(|i| assert_eq!(words[i * 8 + thread].load(Ordering::Relaxed), shadow[i], "word {i} of thread {thread}"));
-    };
-    std::thread::scope(|scope| {
-        let work = &work;
-        let threads: Vec<_> = (0..8).map(|thread| scope.spawn(move || work(thread))).collect();
-        let mut random = fastrand::Rng::with_seed(99);
-        let base = memory.start as usize;
-        while Instant::now() < end && threads.iter().all(|thread| !thread.is_finished()) {
-            let at = random.usize(0..5) << 21;
-            let part = unsafe { std::slice::from_raw_parts((base + at) as *const u8, random.usize(1..1024) << 12) };
-            match random.u8(0..4) {
-                0 | 1 => dev.prefetch(part).unwrap(),
-                2 => dev.evict(part).unwrap(),
-                _ => {
-                    // A kernel counts beside them, in words that are its own: added and taken away.
-                    let kernel = |ctx: &Ctx<'_>| {
-                        let word = ctx.ptr((ctx.value::<usize>(0) + 8 * ctx.group()) as *const AtomicU64);
-                        unsafe { (*word).fetch_add(0, Ordering::Relaxed) };
-                    };
-                    dev.run(&kernel, 64, args![base + at]).unwrap();
-                }
-            }
-        }
-        stop.store(true, Ordering::Relaxed);
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
-    });
-    let moved = since(&dev, before);
-    assert!(moved.pages_to_device > 5000 && moved.pages_to_cpu > 5000, "{moved:?}");
-    println!("{moved:?}");
-    memory.slice::<u8>()[0] = 1;
-}
-
-/// Threads map, drop, move and unmap memory of their own while it goes to the device and back.
-fn mappings_change_beside_migration() {
-    let (_hmm, dev) = coherent(8);
-    let end = Instant::now() + seconds(5);
-    let dev = &dev;
-    std::thread::scope(|scope| {
-        for thread in 0..3u64 {
-            scope.spawn(move || {
-                let mut random = fastrand::Rng::with_seed(thread);
-                while Instant::now() < end {
-                    let len = random.usize(1..900) * 4096;
-                    let mut pages = Pages::new(len);
-                    let mark = random.u8(1..255);
-                    pages.slice::<u8>().fill(mark);
-                    dev.prefetch(pages.slice::<u8>()).unwrap();
-                    let at = random.usize(0..len / 4096) * 4096;
-                    let dropped = random.usize(0..(len - at) / 4096 + 1) * 4096;
-                    if dropped > 0 {
-                        assert_eq!(unsafe { libc::madvise(pages.start.add(at).cast(), dropped, libc::MADV_DONTNEED) }, 0);
-                    }
-                    if random.bool() {
-                        dev.prefetch(pages.slice::<u8>()).unwrap();
-                    }
-                    if random.bool() {
-                        let kernel = |ctx: &Ctx<'_>| ctx.out::<u8>(0).chunk(1 << 22).iter_mut().for_each(|x| *x = x.wrapping_add(1));
-                        dev.run(&kernel, 1, args![inout(pages.slice::<u8>())]).unwrap();
-                    } else {
-                        pages.slice::<u8>().iter_mut().for_each(|x| *x = x.wrapping_add(1));
-                    }
-                    if random.bool() {
-                        dev.evict(pages.slice::<u8>()).unwrap();
-                    }
-                    let wrong = pages
-                        .slice::<u8>()
-                        .iter()
-                        .enumerate()
-                        .find(|&(i, &x)| x != if (at..at + dropped).contains(&i) { 1 } else { mark.wrapping_add(1) });
-                    assert_eq!(wrong, None, "of {len} bytes, {dropped} were dropped from {at} on");
-                }
-            });
-        }
-    });
-    assert_eq!(evicted_by_taking_all(dev), 0, "all of it was unmapped");
 }

@@ -11,6 +11,7 @@ mod bad_input;
 mod basics;
 mod closing;
 mod coherent;
+mod coherent_races;
 mod conformance;
 mod dying;
 mod evict;
@@ -44,6 +45,7 @@ fn main() {
     tests.extend(lifecycle::TESTS);
     tests.extend(closing::TESTS);
     tests.extend(coherent::TESTS);
+    tests.extend(coherent_races::TESTS);
     tests.extend(profiles::TESTS);
     tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);

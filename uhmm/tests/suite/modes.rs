@@ -64,8 +64,7 @@ const FULL_ONLY: &[&str] = &[
     "coherent::forks",
     "coherent::pinned",
     "coherent::what_a_dying",
-    "coherent::threads",
-    "coherent::mappings",
+    "coherent_races::",
     "nothing_declared::",
     "profiles::null",
 ];
