@@ -30,6 +30,8 @@ use uhmm_os::{Errno, PAGE, thread};
 
 /// How often a page that the kernel has in hand for a moment is tried again.
 const CONTENDED: usize = 1000;
+/// How often it is looked at what will not leave, before it stays.
+const LOOKS: usize = 4;
 
 /// Puts private pages of the block into the program: those become coherent that the kernel lets in.
 ///
@@ -95,6 +97,7 @@ pub(crate) fn ends<'a>(core: &'a Core, dev: &Device) -> Option<MutexGuard<'a, ()
 /// # Errors
 /// `EAGAIN` if an event is unread, or no tray is free: drop the locks, let it be read, and look again.
 pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits) -> Result<(), Errno> {
+    let mut looks = 0;
     loop {
         let pages = pages & state.coherent();
         if pages.is_empty() {
@@ -121,10 +124,12 @@ pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: V
         state.huge = size == Size::Huge && moved == Bits::ALL;
         // If this fails, the first write does it.
         let _ = ranges::unprotect(core, va, sealed - moved);
+        looks += 1;
         match end {
             MoveEnd::Pending => return Err(Errno::AGAIN),
-            MoveEnd::Vanished => {} // look again what is there
-            MoveEnd::All | MoveEnd::Refused => release(core, state, va, sealed - moved),
+            // Somebody holds a page for a moment (the kernel's own compaction), or has dropped it.
+            MoveEnd::Refused | MoveEnd::Vanished if looks < LOOKS => thread::yield_now(),
+            _ => release(core, state, va, sealed - moved),
         }
     }
 }
