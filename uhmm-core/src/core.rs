@@ -348,6 +348,9 @@ impl DeviceRef {
     pub fn allocate(&self, bytes: usize) -> Result<(Frame, usize), Error> {
         self.ask(move |core, dev| {
             let units = bytes.div_ceil(BLOCK).max(1);
+            // What the program has unmapped before is free, not only announced.
+            core.space.settle();
+            drop(core.space.hold());
             loop {
                 if let Ok(frame) = dev.mem.take_units(&*dev.driver, units) {
                     dev.allocated.fetch_add(units * BLOCK, Ordering::Relaxed);
