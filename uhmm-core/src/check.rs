@@ -43,7 +43,8 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> 
         }
     }
     overlap(args)?;
-    if info.memory > 0 {
+    // A coherent device uses in place what it has no room for.
+    if info.memory > 0 && !info.coherent {
         fits(dev, args)?;
     }
     Ok(groups)

@@ -28,6 +28,7 @@ use crate::process::CoreRef;
 use crate::shares::Shares;
 use crate::snapshot::Fetched;
 use crate::space::Space;
+use crate::stand_in::StandIns;
 use crate::sync::*;
 use crate::table::DeviceTable;
 use crate::twins::Twins;
@@ -85,6 +86,7 @@ pub struct Device {
     pub(crate) fetched: Mutex<Fetched>,
     pub(crate) shares: Shares,
     pub(crate) holds: Holds,
+    pub(crate) stand_ins: StandIns,
     /// Raised by every change of the device's page table.
     pub(crate) changes: AtomicU64,
     /// The running launch has found the memory full of what may not leave.
@@ -211,6 +213,7 @@ impl Device {
             fetched: Mutex::new(Fetched::new(memory).map_err(reserve)?),
             shares: Shares::default(),
             holds: Holds::default(),
+            stand_ins: StandIns::new().map_err(reserve)?,
             changes: AtomicU64::new(0),
             full: AtomicBool::new(false),
             pin: AtomicU64::new(0),
@@ -345,6 +348,9 @@ impl DeviceRef {
     pub fn allocate(&self, bytes: usize) -> Result<(Frame, usize), Error> {
         self.ask(move |core, dev| {
             let units = bytes.div_ceil(BLOCK).max(1);
+            // What the program has unmapped before is free, not only announced.
+            core.space.settle();
+            drop(core.space.hold());
             loop {
                 if let Ok(frame) = dev.mem.take_units(&*dev.driver, units) {
                     dev.allocated.fetch_add(units * BLOCK, Ordering::Relaxed);

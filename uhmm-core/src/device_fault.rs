@@ -17,6 +17,7 @@ use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::policy;
 use crate::ranges;
+use crate::stand_in;
 use uhmm_os::maps::Vma;
 use uhmm_os::signal::FaultInfo;
 use uhmm_os::{BLOCK, PAGE, copy, tasks, thread};
@@ -50,6 +51,13 @@ pub(crate) fn on_signal(info: &FaultInfo) -> bool {
 }
 
 fn on_worker(core: &Core, dev: &Device, info: &FaultInfo) -> bool {
+    if dev.driver.info().coherent {
+        // It has the process's addresses: what faults there would fault in the program too.
+        count(&dev.counters.device_faults, 1);
+        dev.driver.note_fault(info.address, info.write);
+        dev.driver.fail(KernelFault::Wild { address: info.address, write: info.write });
+        return stand_in::put(core, dev, info);
+    }
     if !dev.driver.in_window(info.address) {
         // Not the device's address at all, and the process has nothing there either.
         return dev.driver.scratch(info.address, KernelFault::Wild { address: info.address, write: info.write });

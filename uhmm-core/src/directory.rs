@@ -32,7 +32,9 @@ pub type Frame = u32;
 #[derive(Debug)]
 pub struct State {
     gone: Bits,
+    /// The device has a copy of its own.
     dev: Bits,
+    /// Bounced, with `dev`; without, the page that the program has mapped is the device's.
     bounce: Bits,
     busy: Bits,
     /// Pages whose frame is in the device's page table.
@@ -77,7 +79,12 @@ impl State {
 
     /// Pages of which the device holds a valid copy.
     pub fn resident(&self) -> Bits {
-        self.dev
+        self.dev | self.bounce
+    }
+
+    /// Pages in the memory of a coherent device that the program has mapped.
+    pub fn coherent(&self) -> Bits {
+        self.bounce - self.dev
     }
 
     /// Pages on the device only.
@@ -92,7 +99,7 @@ impl State {
 
     /// Pages with a snapshot for one launch.
     pub fn bounced(&self) -> Bits {
-        self.bounce
+        self.bounce & self.dev
     }
 
     /// Pages in transit.
@@ -105,7 +112,8 @@ impl State {
         match (self.busy.has(page), self.gone.has(page), self.dev.has(page), self.bounce.has(page)) {
             (true, true, ..) => PageState::Moving,
             (true, false, ..) => PageState::Copying,
-            (_, _, _, true) => PageState::Bounced,
+            (_, _, true, true) => PageState::Bounced,
+            (_, _, false, true) => PageState::Coherent,
             (_, true, true, _) => PageState::Private,
             (_, false, true, _) => PageState::Duplicated,
             _ => PageState::System,
@@ -128,6 +136,7 @@ impl State {
             PageState::Duplicated => (false, true, false, false),
             PageState::Private => (true, true, false, false),
             PageState::Bounced => (false, true, true, false),
+            PageState::Coherent => (false, false, true, false),
             PageState::Moving => (true, false, false, true),
             PageState::Copying => (false, false, false, true),
         };
@@ -416,6 +425,35 @@ mod tests {
         dir.clear_frames(&mut locks[0]);
         dir.set_whole(&mut locks[0], 1024);
         assert_eq!((dir.frame(&locks[0], 3), dir.clear_frames(&mut locks[0])), (1027, Some(1024)));
+    }
+
+    /// Of a coherent page both sides have the one copy: it is resident, and neither gone nor shared.
+    #[test]
+    fn a_page_of_a_coherent_device_goes_there_and_back() {
+        use PageState::*;
+        let dir = Directory::new(1).unwrap();
+        let mut state = dir.get_or_make(0).unwrap().lock();
+        let (one, others) = (Bits::one(5), Bits::range(6..9));
+        let sets = |state: &State| [state.gone(), state.resident(), state.private(), state.coherent()];
+        for end in [Cause::Leave, Cause::Release, Cause::Unmap] {
+            state.shift(one | others, System, Cause::Collect, Moving);
+            state.shift(one | others, Moving, Cause::Commit, Private);
+            state.shift(one, Private, Cause::Enter, Coherent);
+            assert_eq!(sets(&state), [others, one | others, others, one]);
+            assert!(state.page(5) == Coherent && state.page(6) == Private && state.page(4) == System);
+            assert!((state.duplicated() | state.bounced() | state.busy()).is_empty());
+            if end == Cause::Leave {
+                state.shift(one, Coherent, end, Private);
+                state.shift(one, Private, Cause::Return, System);
+            } else {
+                state.shift(one, Coherent, end, System);
+            }
+            state.shift(others, Private, Cause::Unmap, System);
+            assert_eq!(sets(&state), [Bits::EMPTY; 4]);
+        }
+        state.shift(one, System, Cause::Collect, Copying);
+        state.shift(one, Copying, Cause::Commit, Bounced);
+        assert!(state.coherent().is_empty() && state.bounced() == one && state.resident() == one, "a snapshot is none");
     }
 
     #[test]

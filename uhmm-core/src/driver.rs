@@ -7,6 +7,10 @@
 //! * The directory is the only truth; a driver's page table is a cache of it. [`Driver::unmap`] returns when the device has
 //!   acknowledged: no access through the old entry can happen afterwards.
 //! * An error is only for what the caller cannot foresee. A page whose copy failed is not mapped.
+//! * The memory of a coherent device ([`DeviceInfo::coherent`]) is anonymous memory of this process, which [`Driver::peek`] tells, and its pages themselves go into
+//!   the program and come back ([`Driver::take_back`]). It sees the process's addresses as they are (its mask is 0) and reaches all of them, so that it has no page table:
+//!   nothing is mapped, unmapped or shared for it, and no window is opened. A frame whose page is in the program, or went with it, is vacant; the copy engine's
+//!   next write gives it a page. A fault of its kernels is one of the process's own addresses, and uhmm lets them run on itself.
 
 use crate::kernel::{Bound, Entry, Message};
 use crate::page::Span;
@@ -153,6 +157,15 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
 
     /// Where the CPU can read `frame` while it is not mapped for the device, if it can.
     fn peek(&self, frame: Frame) -> Option<usize>;
+
+    /// The pages at `host`, which lie in memory of uhmm's and are those of a coherent device, become the pages of vacant frames from `frame` on again.
+    ///
+    /// # Errors
+    /// If they cannot: their contents are copied into the frames then. Some may have gone all the same.
+    fn take_back(&self, frame: Frame, host: usize, pages: usize) -> Result<(), Errno> {
+        let _ = (frame, host, pages);
+        Err(Errno::OPNOTSUPP)
+    }
 
     /// The device's own address of a frame that is not mapped at any process address, for memory that the program allocated on the device.
     fn address(&self, frame: Frame) -> usize;

@@ -132,11 +132,14 @@ fn forget(core: &Core, state: &mut State, va: Va, bits: Bits) {
     state.shift(private, PageState::Private, Cause::Unmap, PageState::System);
     state.shift(shared, PageState::Duplicated, Cause::Unmap, PageState::System);
     state.shift(bounced, PageState::Bounced, Cause::Unmap, PageState::System);
+    // What the program had mapped went with the mapping, or stays in it.
+    let coherent = bits & state.coherent();
+    state.shift(coherent, PageState::Coherent, Cause::Unmap, PageState::System);
     state.parked -= bits;
     state.spoiled -= bits;
     state.rdonly -= bits;
     state.twins -= bits;
-    ranges::give_frames(core, dev, state, va, private | shared | bounced);
+    ranges::give_frames(core, dev, state, va, private | shared | bounced | coherent);
 }
 
 /// Copies pages that a migration has taken out, and whose copy step may still be reading them, to where the program expects them now.

@@ -7,6 +7,7 @@
 #![allow(unsafe_code)] // calls of userfaultfd that put pages into the program
 
 use crate::bits::Bits;
+use crate::coherent;
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::{BlockGuard, Frame, State};
@@ -217,23 +218,27 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
     let mut refusals = Refusals::new(&core.space);
     loop {
         let hold = core.space.hold();
+        let ends = coherent::ends(core, dev);
         let Some(block) = core.dir.get(va) else { return Ok(()) };
         let mut state = block.lock();
         if state.device != dev.id() {
             return Ok(());
         }
         if state.mover != 0 {
-            drop((state, hold));
+            drop((state, ends, hold));
             thread::yield_now();
             continue;
         }
         let shared = state.duplicated() & pages;
         let mut result = drop_duplicates(core, dev, &mut state, va, shared);
         if result.is_ok() {
+            result = coherent::leave(core, dev, &mut state, va, pages);
+        }
+        if result.is_ok() {
             let away = (state.private() & pages) - state.parked; // parked pages are the running launch's
             result = bring_home(core, dev, &mut state, va, away).map(|_| ());
         }
-        drop((state, hold));
+        drop((state, ends, hold));
         match result {
             Ok(()) => return Ok(()),
             Err(_) => {

@@ -9,6 +9,7 @@
 use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::bits::Bits;
 use crate::check;
+use crate::coherent;
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::driver::{KernelFault, Launch};
@@ -23,6 +24,7 @@ use crate::page::{Cause, PageState, Span, Va};
 use crate::prepare::{prepare, register_ahead};
 use crate::ranges;
 use crate::snapshot;
+use crate::stand_in;
 use crate::sync::*;
 use std::time::Instant;
 use uhmm_os::uffd::MoveMode;
@@ -118,6 +120,9 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request) -> Result<(), Er
         Err(e) => Err(e),
     };
     hold::end(core, dev);
+    if dev.driver.info().coherent {
+        stand_in::clear(core, dev);
+    }
     let ended = finish(core, dev, ledger, args, result.is_ok());
     if result.is_ok() {
         result = ended;
@@ -273,13 +278,20 @@ pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<
     if info.memory == 0 {
         return Ok(()); // every page stays
     }
-    if inside.len() > info.memory {
+    if info.coherent && core.space.mode != Mode::Full {
+        return Ok(()); // as above
+    }
+    if inside.len() > info.memory && !info.coherent {
         return Err(Error::TooLarge { device: info.name, needed: inside.len(), capacity: info.memory });
     }
     let _one = core.prepare.lock();
     dev.driver.stand_by();
     dev.set_pin(core.next_launch());
     dev.changed(); // the last launch's pins are gone
+    dev.full.store(false, Ordering::Relaxed);
+    if info.coherent {
+        coherent::pin(core, dev, start, end);
+    }
     check::pieces(core, start, end, |piece| {
         let part = inside.and(Span::touching(piece.start, piece.end));
         if piece.movable && !part.is_empty() {

@@ -249,7 +249,7 @@ impl Monitor {
                 state.shift(copying, PageState::Copying, Cause::CpuWrite, PageState::System);
                 ranges::unprotect(core, va, copying)
             }
-            PageState::System | PageState::Bounced => ranges::unprotect(core, va, Bits::one(page)),
+            PageState::System | PageState::Bounced | PageState::Coherent => ranges::unprotect(core, va, Bits::one(page)),
             PageState::Private | PageState::Moving => {
                 // It has left since: the touch comes again, as one of a missing page.
                 core.space.uffd.wake(va + page * PAGE, PAGE)

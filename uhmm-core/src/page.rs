@@ -80,6 +80,8 @@ pub enum PageState {
     Duplicated,
     /// On the device only; the CPU's page is empty and watched.
     Private,
+    /// In the memory of a coherent device, and mapped in the program, which uses it in place.
+    Coherent,
     /// On the CPU's side, with a snapshot on the device for one launch (pages that hold other data too, or cannot move).
     Bounced,
     /// Taken from the CPU and on its way to the device; empty and watched.
@@ -109,6 +111,12 @@ pub enum Cause {
     LaunchEnd,
     /// The program unmapped, remapped or dropped the page.
     Unmap,
+    /// A coherent device's page takes its place in the program.
+    Enter,
+    /// A coherent device takes its page back out of the program, so that it can come home.
+    Leave,
+    /// A coherent device gives its page up, which stays where it is: the kernel will not move it, or a child has it too.
+    Release,
 }
 
 use Cause::*;
@@ -136,6 +144,10 @@ pub const TRANSITIONS: &[(PageState, Cause, PageState)] = &[
     (Bounced, LaunchEnd, System),
     (Bounced, LaunchEnd, Private),
     (Bounced, Unmap, System),
+    (Private, Enter, Coherent),
+    (Coherent, Leave, Private),
+    (Coherent, Release, System),
+    (Coherent, Unmap, System),
 ];
 
 /// Whether the table holds this transition.
@@ -150,10 +162,25 @@ mod tests {
 
     #[test]
     fn every_state_can_be_left_for_system_and_survives_unmap() {
-        for state in [Duplicated, Private, Bounced, Moving, Copying] {
+        for state in [Duplicated, Private, Coherent, Bounced, Moving, Copying] {
             assert!(allowed(state, Unmap, System), "{state:?}");
         }
         assert!(!allowed(Private, Commit, Duplicated), "a page that is away has no CPU copy to share");
+    }
+
+    /// A coherent page holds the only copy: it is entered and left as a whole, never copied, and nothing but its unmapping takes the device's frame and contents at once.
+    #[test]
+    fn a_coherent_page_comes_from_and_goes_by_private() {
+        let entered: Vec<_> = TRANSITIONS.iter().filter(|change| change.2 == Coherent).collect();
+        assert_eq!(entered, [&(Private, Enter, Coherent)]);
+        let left: Vec<_> = TRANSITIONS.iter().filter(|change| change.0 == Coherent).map(|change| (change.1, change.2)).collect();
+        assert_eq!(left, [(Leave, Private), (Release, System), (Unmap, System)]);
+        for cause in [Collect, Return, CpuWrite, DeviceWrite, Bounce] {
+            assert!(
+                TRANSITIONS.iter().all(|change| (change.0, change.1) != (Coherent, cause)),
+                "{cause:?} must not touch the CPU's own page"
+            );
+        }
     }
 
     #[test]

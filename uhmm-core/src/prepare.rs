@@ -6,6 +6,7 @@
 use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::bits::Bits;
 use crate::check::{self, Piece};
+use crate::coherent;
 use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::fixed::Sealed;
@@ -27,27 +28,14 @@ use uhmm_os::{PAGE, tasks};
 pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
     dev.set_pin(core.next_launch());
     ledger.forget_last();
-    ledger.sealed = Sealed::new();
-    let seals = dev.driver.info().replayable_faults && core.space.mode == Mode::Full; // else edges are copied at each launch
-    for (start, end, _) in ranges(args) {
-        dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
-        shares::open(core, dev, start, end);
-        check::pieces(core, start, end, |piece| {
-            if piece.movable {
-                let whole = Span::touching(piece.start, piece.end);
-                register_ahead(core, Span::inside(start, end).and(whole));
-                if seals && end - start >= LARGE {
-                    edges(start, end).filter(|edge| whole.and(*edge) == *edge).for_each(|edge| ledger.sealed.push(edge.start));
-                }
-            }
-            Ok(())
-        })?;
+    let coherent = dev.driver.info().coherent;
+    if coherent && core.space.mode != Mode::Full {
+        return Ok(()); // it uses everything in place
     }
+    let sealed = open(core, dev, args)?;
     if !dev.driver.info().replayable_faults {
         edges_home(core, dev, args)?;
     }
-    ledger.sealed.seal(core);
-    let sealed = core::mem::replace(&mut ledger.sealed, Sealed::new());
     let mut wants = [Want::default(); MAX_ARGS];
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
         *want = Want::of(dev, range);
@@ -57,10 +45,41 @@ pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Ra
     let carried_out = plan.carry_out(ledger);
     ledger.sealed = sealed; // of those that are written snapshots are taken; they leave when the launch has ended
     carried_out?;
+    if coherent {
+        return Ok(()); // what has not moved is used in place
+    }
     for (start, end, access) in ranges(args) {
         snapshot_rest(core, dev, ledger, args, Span::touching(start, end), access)?;
     }
     Ok(())
+}
+
+/// Opens the ranges on the device, watches them as far as they may move, and seals the edges of large ones.
+fn open(core: &Core, dev: &Device, args: &[RawArg]) -> Result<Sealed, Error> {
+    let info = dev.driver.info();
+    let mut sealed = Sealed::new();
+    // Elsewhere edges are copied at each launch, or used in place.
+    let seals = info.replayable_faults && core.space.mode == Mode::Full && !info.coherent;
+    for (start, end, _) in ranges(args) {
+        if info.coherent {
+            coherent::pin(core, dev, start, end);
+        } else {
+            dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
+            shares::open(core, dev, start, end);
+        }
+        check::pieces(core, start, end, |piece| {
+            if piece.movable {
+                let whole = Span::touching(piece.start, piece.end);
+                register_ahead(core, Span::inside(start, end).and(whole));
+                if seals && end - start >= LARGE {
+                    edges(start, end).filter(|edge| whole.and(*edge) == *edge).for_each(|edge| sealed.push(edge.start));
+                }
+            }
+            Ok(())
+        })?;
+    }
+    sealed.seal(core);
+    Ok(sealed)
 }
 
 /// Pages that hold other data too must not be on a device without replayable faults, for the CPU may touch that data while the kernel runs: they come home,
@@ -140,6 +159,9 @@ impl Plan<'_> {
         let order = |access| ranges(self.args).enumerate().filter(move |(_, range)| range.2 == access);
         for (index, (start, end, access)) in order(Access::In).chain(order(Access::InOut)).chain(order(Access::Out)) {
             check::pieces(self.core, start, end, |piece| {
+                if !piece.movable && self.dev.driver.info().coherent {
+                    return Ok(());
+                }
                 let whole = Span::touching(piece.start, piece.end);
                 let pages = match access {
                     _ if piece.movable => self.wants[index].span.and(whole),
@@ -184,7 +206,9 @@ impl Plan<'_> {
         let whole = all && self.core.space.mode == Mode::Full; // else neighbours may be of another kind
         let (part, want) = if whole { (block, Bits::ALL) } else { (part, part.bits()) };
         let beside = alike().fold(want, |rest, other| rest - other.inside.and(block).bits());
-        let intent = if self.pins && access == Access::In { Intent::Move } else { intent(access) };
+        // A coherent device writes in place whatever happens then: there is nothing to park for a kernel that fails.
+        let moves = (self.pins && access == Access::In) || self.dev.driver.info().coherent;
+        let intent = if moves { Intent::Move } else { intent(access) };
         Ask { beside, sealed: Some(self.sealed), ..Ask::new(part, want, intent) }
     }
 }
@@ -238,7 +262,8 @@ impl Want {
     fn of(dev: &Device, (start, end, access): (Va, Va, Access)) -> Self {
         let inside = Span::inside(start, end);
         // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
-        let shared = access == Access::In && end - start >= LARGE && dev.driver.info().replayable_faults;
+        let info = dev.driver.info();
+        let shared = access == Access::In && end - start >= LARGE && info.replayable_faults && !info.coherent;
         Want { access: Some(access), span: if shared { Span::touching(start, end) } else { inside }, inside }
     }
 }

@@ -56,12 +56,14 @@ pub struct DeviceConfig {
     pub threads: usize,
     /// Whether kernels may touch what their launch does not declare, if the driver leaves a choice.
     pub replayable_faults: bool,
+    /// Whether the CPU uses the device's memory in place, if the driver leaves a choice.
+    pub coherent: bool,
 }
 
 impl DeviceConfig {
     /// The driver's defaults, under a name.
     pub fn new(name: &'static str) -> Self {
-        DeviceConfig { name, memory: 0, threads: 0, replayable_faults: true }
+        DeviceConfig { name, memory: 0, threads: 0, replayable_faults: true, coherent: false }
     }
 }
 

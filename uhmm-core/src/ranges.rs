@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // calls of userfaultfd that change the program's memory
 
 use crate::bits::{Bits, PAGES};
+use crate::coherent;
 use crate::core::{Core, Device};
 use crate::devmem::Full;
 use crate::directory::{Frame, State};
@@ -162,11 +163,14 @@ pub(crate) fn with_runs(core: &Core, state: &State, va: Va, bits: Bits, write: b
     }
 }
 
-/// Enters resident pages into the device's page table: read-only those that both sides have.
+/// Enters resident pages into the device's page table: read-only those that both sides have. Those of a coherent device go into the program.
 ///
 /// # Errors
-/// The driver's.
+/// The driver's; for a coherent device `EAGAIN` if an event is unread.
 pub(crate) fn map(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bits) -> Result<(), Errno> {
+    if dev.driver.info().coherent {
+        return coherent::enter(core, dev, state, va, bits);
+    }
     dev.changed();
     let mut result = Ok(());
     let read = state.duplicated() | state.rdonly;

@@ -10,6 +10,7 @@
 #![allow(unsafe_code)] // fills another process's memory, which is this one's copy
 
 use crate::bits::Bits;
+use crate::coherent;
 use crate::core::Core;
 use crate::directory::State;
 use crate::home;
@@ -22,10 +23,13 @@ use uhmm_os::{Errno, PAGE, thread};
 pub(crate) fn fill(core: &Core, child: &Userfaultfd) {
     core.dir.for_each(Span { start: 0, end: 1 << 47 }, |block, part| {
         let mut state = block.lock();
+        let va = part.start;
+        // The child has these too: whoever writes first gets a copy, and nothing tells who.
+        let shared = state.coherent();
+        coherent::release(core, &mut state, va, shared);
         if state.gone().is_empty() {
             return;
         }
-        let va = part.start;
         let away = state.private();
         if !away.is_empty() {
             let dev = core.device(state.device as usize - 1);

@@ -22,6 +22,10 @@ pub enum Prot {
     Read,
     /// Read and write it.
     ReadWrite,
+    /// Read and execute it.
+    ReadExec,
+    /// All of that.
+    ReadWriteExec,
 }
 
 impl Prot {
@@ -30,6 +34,8 @@ impl Prot {
             Prot::None => abi::PROT_NONE,
             Prot::Read => abi::PROT_READ,
             Prot::ReadWrite => abi::PROT_READ | abi::PROT_WRITE,
+            Prot::ReadExec => abi::PROT_READ | abi::PROT_EXEC,
+            Prot::ReadWriteExec => abi::PROT_READ | abi::PROT_WRITE | abi::PROT_EXEC,
         };
         bits as usize
     }

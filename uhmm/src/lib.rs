@@ -45,7 +45,7 @@ use uhmm_core::kernel::Entry;
 use uhmm_core::{CoreRef, DeviceConfig, DeviceRef};
 
 /// The names of the kinds of device that this build has; [`Uhmm::device`] says what they are.
-pub const KINDS: &[&str] = &["soft", "soft:nofault", "null"];
+pub const KINDS: &[&str] = &["soft", "soft:nofault", "soft:coherent", "null"];
 
 /// The process's heterogeneous memory management. All values of this type in a process share one core, which ends with the last of them and of their
 /// devices: everything comes home, and no thread, mapping or descriptor stays.
@@ -73,6 +73,7 @@ impl Uhmm {
     /// |---|---|
     /// | `soft` | the reference device in software |
     /// | `soft:nofault` | the same without replayable faults, as most hardware is: kernels reach only what their launch declares |
+    /// | `soft:coherent` | the same with memory that the CPU uses in place, as behind CXL: what a launch declares moves there as far as there is room, and neither side's touch moves anything |
     /// | `null` | accepts every launch, runs nothing, has no memory: what uhmm itself costs |
     ///
     /// # Errors
@@ -81,6 +82,7 @@ impl Uhmm {
         match name {
             "soft" => self.soft("soft").open(),
             "soft:nofault" => self.soft("soft:nofault").replayable_faults(false).open(),
+            "soft:coherent" => self.soft("soft:coherent").coherent(true).open(),
             "null" => Ok(Device { dev: self.core.device(DeviceConfig::new("null"), uhmm_null::open)? }),
             _ => match self.core.open_device(name)? {
                 Some(dev) => Ok(Device { dev }),
@@ -159,6 +161,13 @@ impl SoftBuilder<'_> {
         self
     }
 
+    /// Whether the CPU uses the device's memory in place. Default: no. Then device and process use the same addresses, kernels may touch any of them, whatever
+    /// [`replayable_faults`](Self::replayable_faults) says, and a launch may declare more than the device's memory: what has no room there is used where it is.
+    pub fn coherent(mut self, have: bool) -> Self {
+        self.config.coherent = have;
+        self
+    }
+
     /// Opens the device.
     ///
     /// # Errors
@@ -182,15 +191,15 @@ impl Device {
     ///
     /// # Errors
     /// Found before the kernel starts, with everything left as it was: ranges that are null, unmapped, protected, too long, overlapping, or larger than
-    /// the device's memory; an empty grid. Found by the kernel's running: [`Error::Kernel`]. A byte then reads as before the launch or as the kernel wrote it.
+    /// the device's memory (a coherent device uses in place what it has no room for); an empty grid. Found by the kernel's running: [`Error::Kernel`]. A byte then reads as before the launch or as the kernel wrote it.
     pub fn run<K: Kernel>(&self, kernel: &K, grid: impl Into<Grid>, args: Args<'_>) -> Result<(), Error> {
         self.dev.run(Entry::new(kernel), grid.into(), &args)
     }
 
-    /// Moves the whole pages of `data` to the device ahead of a launch. Pages that cannot move stay.
+    /// Moves the whole pages of `data` to the device ahead of a launch. Pages that cannot move stay, and so does what a coherent device has no room for.
     ///
     /// # Errors
-    /// [`Error::TooLarge`], [`Error::NoRoom`].
+    /// [`Error::TooLarge`], [`Error::NoRoom`]; a coherent device has neither.
     pub fn prefetch<T: Pod>(&self, data: &[T]) -> Result<(), Error> {
         let range = data.as_ptr_range();
         self.dev.prefetch(range.start as usize, range.end as usize)

@@ -14,7 +14,10 @@
 //!
 //! Without replayable faults ([`DeviceConfig::replayable_faults`]) it is a device as most are: what a launch declares is there before its kernel starts,
 //! and a touch of anything else fails the launch.
+//!
+//! With [`DeviceConfig::coherent`] it is another device ([`mod@coherent`]), whose memory the CPU uses in place.
 
+pub mod coherent;
 pub mod dma;
 pub mod memory;
 mod remap;
@@ -22,7 +25,7 @@ pub mod window;
 pub mod worker;
 
 use dma::Engine;
-use memory::Memory;
+use memory::{Memory, Watch};
 use uhmm_core::driver::{DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
@@ -52,20 +55,16 @@ pub struct Soft {
 /// # Errors
 /// [`Error::Device`] if it cannot be had as asked; [`Error::NoUserfaultfd`].
 pub fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
-    let memory = if config.memory == 0 { system::total_memory() as usize / 4 } else { config.memory };
-    let memory = memory / BLOCK * BLOCK;
-    let refuse = |why: String| Error::Device { name: config.name.into(), why };
-    if memory == 0 {
-        return Err(refuse("its memory must be at least 2 MiB".into()));
+    if config.coherent {
+        return coherent::open(config, mode);
     }
-    let threads = if config.threads == 0 { thread::num_cores() } else { config.threads };
-    if threads > worker::MOST {
-        return Err(refuse(format!("{threads} threads are more than {}", worker::MOST)));
-    }
+    let (memory, threads) = sizes(config)?;
+    let refuse = |why: String| refuse(config, why);
     let wanted = Features::SIGBUS | Features::MOVE | Features::PAGEFAULT_FLAG_WP | Features::EXACT_ADDRESS;
     let uffd = mode.open(wanted)?;
     let reserve = |e: Errno| refuse(format!("cannot reserve address space for {memory} bytes of device memory: {e}"));
-    let device_memory = Memory::new(memory, mode != Mode::None).map_err(reserve)?;
+    let watch = if mode == Mode::None { Watch::Not } else { Watch::Missing };
+    let device_memory = Memory::new(memory, watch).map_err(reserve)?;
     let Some(mask) = window::free_mask(others) else {
         return Err(refuse("no part of the address space is free for its window: at most 4 software devices fit a process".into()));
     };
@@ -89,6 +88,24 @@ pub fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<
     soft.workers.start().map_err(|e| refuse(format!("cannot start its threads: {e}")))?;
     soft.engine.start().map_err(|e| refuse(format!("cannot start its threads: {e}")))?;
     Ok(soft.unsize(|p| p as *mut dyn Driver))
+}
+
+fn refuse(config: &DeviceConfig, why: String) -> Error {
+    Error::Device { name: config.name.into(), why }
+}
+
+/// Bytes of memory and number of threads that a device is asked for.
+fn sizes(config: &DeviceConfig) -> Result<(usize, usize), Error> {
+    let memory = if config.memory == 0 { system::total_memory() as usize / 4 } else { config.memory };
+    let memory = memory / BLOCK * BLOCK;
+    if memory == 0 {
+        return Err(refuse(config, "its memory must be at least 2 MiB".into()));
+    }
+    let threads = if config.threads == 0 { thread::num_cores() } else { config.threads };
+    if threads > worker::MOST {
+        return Err(refuse(config, format!("{threads} threads are more than {}", worker::MOST)));
+    }
+    Ok((memory, threads))
 }
 
 #[allow(unsafe_code)]

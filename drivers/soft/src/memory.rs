@@ -4,8 +4,12 @@
 //!
 //! A populated unit is registered in the device's userfaultfd, because pages come back from the window by UFFDIO_MOVE. That
 //! descriptor raises SIGBUS instead of waiting, so a touch of a page that is in the window is an error, not a hang.
-#![allow(unsafe_code)] // populates and drops its own mappings
+//!
+//! A page of a coherent device may leave for good, with the program's mapping that it was in. So there a place that has lost its page gets a new one when the copy engine
+//! next writes to it: the units are registered for write protection, which nobody uses, and so not for missing pages.
+#![allow(unsafe_code)] // populates and drops its own mappings, and moves pages into them
 
+use crate::window;
 use uhmm_core::driver::Frame;
 use uhmm_core::own;
 use uhmm_os::mem::{self, Advice, Mapping};
@@ -17,8 +21,18 @@ use uhmm_os::{BLOCK, Errno, PAGE};
 pub struct Memory {
     arenas: [Mapping; 2],
     units: usize,
-    /// Pages go to the window and back by UFFDIO_MOVE, which wants the destination registered.
-    watched: bool,
+    watch: Watch,
+}
+
+/// What a populated unit is registered for. Pages come back by UFFDIO_MOVE, which wants the destination registered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Watch {
+    /// Nothing: mremap carries the pages.
+    Not,
+    /// Touches of pages that are elsewhere.
+    Missing,
+    /// Nothing that happens.
+    Writes,
 }
 
 impl Memory {
@@ -26,14 +40,14 @@ impl Memory {
     ///
     /// # Errors
     /// `ENOMEM` where limits refuse it.
-    pub fn new(bytes: usize, watched: bool) -> Result<Self, Errno> {
+    pub fn new(bytes: usize, watch: Watch) -> Result<Self, Errno> {
         let arena = |advice| {
             let memory = own::map(c"uhmm device memory", bytes)?;
             // SAFETY: the mapping is ours and empty. A kernel without huge pages does without the advice.
             let _ = unsafe { mem::madvise(memory.start(), bytes, advice) };
             Ok::<_, Errno>(memory)
         };
-        Ok(Memory { arenas: [arena(Advice::Hugepage)?, arena(Advice::NoHugepage)?], units: bytes / BLOCK, watched })
+        Ok(Memory { arenas: [arena(Advice::Hugepage)?, arena(Advice::NoHugepage)?], units: bytes / BLOCK, watch })
     }
 
     /// Where a frame lies.
@@ -55,7 +69,19 @@ impl Memory {
         let start = self.unit(unit);
         // SAFETY: ours, and nobody uses it yet.
         unsafe { mem::madvise(start, BLOCK, Advice::PopulateWrite)? };
-        if self.watched { uffd.register(start, BLOCK, RegisterMode::MISSING) } else { Ok(()) }
+        match self.watch {
+            Watch::Not => Ok(()),
+            Watch::Missing => uffd.register(start, BLOCK, RegisterMode::MISSING),
+            Watch::Writes => uffd.register(start, BLOCK, RegisterMode::WP),
+        }
+    }
+
+    /// Moves pages from memory of uhmm's into the empty places of frames, all or none.
+    ///
+    /// # Errors
+    /// Those of UFFDIO_MOVE.
+    pub fn take_back(&self, uffd: &Userfaultfd, frame: Frame, host: usize, pages: usize) -> Result<(), Errno> {
+        window::move_all(uffd, self.address(frame), host, pages * PAGE, &|_| {})
     }
 
     /// Takes a unit's pages.

@@ -244,7 +244,7 @@ impl Window {
 const BUSY: usize = 10_000;
 
 /// Moves pages between the device's own mappings, all or none. A scratch page in the way goes.
-fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &dyn Fn(usize)) -> Result<(), Errno> {
+pub(crate) fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &dyn Fn(usize)) -> Result<(), Errno> {
     let mut done = 0;
     let mut busy = 0;
     while done < len {

@@ -193,6 +193,9 @@ fn commit_block(core: &Core, dev: &Device, mut item: Item, reached: bool, park: 
             core.pool.put(tray);
         }
     }
-    mapped?;
-    Ok(!lost.is_empty())
+    match mapped {
+        // A coherent device's pages could not enter the program for now: another look makes them.
+        Err(Errno::AGAIN) if dev.driver.info().coherent => Ok(true),
+        mapped => mapped.map(|()| !lost.is_empty()),
+    }
 }

@@ -15,6 +15,7 @@ mod batch;
 pub use batch::{Parked, Room};
 
 use crate::bits::Bits;
+use crate::coherent;
 use crate::core::{Core, Device};
 use crate::directory::{BlockGuard, State};
 use crate::driver::DmaKind;
@@ -208,6 +209,11 @@ impl Core {
                 Look::Wait => thread::yield_now(),
                 Look::Settle => refusals.wait(),
                 Look::Elsewhere(other) => home::send_home(self, self.device(other), ask.part.start)?,
+                Look::Full if dev.driver.info().coherent => {
+                    if !coherent::make_room(self, dev) {
+                        return Ok(again);
+                    }
+                }
                 Look::Full => {
                     // Nothing to evict may mean that others hold blocks in transit, or that the CPU has just taken the last one home.
                     if let Err(e) = home::evict_one(self, dev, !ask.pinned) {
@@ -417,7 +423,7 @@ impl Core {
             let left = shared & state.duplicated();
             home::drop_duplicates(self, dev, state, block, left)?;
         }
-        let unmapped = (want & state.resident()) - state.win;
+        let unmapped = (want & state.resident()) - state.win - state.coherent();
         if !unmapped.is_empty() {
             ranges::map(self, dev, state, block, unmapped)?;
         }

@@ -25,6 +25,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test("uffd_dontwake_and_wake", Needs::Uffd(NONE), dontwake_and_wake),
     Test("uffd_move_round_trip_small", Needs::Uffd(MOVE), move_round_trip_small),
     Test("uffd_move_round_trip_huge", Needs::Uffd(MOVE), move_round_trip_huge),
+    Test("uffd_move_to_what_is_watched_for_writes", Needs::Uffd(MOVE.union(WP)), move_to_what_is_watched_for_writes),
     Test("uffd_move_errors", Needs::Uffd(MOVE), move_errors),
     Test("uffd_move_serves_a_fault", Needs::Uffd(MOVE), move_serves_a_fault),
     Test("uffd_write_protect", Needs::Uffd(WP), write_protect),
@@ -209,6 +210,31 @@ fn move_round_trip_huge() {
     moved(&uffd, memory.start(), other.start(), 2 * BLOCK).unwrap();
     assert_eq!(huge(memory.start()), was_huge);
     assert!(is_filled(memory.start(), 0, 2 * BLOCK));
+}
+
+/// Any registration makes a destination; where it is not one for missing pages, a place that has lost its page gets a new one by a touch. So it is for huge pages.
+fn move_to_what_is_watched_for_writes() {
+    for (memory, other) in [(pages(64), pages(64)), (area(BLOCK), area(BLOCK))] {
+        let uffd = open(MOVE | WP);
+        if memory.len() == BLOCK {
+            advise(&memory, Advice::Hugepage);
+            advise(&other, Advice::Hugepage);
+        }
+        fill(&memory);
+        watch(&uffd, &other, RegisterMode::MISSING);
+        watch(&uffd, &memory, RegisterMode::WP);
+        let huge = |at: usize| crate::scan::categories(at, memory.len()).iter().any(|r| r.1.contains(Category::HUGE));
+        let was_huge = huge(memory.start());
+        let (a, b, len) = (memory.start(), other.start(), memory.len());
+        moved(&uffd, b, a, len).unwrap();
+        moved(&uffd, a, b, len).unwrap();
+        assert!(is_filled(a, 0, len) && huge(a) == was_huge);
+        moved(&uffd, b, a, len).unwrap();
+        poke(a + 6, 7);
+        assert_eq!(peek(a + 5), 0, "a new page");
+        assert!(huge(a) == was_huge && is_filled(b, 0, len));
+        assert_eq!(moved(&uffd, a, b, PAGE), stopped(0, Errno::EXIST));
+    }
 }
 
 fn move_errors() {

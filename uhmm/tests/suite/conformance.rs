@@ -6,7 +6,7 @@ use uhmm_core::conformance::{CHECKS, Named, Subject, rust_form};
 use uhmm_core::mode::Mode;
 use uhmm_core::{CoreRef, DeviceConfig, DeviceRef, OpenDriver};
 
-crate::tests![soft, soft_with_little_memory_and_one_thread, soft_without_replayable_faults, null, forms_of_a_drivers_own];
+crate::tests![soft, soft_with_little_memory_and_one_thread, soft_without_replayable_faults, soft_coherent, null, forms_of_a_drivers_own];
 
 fn open(config: DeviceConfig, driver: OpenDriver) -> DeviceRef {
     CoreRef::get().unwrap().device(config, driver).unwrap()
@@ -50,6 +50,10 @@ fn soft_with_little_memory_and_one_thread() {
 
 fn soft_without_replayable_faults() {
     passes(DeviceConfig { memory: 16 << 20, threads: 2, replayable_faults: false, ..DeviceConfig::new("soft") });
+}
+
+fn soft_coherent() {
+    passes(DeviceConfig { memory: 16 << 20, threads: 2, coherent: true, ..DeviceConfig::new("soft") });
 }
 
 fn null() {

@@ -13,6 +13,10 @@ mod bad_input;
 mod basics;
 #[allow(clippy::undocumented_unsafe_blocks)]
 mod closing;
+#[allow(clippy::undocumented_unsafe_blocks)]
+mod coherent;
+#[allow(clippy::undocumented_unsafe_blocks)]
+mod coherent_races;
 mod conformance;
 #[allow(clippy::undocumented_unsafe_blocks)]
 mod dying;
@@ -61,6 +65,8 @@ fn main() {
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(closing::TESTS);
+    tests.extend(coherent::TESTS);
+    tests.extend(coherent_races::TESTS);
     tests.extend(profiles::TESTS);
     tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);

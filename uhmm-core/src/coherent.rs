@@ -1,0 +1,176 @@
+//! Coherent devices: their memory is used in place by the CPU, as the kernel's MEMORY_DEVICE_COHERENT is.
+//!
+//! A page that has migrated to such a device is *Coherent*: the device's page itself has taken its place in the program (UFFDIO_MOVE), and the directory's tag says that
+//! it lies in the device's memory. It counts towards the capacity, is evicted when room is needed, and goes home when the device is closed; until then CPU and
+//! kernels use it at one address, and no touch faults. What has not migrated is used in place too, so that nothing is ever duplicated, bounced or parked for such a device.
+//!
+//! # Rules
+//! * What the program has mapped is the only copy, and the only truth about contents. The tag is bookkeeping: if the page is another one by now (a copy made for a
+//!   child's sake, swapped out and in again), nothing is wrong but the tag.
+//! * So whatever happens to a mapping only takes the tag off ([`crate::events`]), and the frame is free. Its place in device memory is vacant then, and filled by the
+//!   next copy into it.
+//! * Both ways lead over Private, under the block's lock. A page is taken out atomically; who touches it meanwhile waits as for any page that is away. If the kernel
+//!   refuses the way in, the page stays Private and comes home when it is touched; if it refuses the way out, the page stays in the program and the tag goes.
+//! * While a page is coherent a thread may begin to need it for its end, as any page of the program. So what is taken out is sealed first ([`crate::fixed`]).
+#![allow(unsafe_code)] // moves the device's pages into the program
+
+use crate::bits::Bits;
+use crate::core::{Core, Device};
+use crate::directory::{BlockGuard, State};
+use crate::driver::{Dma, DmaKind};
+use crate::fixed;
+use crate::home;
+use crate::page::{Cause, PageState, Span, Va};
+use crate::pool::{Size, Tray};
+use crate::ranges::{self, MoveEnd};
+use crate::sync::*;
+use core::ops::Range;
+use uhmm_os::uffd::MoveMode;
+use uhmm_os::{Errno, PAGE, thread};
+
+/// How often a page that the kernel has in hand for a moment is tried again.
+const CONTENDED: usize = 1000;
+/// How often it is looked at what will not leave, before it stays.
+const LOOKS: usize = 4;
+
+/// Puts private pages of the block into the program: those become coherent that the kernel lets in.
+///
+/// # Errors
+/// `EAGAIN` if an event is unread: let it be read, and try the others again.
+pub(crate) fn enter(core: &Core, dev: &Device, state: &mut State, va: Va, pages: Bits) -> Result<(), Errno> {
+    dev.changed();
+    let (mut entered, mut result) = (Bits::EMPTY, Ok(()));
+    ranges::frame_runs(core, state, pages & state.private(), |run, frame| {
+        if result.is_ok()
+            && let Some(from) = dev.driver.peek(frame)
+        {
+            let (moved, ended) = move_in(core, va, run, from);
+            entered |= moved;
+            result = ended;
+        }
+    });
+    state.shift(entered, PageState::Private, Cause::Enter, PageState::Coherent);
+    result
+}
+
+/// Moves a run of pages of the block at `va`, which lie at `from` in device memory, into the program: those that are there.
+fn move_in(core: &Core, va: Va, run: Range<usize>, from: usize) -> (Bits, Result<(), Errno>) {
+    let mut moved = Bits::EMPTY;
+    let (mut at, mut most, mut contended) = (run.start, run.len(), 0);
+    while at < run.end {
+        let n = most.min(run.end - at);
+        let (to, from) = (va + at * PAGE, from + (at - run.start) * PAGE);
+        // SAFETY: the frames hold the contents that the program expects at `to`, which is empty and watched, as the directory, looked at under the event lock,
+        // says; while a change of that is unread the kernel refuses the call, for the program's side is registered in this userfaultfd.
+        let result = unsafe { core.space.uffd.move_pages(to, from, n * PAGE, MoveMode::empty()) };
+        let done = result.map_or_else(|partial| partial.done / PAGE, |()| n);
+        moved |= Bits::range(at..at + done);
+        at += done;
+        let Err(partial) = result else {
+            most = run.len();
+            continue;
+        };
+        match partial.errno {
+            Errno::AGAIN if done > 0 => {}
+            Errno::AGAIN if core.space.uffd.event_pending() => return (moved, Err(Errno::AGAIN)),
+            Errno::AGAIN | Errno::BUSY if contended < CONTENDED => {
+                contended += 1;
+                thread::yield_now();
+            }
+            // One call moves within one mapping only.
+            Errno::INVAL | Errno::NOENT if n - done > 1 => most = ranges::within_mapping(&core.space, va + at * PAGE, n - done),
+            // Protected or locked meanwhile, or unmapped, whose event will come.
+            _ => at += 1,
+        }
+    }
+    (moved, Ok(()))
+}
+
+/// The `ends` lock, for who is going to take pages of this device out of the program. It comes before a block's.
+pub(crate) fn ends<'a>(core: &'a Core, dev: &Device) -> Option<MutexGuard<'a, ()>> {
+    dev.driver.info().coherent.then(|| core.ends.lock())
+}
+
+/// Takes coherent pages of the block out of the program, so that they are private; what cannot be taken stays there and is the device's no more. Afterwards none
+/// of `pages` is coherent.
+///
+/// # Errors
+/// `EAGAIN` if an event is unread, or no tray is free: drop the locks, let it be read, and look again.
+pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits) -> Result<(), Errno> {
+    let mut looks = 0;
+    loop {
+        let pages = pages & state.coherent();
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let present = core.space.present(Span::block(va)).map_err(|_| Errno::AGAIN)?;
+        let here = pages & present.pages;
+        // What the kernel has taken (MADV_FREE) has no contents, and what is not watched could be taken from under somebody.
+        let here = here & state.reg;
+        release(core, state, va, pages - here);
+        let sealed = fixed::seal(core, state, va, here)?;
+        release(core, state, va, here - sealed);
+        let size = if present.huge && sealed == Bits::ALL { Size::Huge } else { Size::Small };
+        let Some(mut tray) = core.pool.take_empty(size, sealed) else {
+            let _ = ranges::unprotect(core, va, sealed);
+            return Err(Errno::AGAIN);
+        };
+        let (moved, end) = ranges::move_out(&core.space, va, sealed, &tray, false);
+        tray.full |= moved;
+        take_back(core, dev, state, &mut tray, moved);
+        core.pool.put(tray);
+        dev.changed();
+        state.shift(moved, PageState::Coherent, Cause::Leave, PageState::Private);
+        state.huge = size == Size::Huge && moved == Bits::ALL;
+        // If this fails, the first write does it.
+        let _ = ranges::unprotect(core, va, sealed - moved);
+        looks += 1;
+        match end {
+            MoveEnd::Pending => return Err(Errno::AGAIN),
+            // Somebody holds a page for a moment (the kernel's own compaction), or has dropped it.
+            MoveEnd::Refused | MoveEnd::Vanished if looks < LOOKS => thread::yield_now(),
+            _ => release(core, state, va, sealed - moved),
+        }
+    }
+}
+
+/// Pages of the block that have been moved into a tray are the device's again.
+fn take_back(core: &Core, dev: &Device, state: &State, tray: &mut Tray, pages: Bits) {
+    ranges::frame_runs(core, state, pages, |run, frame| {
+        if dev.driver.take_back(frame, tray.slot(run.start), run.len()).is_ok() {
+            tray.full -= Bits::range(run);
+            return;
+        }
+        let dma = [Dma { kind: DmaKind::ToDevice, host: tray.slot(run.start), frame, offset: 0, len: run.len() * PAGE }];
+        let fence = dev.driver.copy(&dma);
+        let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
+    });
+}
+
+/// Takes the tag off coherent pages, which stay where they are.
+pub(crate) fn release(core: &Core, state: &mut State, va: Va, pages: Bits) {
+    let pages = pages & state.coherent();
+    if pages.is_empty() {
+        return;
+    }
+    let dev = core.device(state.device as usize - 1);
+    dev.changed();
+    state.shift(pages, PageState::Coherent, Cause::Release, PageState::System);
+    ranges::give_frames(core, dev, state, va, pages);
+}
+
+/// Pins what the device has of a range that a launch declares, or that is sent ahead: it is not driven out by the rest of it. The device's pin is set.
+pub(crate) fn pin(core: &Core, dev: &Device, start: Va, end: Va) {
+    core.dir.for_each(Span::touching(start, end), |block, _| block.pin.store(dev.pin(), Ordering::Relaxed));
+}
+
+/// Makes room on a full device, or says that there is none: what would have come stays where it is.
+pub(crate) fn make_room(core: &Core, dev: &Device) -> bool {
+    // Looked for once a launch: what it has declared fills the device by then.
+    if dev.full.load(Ordering::Relaxed) {
+        return false;
+    }
+    let made = home::evict_one(core, dev, false).is_ok();
+    dev.full.store(!made, Ordering::Relaxed);
+    made
+}
