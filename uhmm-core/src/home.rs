@@ -129,7 +129,6 @@ fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
     let pages = pages - lacking;
     let mut dma = [Dma { kind: DmaKind::ToHost, host: 0, frame: 0, offset: 0, len: 0 }; PIECES];
     let mut pieces = 0;
-    dev.driver.stand_by();
     let send = |list: &[Dma]| {
         let fence = dev.driver.copy(list);
         let _ = dev.driver.wait(fence, list); // nothing is guarded here: it cannot fail
