@@ -17,7 +17,7 @@
 use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::directory::{BlockGuard, State};
-use crate::driver::{Dma, DmaKind};
+use crate::driver::{Dma, DmaKind, Frame};
 use crate::fixed;
 use crate::home;
 use crate::page::{Cause, PageState, Span, Va};
@@ -137,11 +137,14 @@ pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: V
 /// Pages of the block that have been moved into a tray are the device's again.
 fn take_back(core: &Core, dev: &Device, state: &State, tray: &mut Tray, pages: Bits) {
     ranges::frame_runs(core, state, pages, |run, frame| {
-        if dev.driver.take_back(frame, tray.slot(run.start), run.len()).is_ok() {
-            tray.full -= Bits::range(run);
+        let taken = dev.driver.take_back(frame, tray.slot(run.start), run.len());
+        let rest = run.start + taken..run.end;
+        tray.full -= Bits::range(run.start..rest.start);
+        if rest.is_empty() {
             return;
         }
-        let dma = [Dma { kind: DmaKind::ToDevice, host: tray.slot(run.start), frame, offset: 0, len: run.len() * PAGE }];
+        let (host, frame, len) = (tray.slot(rest.start), frame + taken as Frame, rest.len() * PAGE);
+        let dma = [Dma { kind: DmaKind::ToDevice, host, frame, offset: 0, len }];
         let fence = dev.driver.copy(&dma);
         let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
     });

@@ -28,7 +28,6 @@ use crate::process::CoreRef;
 use crate::shares::Shares;
 use crate::snapshot::Fetched;
 use crate::space::Space;
-use crate::stand_in::StandIns;
 use crate::sync::*;
 use crate::table::DeviceTable;
 use crate::twins::Twins;
@@ -86,7 +85,6 @@ pub struct Device {
     pub(crate) fetched: Mutex<Fetched>,
     pub(crate) shares: Shares,
     pub(crate) holds: Holds,
-    pub(crate) stand_ins: StandIns,
     /// Raised by every change of the device's page table.
     pub(crate) changes: AtomicU64,
     /// The running launch has found the memory full of what may not leave.
@@ -213,7 +211,6 @@ impl Device {
             fetched: Mutex::new(Fetched::new(memory).map_err(reserve)?),
             shares: Shares::default(),
             holds: Holds::default(),
-            stand_ins: StandIns::new().map_err(reserve)?,
             changes: AtomicU64::new(0),
             full: AtomicBool::new(false),
             pin: AtomicU64::new(0),

@@ -17,7 +17,6 @@ use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::policy;
 use crate::ranges;
-use crate::stand_in;
 use uhmm_os::maps::Vma;
 use uhmm_os::signal::FaultInfo;
 use uhmm_os::{BLOCK, PAGE, copy, tasks, thread};
@@ -50,16 +49,23 @@ pub(crate) fn on_signal(info: &FaultInfo) -> bool {
     false
 }
 
+/// siginfo's codes of SIGSEGV: nothing is mapped there; not for that, as a scratch page that another worker is just putting there.
+const MAPERR: i32 = 1;
+const ACCERR: i32 = 2;
+/// The longest instruction: a fault so near is one of fetching it.
+const LONGEST: usize = 15;
+
 fn on_worker(core: &Core, dev: &Device, info: &FaultInfo) -> bool {
-    if dev.driver.info().coherent {
-        // It has the process's addresses: what faults there would fault in the program too.
-        count(&dev.counters.device_faults, 1);
-        dev.driver.note_fault(info.address, info.write);
-        dev.driver.fail(KernelFault::Wild { address: info.address, write: info.write });
-        return stand_in::put(core, dev, info);
-    }
     if !dev.driver.in_window(info.address) {
-        // Not the device's address at all, and the process has nothing there either.
+        if dev.driver.info().coherent {
+            count(&dev.counters.device_faults, 1);
+            dev.driver.note_fault(info.address, info.write);
+        }
+        // A process address. If something is mapped there, only not for that, it is a fault as in the program itself: nothing can stand in for it
+        // without changing what the program has there.
+        if !matches!(info.code, MAPERR | ACCERR) || info.address.wrapping_sub(info.rip) <= LONGEST {
+            return false;
+        }
         return dev.driver.scratch(info.address, KernelFault::Wild { address: info.address, write: info.write });
     }
     let va = info.address ^ dev.driver.info().mask;

@@ -158,13 +158,11 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// Where the CPU can read `frame` while it is not mapped for the device, if it can.
     fn peek(&self, frame: Frame) -> Option<usize>;
 
-    /// The pages at `host`, which lie in memory of uhmm's and are those of a coherent device, become the pages of vacant frames from `frame` on again.
-    ///
-    /// # Errors
-    /// If they cannot: their contents are copied into the frames then. Some may have gone all the same.
-    fn take_back(&self, frame: Frame, host: usize, pages: usize) -> Result<(), Errno> {
+    /// The pages at `host`, which lie in memory of uhmm's and are those of a coherent device, become the pages of vacant frames from `frame` on again: the first so many.
+    /// The others' contents are copied into the frames then.
+    fn take_back(&self, frame: Frame, host: usize, pages: usize) -> usize {
         let _ = (frame, host, pages);
-        Err(Errno::OPNOTSUPP)
+        0
     }
 
     /// The device's own address of a frame that is not mapped at any process address, for memory that the program allocated on the device.

@@ -9,6 +9,7 @@ use crate::core::{CURRENT, Core, NONE, current};
 use crate::left;
 use crate::process::{self, Held};
 use crate::sync::*;
+use uhmm_os::signal::Deferred;
 use uhmm_os::{Errno, system, thread};
 
 /// The core whose `prepare` lock is held over a fork.
@@ -36,6 +37,8 @@ extern "C" fn before() {
     }
     // Held until the fork is over, so that the core neither begins nor ends meanwhile.
     let Ok(held) = process::lock() else { return };
+    // A handler on this thread that waits for the evictor would wait for one that waits for this. Once `under_way` tells of the fork, the evictor does not wait.
+    let _deferred = Deferred::new();
     let asked = held.ask_keeper(|core: &Core| {
         core::mem::forget(core.prepare.lock());
         core.evict_all();
@@ -52,13 +55,14 @@ extern "C" fn before() {
 }
 
 extern "C" fn after_in_parent() {
-    let core = HELD.swap(0, Ordering::AcqRel);
+    let core = HELD.load(Ordering::Acquire);
     if core != 0 {
         // SAFETY: the core could not end since `before`, which took this lock and gave its guard up.
         let core = unsafe { &*(core as *const Core) };
         core.space.left.for_each(|span| left::inherit(span, false));
         // SAFETY: as above.
         unsafe { core.prepare.force_unlock() };
+        HELD.store(0, Ordering::Release); // as long as `prepare` is held, `under_way` says so
         drop(Held::again());
     }
 }

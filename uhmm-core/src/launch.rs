@@ -24,7 +24,6 @@ use crate::page::{Cause, PageState, Span, Va};
 use crate::prepare::{prepare, register_ahead};
 use crate::ranges;
 use crate::snapshot;
-use crate::stand_in;
 use crate::sync::*;
 use std::time::Instant;
 use uhmm_os::uffd::MoveMode;
@@ -120,9 +119,6 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request) -> Result<(), Er
         Err(e) => Err(e),
     };
     hold::end(core, dev);
-    if dev.driver.info().coherent {
-        stand_in::clear(core, dev);
-    }
     let ended = finish(core, dev, ledger, args, result.is_ok());
     if result.is_ok() {
         result = ended;

@@ -11,7 +11,7 @@
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
-//! | `coherent`, `stand_in` | devices whose memory the CPU uses in place, and what their kernels must not touch |
+//! | `coherent` | devices whose memory the CPU uses in place |
 //! | `fixed` | pages that never leave |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
 //! | `fork`, `raw_fork`, `evictor` | everything comes home: before a fork, when asked, before the action of a signal |
@@ -57,7 +57,6 @@ mod raw_fork;
 mod shares;
 mod snapshot;
 pub mod space;
-mod stand_in;
 mod sync;
 mod table;
 mod twins;

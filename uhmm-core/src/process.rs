@@ -30,6 +30,7 @@ use crate::own::{self, OwnBox};
 use crate::sync::*;
 use core::any::TypeId;
 use uhmm_os::mem::{self, Prot, Reserve};
+use uhmm_os::signal::Deferred;
 use uhmm_os::thread::{self, Thread};
 use uhmm_os::{Errno, PAGE, signal, system};
 
@@ -342,7 +343,9 @@ impl CoreRef {
                 drop(no_launch.take());
                 std::thread::sleep(std::time::Duration::from_micros(50));
             }
-            no_launch = Some(core.prepare.lock());
+            // A handler on this thread that waits for the evictor would wait for one that waits for this.
+            let deferred = Deferred::new();
+            no_launch = Some((core.prepare.lock(), deferred));
             asked = try_lock()?;
         }
     }

@@ -125,7 +125,8 @@ pub(crate) fn unprotect(core: &Core, va: Va, bits: Bits) -> Result<(), Errno> {
 pub(crate) fn unprotect_span(core: &Core, span: Span) -> Result<(), Errno> {
     // SAFETY: as in `protect`.
     match unsafe { core.space.uffd.write_protect(span.start, span.len(), false) } {
-        Err(Errno::NOENT) => Ok(()), // unmapped: its event will come
+        // Unmapped: its event will come. The kernel wakes nobody who waits for a page that has gone.
+        Err(Errno::NOENT) => core.space.uffd.wake(span.start, span.len()),
         other => other,
     }
 }

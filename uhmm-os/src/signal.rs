@@ -12,6 +12,7 @@ use crate::syscall::{abi, call};
 use crate::{Errno, copy};
 use core::cell::UnsafeCell;
 use core::ffi::{c_int, c_void};
+use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
@@ -295,6 +296,33 @@ const GLIBC: u64 = bit(32) | bit(33);
 /// uhmm's. The two that glibc uses between threads stay open. *Fault path.*
 pub fn block_all_but_faults() {
     set_mask(!(FAULTS | GLIBC));
+}
+
+/// While it lives, signals that are no faults wait for the calling thread, which must drop it itself.
+#[derive(Debug)]
+pub struct Deferred {
+    before: u64,
+    /// A mask is a thread's.
+    here: PhantomData<*mut ()>,
+}
+
+impl Deferred {
+    /// From now on.
+    pub fn new() -> Self {
+        Deferred { before: block_most(), here: PhantomData }
+    }
+}
+
+impl Default for Deferred {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Deferred {
+    fn drop(&mut self) {
+        set_mask(self.before);
+    }
 }
 
 /// Blocks the same, and returns the mask before. *Fault path.*

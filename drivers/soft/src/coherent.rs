@@ -68,7 +68,7 @@ unsafe impl Driver for Coherent {
         Some(self.memory.address(frame))
     }
 
-    fn take_back(&self, frame: Frame, host: usize, pages: usize) -> Result<(), Errno> {
+    fn take_back(&self, frame: Frame, host: usize, pages: usize) -> usize {
         self.memory.take_back(&self.uffd, frame, host, pages)
     }
 
@@ -124,8 +124,8 @@ unsafe impl Driver for Coherent {
         va < 1 << 47
     }
 
-    fn scratch(&self, _address: usize, fault: KernelFault) -> bool {
+    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
         self.workers.fail(fault);
-        false
+        self.workers.put_scratch(&self.uffd, &self.window, address, false)
     }
 }

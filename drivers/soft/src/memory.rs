@@ -76,12 +76,10 @@ impl Memory {
         }
     }
 
-    /// Moves pages from memory of uhmm's into the empty places of frames, all or none.
-    ///
-    /// # Errors
-    /// Those of UFFDIO_MOVE.
-    pub fn take_back(&self, uffd: &Userfaultfd, frame: Frame, host: usize, pages: usize) -> Result<(), Errno> {
-        window::move_all(uffd, self.address(frame), host, pages * PAGE, &|_| {})
+    /// Moves pages from memory of uhmm's into the empty places of frames: how many of them, the first ones, until the kernel refuses.
+    pub fn take_back(&self, uffd: &Userfaultfd, frame: Frame, host: usize, pages: usize) -> usize {
+        let Err((moved, _)) = window::move_first(uffd, self.address(frame), host, pages * PAGE, &|_| {}) else { return pages };
+        moved / PAGE
     }
 
     /// Takes a unit's pages.

@@ -244,7 +244,16 @@ impl Window {
 const BUSY: usize = 10_000;
 
 /// Moves pages between the device's own mappings, all or none. A scratch page in the way goes.
-pub(crate) fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &dyn Fn(usize)) -> Result<(), Errno> {
+fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &dyn Fn(usize)) -> Result<(), Errno> {
+    let Err((moved, errno)) = move_first(uffd, to, from, len, unscratch) else { return Ok(()) };
+    // SAFETY: both ranges are the device's own; what has moved goes back to where it was. If the kernel refuses that too, the window has pages that nothing tells of, and
+    // that lie in the way of the next move there: it finds them as it finds scratch pages.
+    let _ = unsafe { uffd.move_pages(from, to, moved, MoveMode::empty()) };
+    Err(errno)
+}
+
+/// As `move_all`, but what has moved stays moved: an error says how many bytes, the first ones, that are.
+pub(crate) fn move_first(uffd: &Userfaultfd, to: usize, from: usize, len: usize, unscratch: &dyn Fn(usize)) -> Result<(), (usize, Errno)> {
     let mut done = 0;
     let mut busy = 0;
     while done < len {
@@ -264,11 +273,7 @@ pub(crate) fn move_all(uffd: &Userfaultfd, to: usize, from: usize, len: usize, u
                 // SAFETY: what lies in the window where the directory has no page is a scratch page.
                 let _ = unsafe { mem::madvise(to + done, PAGE, Advice::DontNeed) };
             }
-            errno => {
-                // SAFETY: as above; what has moved goes back to where it was.
-                let _ = unsafe { uffd.move_pages(from, to, done, MoveMode::empty()) };
-                return Err(errno);
-            }
+            errno => return Err((done, errno)),
         }
     }
     Ok(())

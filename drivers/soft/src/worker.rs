@@ -150,9 +150,14 @@ impl Workers {
             }
         } else {
             let at = Reserve { hint: page, len: PAGE, align: PAGE, name: c"uhmm scratch", prot: Prot::ReadWrite, exact: true };
-            let Ok(mapping) = mem::map(&at) else { return false };
-            mapping.into_raw();
-            scratch.push(page | 1);
+            match mem::map(&at) {
+                Ok(mapping) => {
+                    mapping.into_raw();
+                    scratch.push(page | 1);
+                }
+                Err(Errno::EXIST) => return scratch.pages[..scratch.count].contains(&(page | 1)), // another worker was first
+                Err(_) => return false,
+            }
         }
         true
     }

@@ -21,6 +21,11 @@ pub(crate) const TESTS: &[Test] = &[
     Test("event_pending_refuses_moves", Needs::Uffd(UNMAP), pending_refuses_moves),
     Test("event_pending_lets_unregister", Needs::Uffd(PROTECTED), pending_lets_unregister),
     Test("fills_end_with_their_mapping", Needs::Uffd(UNMAP), fills_end_with_their_mapping),
+    Test(
+        "nobody_wakes_who_waits_for_a_page_that_goes",
+        Needs::Uffd(Features::PAGEFAULT_FLAG_WP),
+        nobody_wakes_who_waits_for_a_page_that_goes,
+    ),
     Test("event_fork", Needs::Full(Features::EVENT_FORK), fork),
 ];
 
@@ -197,5 +202,31 @@ fn fork() {
         unsafe { libc::waitpid(pid, &mut status, 0) };
         assert!(libc::WIFEXITED(status));
         assert_eq!(libc::WEXITSTATUS(status), i32::from(pattern(3)));
+    });
+}
+
+/// Who waits to write a protected page that is unmapped meanwhile is woken by nobody: not by the unmapping, and not by the call that would let him write.
+fn nobody_wakes_who_waits_for_a_page_that_goes() {
+    let (memory, uffd) = (pages(1), open(Features::PAGEFAULT_FLAG_WP));
+    fill(&memory);
+    uffd.register(memory.start(), PAGE, RegisterMode::MISSING | RegisterMode::WP).unwrap();
+    // SAFETY: the test's own memory.
+    unsafe { uffd.write_protect(memory.start(), PAGE, true) }.unwrap();
+    let done = AtomicBool::new(false);
+    scope(|scope| {
+        scope.spawn(|| {
+            // SAFETY: as above; of a page that has gone it says so.
+            let _ = unsafe { madvise(memory.start(), PAGE, Advice::PopulateWrite) };
+            done.store(true, Ordering::Release);
+        });
+        assert_eq!(poll(&[uffd.as_fd()], Some(5000)), Ok(1), "it waits");
+        // SAFETY: as above.
+        unsafe { munmap(memory.start(), PAGE) }.unwrap();
+        // SAFETY: as above.
+        assert_eq!(unsafe { uffd.write_protect(memory.start(), PAGE, false) }, Err(Errno::NOENT));
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let woken = done.load(Ordering::Acquire);
+        uffd.wake(memory.start(), PAGE).unwrap();
+        assert!(!woken, "the kernel wakes it by itself: then uhmm need not");
     });
 }

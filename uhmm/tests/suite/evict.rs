@@ -18,6 +18,7 @@ crate::tests![
     a_signal_in_a_forked_child,
     a_kernel_that_does_not_end,
     a_kernel_raises_the_signal,
+    a_signal_to_a_thread_that_holds_off_launches,
     signals_beside_launches_and_forks,
 ];
 
@@ -359,6 +360,36 @@ fn a_kernel_raises_the_signal() {
     dev.run(&kernel, 1, args![inout(&mut data)]).unwrap();
     assert_eq!((SEEN.load(Ordering::Relaxed), CALLS.load(Ordering::Relaxed)), (away.all, 1));
     assert!(data.iter().all(|&x| x == 3));
+}
+
+/// The story: the signal came to a thread that was closing a device, or forking, and so held off launches. Its handler waited for the evictor, and that for the
+/// thread, five seconds.
+fn a_signal_to_a_thread_that_holds_off_launches() {
+    handle(libc::SIGUSR2, count_pages as *const () as usize, libc::SA_RESTART);
+    let away = Away::new();
+    let hmm = Uhmm::new().unwrap();
+    hmm.evict_on_signal(libc::SIGUSR2).unwrap();
+    let end = Instant::now() + seconds(5);
+    let (tid, mut longest) = (gettid(), Duration::ZERO);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while Instant::now() < end {
+                unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, libc::SIGUSR2) };
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        });
+        while Instant::now() < end {
+            let started = Instant::now();
+            let dev = device(64).1;
+            dev.prefetch(&away.data).unwrap();
+            drop(dev);
+            in_a_child(|| true);
+            longest = longest.max(started.elapsed());
+        }
+    });
+    assert!(CALLS.load(Ordering::Relaxed) > 20, "{CALLS:?}");
+    assert!(longest < Duration::from_secs(4), "one of them took {longest:?}");
+    away.check();
 }
 
 /// Signals interrupt threads wherever they are: in a launch, in a fault, in the beginning and the end of uhmm, in a fork.
