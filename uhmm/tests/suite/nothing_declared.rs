@@ -30,6 +30,7 @@ fn list() -> (Vec<*mut Node>, *const Node) {
     fastrand::Rng::with_seed(4).shuffle(&mut runs);
     let order = runs.concat();
     for pair in order.windows(2) {
+        // SAFETY: boxes that nobody else has.
         unsafe { (*pair[0]).next = pair[1] };
     }
     nodes.sort_unstable();
@@ -40,6 +41,7 @@ fn list() -> (Vec<*mut Node>, *const Node) {
 fn follow(ctx: &Ctx<'_>, head: *const Node, mut visit: impl FnMut(&Node)) {
     let mut stored = head;
     while !stored.is_null() {
+        // SAFETY: a node of the list, which stays until `free`; all change it by its atomic only.
         let node = unsafe { &*ctx.ptr(stored) };
         visit(node);
         stored = node.next;
@@ -47,6 +49,7 @@ fn follow(ctx: &Ctx<'_>, head: *const Node, mut visit: impl FnMut(&Node)) {
 }
 
 fn free(nodes: Vec<*mut Node>) {
+    // SAFETY: each is from `Box::into_raw`, once.
     nodes.into_iter().for_each(|node| drop(unsafe { Box::from_raw(node) }));
 }
 
@@ -61,6 +64,7 @@ fn a_list_of_a_million_boxes() {
         ctx.out::<u64>(0).chunk(2).copy_from_slice(&found);
     };
     for _ in 0..2 {
+        // SAFETY: the list stays until `free`.
         dev.run(&kernel, 1, args![out(&mut result), unsafe { ptr(head) }]).unwrap();
         assert_eq!(result, [3 * NODES * (NODES - 1) / 2, NODES]);
     }
@@ -68,6 +72,7 @@ fn a_list_of_a_million_boxes() {
     assert!((10..2000).contains(&faults), "a fault brings many nodes: {faults}");
     let at = nodes[nodes.len() / 2];
     assert!(!present(at), "the nodes are on the device");
+    // SAFETY: it is freed below.
     assert_eq!(unsafe { &*nodes[0] }.value.load(Ordering::Relaxed) % 3, 0);
     free(nodes);
 }
@@ -85,11 +90,13 @@ fn a_list_that_the_kernel_changes() {
     for round in 1..=2u64 {
         dev.run(&kernel, 1, args![address]).unwrap();
         for (i, &node) in nodes.iter().enumerate() {
+            // SAFETY: it is freed below.
             let value = unsafe { &(*node).value };
             if i % 2 == 0 {
                 value.fetch_add(3, Ordering::Relaxed);
             }
         }
+        // SAFETY: as above.
         let sum: u64 = nodes.iter().map(|&node| unsafe { &(*node).value }.load(Ordering::Relaxed)).sum();
         assert_eq!(sum, 3 * NODES * (NODES - 1) / 2 + round * (NODES + 3 * NODES / 2));
     }
@@ -102,11 +109,13 @@ struct Game {
     bytes: *const UnsafeCell<[u8; 1000]>,
 }
 
+// SAFETY: whose turn it is uses the bytes, alone.
 unsafe impl Sync for Game {}
 
 /// All turns of one side until the time is over; the CPU's side says when that is.
 fn play(game: &Game, odd: u32, end: Option<Instant>) -> u32 {
     const OVER: u32 = u32::MAX;
+    // SAFETY: it outlives the game.
     let turn = unsafe { &*game.turn };
     let mut mine = odd;
     loop {
@@ -121,6 +130,7 @@ fn play(game: &Game, odd: u32, end: Option<Instant>) -> u32 {
             std::thread::yield_now(); // looking takes the page from the other side
             now = turn.load(Ordering::Acquire);
         }
+        // SAFETY: they outlive the game, and it is this side's turn.
         let bytes = unsafe { &mut *UnsafeCell::raw_get(game.bytes) };
         assert!(bytes.iter().all(|&byte| byte == mine as u8), "turn {mine}: {bytes:?}");
         bytes.fill((mine + 1) as u8);
@@ -136,15 +146,18 @@ fn play(game: &Game, odd: u32, end: Option<Instant>) -> u32 {
 /// Turns of each side at least.
 const TURNS: u32 = 1000;
 
-fn game(turn: *mut u8, bytes: *mut u8) {
+/// A game in these pages.
+fn game(pages: &mut Pages, bytes: usize) {
     let (_hmm, dev) = device(16);
-    let game = Game { turn: turn.cast(), bytes: bytes.cast() };
+    assert!(bytes >= 4 && bytes + 1000 <= pages.len());
+    let game = Game { turn: pages.start().cast(), bytes: pages.at(bytes).cast() };
     let kernel = |ctx: &Ctx<'_>| {
         let seen = Game { turn: ctx.pointer::<AtomicU32>(0), bytes: ctx.pointer::<UnsafeCell<[u8; 1000]>>(1) };
         play(&seen, 1, None);
     };
     let played = std::thread::scope(|scope| {
         let cpu = scope.spawn(|| play(&game, 0, Some(Instant::now() + seconds(2))));
+        // SAFETY: both outlive the launch, and are used in turns.
         let launched = unsafe { dev.run(&kernel, 1, args![ptr(game.turn), ptr(game.bytes)]) };
         launched.unwrap();
         cpu.join().unwrap()
@@ -158,7 +171,7 @@ fn game(turn: *mut u8, bytes: *mut u8) {
 fn a_flag_and_bytes_go_back_and_forth() {
     for mut pages in [Pages::new(4096), Pages::new(64 << 10), Pages::huge(2 << 20)] {
         pages.slice::<u8>().fill(0);
-        game(pages.start, pages.start.wrapping_add(3000));
+        game(&mut pages, 3000);
     }
 }
 
@@ -166,7 +179,7 @@ fn a_flag_and_bytes_go_back_and_forth() {
 fn a_flag_in_one_block_bytes_in_another() {
     let mut pages = Pages::new(8 << 20);
     pages.slice::<u8>()[..4096].fill(0);
-    game(pages.start, pages.start.wrapping_add((4 << 20) + 500));
+    game(&mut pages, (4 << 20) + 500);
 }
 
 /// Neither waits for the other: each counts in its own word of one page, and both count together in a third.
@@ -174,7 +187,7 @@ fn counters_of_both_sides_on_one_page() {
     let (_hmm, dev) = device(16);
     let mut pages = Pages::new(4096);
     pages.slice::<u8>().fill(0);
-    let words: &[AtomicU64] = pages.slice();
+    let words: &[AtomicU64] = pages.atomics();
     let end = Instant::now() + seconds(5);
     let count = |words: &[AtomicU64], mine: usize| {
         let mut n = 0u64;
@@ -189,6 +202,7 @@ fn counters_of_both_sides_on_one_page() {
     let address = words.as_ptr() as usize;
     let mut of_device = [0u64];
     let kernel = |ctx: &Ctx<'_>| {
+        // SAFETY: the page, which outlives the launch, and which all use by atomics.
         let words = unsafe { std::slice::from_raw_parts(ctx.ptr(ctx.value::<usize>(1) as *const AtomicU64), 512) };
         ctx.out::<u64>(0).chunk(1)[0] = count(words, 1);
     };
