@@ -176,7 +176,7 @@ fn read_only_and_unreadable_mappings() {
     let mut pages = Pages::new(10 * PAGE);
     let mixed = pages.slice::<u8>();
     mixed.fill(6);
-    // SAFETY: as above.
+    // SAFETY: from here on that page is only read.
     unsafe { protect(&mixed[5 * PAGE..6 * PAGE], libc::PROT_READ) };
     let message = refused(mixed);
     assert!(message.contains(&format!("{:x}", mixed[5 * PAGE..].as_ptr() as usize)), "{message}");
@@ -203,7 +203,7 @@ fn shared_anonymous_memory_and_memfd() {
     two.fill(1);
     dev.run(&add_one, 1, args![inout(&mut one[5..100_000])]).unwrap();
     assert!(two[..5].iter().all(|&x| x == 1) && two[5..100_000].iter().all(|&x| x == 2));
-    // SAFETY: as above; both sides are still from here on.
+    // SAFETY: the file is this test's own, and nobody writes to it from here on.
     let private = unsafe { mapped(&file, RW, libc::MAP_PRIVATE) };
     written(&dev, private, "a memfd, mapped privately");
     assert!(two[5..100_000].iter().all(|&x| x == 2), "which changes nothing in it");

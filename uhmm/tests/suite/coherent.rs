@@ -397,10 +397,10 @@ fn what_a_kernel_must_not_touch() {
             // SAFETY: a page that is mapped to be read, of a file that nobody writes.
             assert!(unsafe { std::slice::from_raw_parts(at as *const u8, 4096) }.iter().all(|&x| x == 3));
         }
-        // SAFETY: as above.
+        // SAFETY: it is only read, until that is forbidden again.
         unsafe { protect(none, read) };
         assert!(none.iter().all(|&x| x == 3));
-        // SAFETY: as above.
+        // SAFETY: the program uses it only after it has allowed that.
         unsafe { protect(none, libc::PROT_NONE) };
         assert!(std::fs::read(file.path()).unwrap().iter().all(|&x| x == 3));
         // Root may map the page at 0, and so may kernels of root's follow a null pointer.

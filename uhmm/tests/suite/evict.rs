@@ -298,7 +298,6 @@ fn a_signal_in_a_forked_child() {
         let calls = CALLS.load(Ordering::Relaxed);
         let pid = fork(raw, || {
             let started = Instant::now();
-            // Its own number, which the C library may not know.
             send(gettid(), libc::SIGUSR2);
             let called = CALLS.load(Ordering::Relaxed) == calls + 1;
             called && started.elapsed() < Duration::from_secs(2)

@@ -130,7 +130,7 @@ pub fn pages_present<T>(data: &[T]) -> usize {
     (start..end).step_by(4096).filter(|&at| present(at as *const u8)).count()
 }
 
-/// Memory of its own mapping: its pages are nobody else's, as long as they are borrowed or it is of this thread.
+/// Memory of a mapping of its own. It stays with its thread, so that whoever has it, and no slice of it, can change the mapping.
 pub struct Pages {
     start: *mut u8,
     len: usize,
@@ -253,7 +253,7 @@ pub fn advise<T: bytemuck::Pod>(data: &mut [T], advice: i32) {
     let harmless = [libc::MADV_DONTNEED, libc::MADV_FREE, libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE, libc::MADV_DONTDUMP];
     assert!(harmless.contains(&advice));
     let (start, len) = whole(data);
-    // SAFETY: whole pages, and borrowed exclusively. These advices leave them there, with bytes that are a `T`, as all are.
+    // SAFETY: whole pages, and borrowed exclusively. These advices leave them there; bytes may turn to zeroes, at once or later, and all bytes are a `T`.
     let result = unsafe { libc::madvise(start, len, advice) };
     // A kernel without huge pages knows nothing of them.
     assert!(result == 0 || [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE].contains(&advice), "{}", std::io::Error::last_os_error());

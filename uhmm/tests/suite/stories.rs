@@ -209,7 +209,7 @@ fn a_worker_that_touches_a_parked_page_fails_its_launch() {
     let at = &raw mut range[8 * PAGE] as usize;
     let kernel = move |ctx: &Ctx<'_>| {
         ctx.out::<u8>(0).chunk(usize::MAX)[9 * PAGE] = 5;
-        // SAFETY: a byte of the argument, at the address that a kernel must not use: the device answers for that. No reference to it is used meanwhile.
+        // SAFETY: a byte of the argument, to which no reference is used meanwhile, at the address that a kernel must not use: the device answers for that.
         unsafe { (at as *mut u8).write_volatile(7) };
     };
     let error = dev.run(&kernel, 1, args![out(range)]).unwrap_err();
