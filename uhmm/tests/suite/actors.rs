@@ -131,7 +131,8 @@ fn signals(shared: &'static Shared, me: usize) {
         let frame = std::hint::black_box([3u32; 2000]);
         HANDLED.fetch_add(frame.iter().filter(|&&x| x == 3).count() / 2000, Ordering::Relaxed);
     }
-    handle(libc::SIGUSR1, Handler::Plain(handler), libc::SA_RESTART);
+    // SAFETY: it uses its stack and an atomic.
+    unsafe { handle(libc::SIGUSR1, Handler::Plain(handler), libc::SA_RESTART) };
     let mut sent = 0;
     while shared.rest(me) {
         let end = Arc::new(AtomicBool::new(false));

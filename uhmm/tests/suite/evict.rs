@@ -156,6 +156,12 @@ extern "C" fn count_pages_and_info(signal: i32, info: *mut libc::siginfo_t, cont
     count_pages(signal);
 }
 
+/// Lets [`count_pages`] handle a signal.
+fn count_at(signal: i32, flags: i32) {
+    // SAFETY: it allocates nothing and takes no lock.
+    unsafe { handle(signal, Handler::Plain(count_pages), flags) };
+}
+
 fn watch(away: &Away) {
     WATCHED.store(away.data.as_ptr() as usize, Ordering::Relaxed);
     SEEN.store(0, Ordering::Relaxed);
@@ -164,8 +170,9 @@ fn watch(away: &Away) {
 fn a_raised_signal_finds_everything_at_home() {
     let (hmm, dev) = device(64);
     let away = Away::new();
-    handle(libc::SIGUSR1, Handler::Plain(count_pages), libc::SA_RESETHAND);
-    handle(libc::SIGABRT, Handler::Info(count_pages_and_info), 0);
+    count_at(libc::SIGUSR1, libc::SA_RESETHAND);
+    // SAFETY: it does the same, and looks at what it is given.
+    unsafe { handle(libc::SIGABRT, Handler::Info(count_pages_and_info), 0) };
     for signal in [libc::SIGUSR1, libc::SIGABRT] {
         hmm.evict_on_signal(signal).unwrap();
         away.go(&dev);
@@ -191,7 +198,7 @@ fn a_raised_signal_finds_everything_at_home() {
 fn another_process_sends_the_signal() {
     let (hmm, dev) = device(64);
     let away = Away::new();
-    handle(libc::SIGUSR2, Handler::Plain(count_pages), 0);
+    count_at(libc::SIGUSR2, 0);
     hmm.evict_on_signal(libc::SIGUSR2).unwrap();
     for round in 1..5 {
         away.go(&dev);
@@ -217,8 +224,8 @@ fn the_earlier_action_is_kept() {
         let blocked = unsafe { libc::sigismember(&action.sa_mask, libc::SIGHUP) };
         (action.sa_sigaction, action.sa_flags & !SA_RESTORER, blocked)
     };
-    handle(libc::SIGUSR1, Handler::Plain(count_pages), 0);
-    handle(libc::SIGUSR2, Handler::Plain(count_pages), libc::SA_RESTART);
+    count_at(libc::SIGUSR1, 0);
+    count_at(libc::SIGUSR2, libc::SA_RESTART);
     let signals = [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM, libc::SIGSEGV];
     let before = signals.map(now);
     let away = Away::new();
@@ -259,7 +266,7 @@ fn signals_that_cannot_be_had() {
 /// uhmm has ended; the program's handler, installed meanwhile, hands on to ours.
 fn a_signal_without_uhmm() {
     let away = Away::new();
-    handle(libc::SIGUSR2, Handler::Plain(count_pages), 0);
+    count_at(libc::SIGUSR2, 0);
     static BELOW: AtomicUsize = AtomicUsize::new(0);
     extern "C" fn over(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
         let below: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
@@ -272,7 +279,8 @@ fn a_signal_without_uhmm() {
         hmm.evict_on_signal(libc::SIGUSR2).unwrap();
         if round == 1 {
             BELOW.store(action(libc::SIGUSR2).sa_sigaction, Ordering::Relaxed);
-            handle(libc::SIGUSR2, Handler::Info(over), 0);
+            // SAFETY: it does what the one below does.
+            unsafe { handle(libc::SIGUSR2, Handler::Info(over), 0) };
         }
         away.go(&dev);
         watch(&away);
@@ -290,7 +298,7 @@ fn a_signal_without_uhmm() {
 fn a_signal_in_a_forked_child() {
     let (hmm, dev) = device(64);
     let away = Away::new();
-    handle(libc::SIGUSR2, Handler::Plain(count_pages), 0);
+    count_at(libc::SIGUSR2, 0);
     hmm.evict_on_signal(libc::SIGUSR2).unwrap();
     watch(&away);
     for raw in [false, true] {
@@ -336,7 +344,7 @@ fn a_kernel_that_does_not_end() {
 fn a_kernel_raises_the_signal() {
     let (hmm, dev) = device(64);
     let away = Away::new();
-    handle(libc::SIGFPE, Handler::Plain(count_pages), 0);
+    count_at(libc::SIGFPE, 0);
     hmm.evict_on_signal(libc::SIGFPE).unwrap();
     away.go(&dev);
     watch(&away);
@@ -354,7 +362,7 @@ fn a_kernel_raises_the_signal() {
 
 /// Signals interrupt threads wherever they are: in a launch, in a fault, in the beginning and the end of uhmm, in a fork.
 fn signals_beside_launches_and_forks() {
-    handle(libc::SIGUSR2, Handler::Plain(count_pages), libc::SA_RESTART);
+    count_at(libc::SIGUSR2, libc::SA_RESTART);
     let away = Away::new();
     watch(&away);
     let end = Instant::now() + seconds(5);

@@ -404,15 +404,18 @@ pub fn memfd() -> File {
     unsafe { File::from_raw_fd(fd) }
 }
 
-/// Lets this function handle a signal. What it does there is its own affair.
-pub fn handle(signal: i32, handler: Handler, flags: i32) {
+/// Lets this function handle a signal.
+///
+/// # Safety
+/// It does only what is safe wherever the signal may interrupt a thread.
+pub unsafe fn handle(signal: i32, handler: Handler, flags: i32) {
     // SAFETY: zeroes are such a structure: no signal is blocked.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     (action.sa_sigaction, action.sa_flags) = match handler {
         Handler::Plain(handler) => (handler as *const () as usize, flags & !libc::SA_SIGINFO),
         Handler::Info(handler) => (handler as *const () as usize, flags | libc::SA_SIGINFO),
     };
-    // SAFETY: the handler is a function of the kind that the flags name.
+    // SAFETY: a function of the kind that the flags name; for what it does the caller vouches.
     assert_eq!(unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) }, 0);
 }
 

@@ -181,7 +181,8 @@ fn the_programs_own_sigbus_handler_is_kept() {
         // SAFETY: a page of the mapping below, which nobody could use: it is beyond the file.
         unsafe { libc::mmap(at as *mut _, 4096, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
     }
-    handle(libc::SIGBUS, Handler::Info(handler), 0);
+    // SAFETY: it makes a system call, and uses an atomic.
+    unsafe { handle(libc::SIGBUS, Handler::Info(handler), 0) };
     let beyond_end = || {
         // A page beyond the end of its file raises SIGBUS.
         let page = map(4096, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, Some(&memfd())).cast::<u32>();

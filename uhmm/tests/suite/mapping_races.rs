@@ -257,8 +257,11 @@ fn trim() {
 }
 
 /// Moves the end of the heap: where it was.
-fn move_break(by: isize) -> *mut libc::c_void {
-    // SAFETY: the one test that does it takes back what it has added, and uses that no more.
+///
+/// # Safety
+/// Nobody uses what is beyond the new end.
+unsafe fn move_break(by: isize) -> *mut libc::c_void {
+    // SAFETY: the caller says so.
     let was = unsafe { libc::sbrk(by) };
     assert_ne!(was as isize, -1);
     was
@@ -272,20 +275,21 @@ fn the_break_goes_up_and_down() {
     trim();
     for round in 0..30u32 {
         let len = 3 * BLOCK + round as usize * PAGE;
-        let start = move_break(len as isize).cast::<u32>();
-        // SAFETY: the heap has grown by that, and nothing else is allocated on it.
-        let data = unsafe { std::slice::from_raw_parts_mut(start, len / 4) };
+        // SAFETY: the heap grows by that, and nothing else is allocated on it.
+        let data = unsafe { std::slice::from_raw_parts_mut(move_break(len as isize).cast::<u32>(), len / 4) };
         assert!(data.iter().all(|&x| x == 0), "new memory is zero, round {round}");
         data.iter_mut().enumerate().for_each(|(i, x)| *x = i as u32 ^ round);
         dev.run(&increment, groups(data.len()), args![inout(&mut *data)]).unwrap();
         assert!(pages_present(data) < 8);
         // Half of it goes, the rest is as it was.
         let half = (len / 2) & !(PAGE - 1);
-        move_break(half as isize - len as isize);
+        // SAFETY: the rest of `data` is used no more.
+        unsafe { move_break(half as isize - len as isize) };
         let data = &mut data[..half / 4];
         assert!(data.iter().enumerate().all(|(i, &x)| x == (i as u32 ^ round) + 1), "round {round}");
         dev.run(&increment, groups(data.len()), args![inout(&mut *data)]).unwrap();
-        move_break(-(half as isize));
+        // SAFETY: `data` is used no more.
+        unsafe { move_break(-(half as isize)) };
         let stats = dev.stats();
         dev.run(&|_: &Ctx<'_>| (), 1, args![]).unwrap();
         assert_eq!(stats.evictions, 0);

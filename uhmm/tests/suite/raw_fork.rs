@@ -76,7 +76,8 @@ fn a_child_that_faults_on_its_own() {
         unsafe { libc::_exit(42) };
     }
     // Before uhmm's, which hands on what is not its own.
-    handle(libc::SIGSEGV, Handler::Plain(handler), libc::SA_RESTART);
+    // SAFETY: it ends the process by a system call.
+    unsafe { handle(libc::SIGSEGV, Handler::Plain(handler), libc::SA_RESTART) };
     let (_hmm, dev) = device(64);
     let mut data = vec![1u32; 100_000];
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
