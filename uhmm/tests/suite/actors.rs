@@ -1,9 +1,8 @@
 //! Threads that do what threads of programs do, each checking what it gets, for tests that move memory under them.
 
-use crate::harness::in_a_child;
+use crate::harness::{Handler, Pages, handle, in_a_child, lock, memfd};
 use crate::own_memory::Shared;
 use std::cell::Cell;
-use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::thread::JoinHandleExt;
@@ -132,10 +131,8 @@ fn signals(shared: &'static Shared, me: usize) {
         let frame = std::hint::black_box([3u32; 2000]);
         HANDLED.fetch_add(frame.iter().filter(|&&x| x == 3).count() / 2000, Ordering::Relaxed);
     }
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = handler as *const () as usize;
-    action.sa_flags = libc::SA_RESTART;
-    assert_eq!(unsafe { libc::sigaction(libc::SIGUSR1, &action, null_mut()) }, 0);
+    // SAFETY: it uses its stack and an atomic.
+    unsafe { handle(libc::SIGUSR1, Handler::Plain(handler), libc::SA_RESTART) };
     let mut sent = 0;
     while shared.rest(me) {
         let end = Arc::new(AtomicBool::new(false));
@@ -148,6 +145,7 @@ fn signals(shared: &'static Shared, me: usize) {
         });
         let thread = target.as_pthread_t();
         for _ in 0..20 {
+            // SAFETY: the thread is joined only after this.
             assert_eq!(unsafe { libc::pthread_kill(thread, libc::SIGUSR1) }, 0);
             sent += 1;
             // A signal that is pending already is not sent twice.
@@ -187,7 +185,12 @@ fn hand_over(shared: &'static Shared, me: usize) {
 pub struct Robust(usize);
 
 impl Robust {
-    pub fn new_at(at: usize) -> Self {
+    /// In place.
+    ///
+    /// # Safety
+    /// There is room for one, aligned, in memory that nobody uses otherwise as long as this is used.
+    pub unsafe fn new_at(at: usize) -> Self {
+        // SAFETY: attributes of our own, which zeroes may be; for the mutex there is room, as the caller says.
         unsafe {
             let mut attributes: libc::pthread_mutexattr_t = std::mem::zeroed();
             assert_eq!(libc::pthread_mutexattr_init(&mut attributes), 0);
@@ -199,12 +202,15 @@ impl Robust {
 
     /// On the heap, for good.
     pub fn new() -> Self {
-        Robust::new_at(Box::leak(Box::new(libc::PTHREAD_MUTEX_INITIALIZER)) as *mut _ as usize)
+        let place = Box::leak(Box::new(libc::PTHREAD_MUTEX_INITIALIZER));
+        // SAFETY: it stays, and nobody else knows it.
+        unsafe { Robust::new_at(place as *mut _ as usize) }
     }
 
     /// Locks it: 0, or `EOWNERDEAD`; or `ETIMEDOUT` after 20 s.
     pub fn lock(self) -> i32 {
         let mut limit = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: a time of our own, and a mutex that is there.
         unsafe {
             libc::clock_gettime(libc::CLOCK_REALTIME, &mut limit);
             limit.tv_sec += 20;
@@ -213,10 +219,12 @@ impl Robust {
     }
 
     pub fn unlock(self) {
+        // SAFETY: the mutex is there.
         assert_eq!(unsafe { libc::pthread_mutex_unlock(self.0 as *mut _) }, 0);
     }
 
     pub fn made_consistent(self) {
+        // SAFETY: as above.
         assert_eq!(unsafe { libc::pthread_mutex_consistent(self.0 as *mut _) }, 0);
         self.unlock();
     }
@@ -228,8 +236,9 @@ fn robust_mutexes(shared: &'static Shared, me: usize) {
     let mut random = fastrand::Rng::with_seed(3);
     while shared.rest(me) {
         // One that all rounds use, and one where no mutex was before.
-        let page = crate::harness::Pages::new(random.usize(1..20) * 4096);
-        let fresh = Robust::new_at(page.start as usize + page.len - 512);
+        let page = Pages::new(random.usize(1..20) * 4096);
+        // SAFETY: inside `page`, which outlives this round's threads.
+        let fresh = unsafe { Robust::new_at(page.start() as usize + page.len() - 512) };
         for mutex in [fixed, fresh] {
             let owner = spawn(move || {
                 assert_eq!(fixed.lock(), 0);
@@ -304,7 +313,7 @@ fn programs(shared: &'static Shared, me: usize) {
 
 fn input_and_output(shared: &'static Shared, me: usize) {
     let (mut from, mut to) = std::io::pipe().expect("a pipe");
-    let file = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(libc::memfd_create(c"own memory".as_ptr(), libc::MFD_CLOEXEC)) };
+    let file = memfd();
     let mut random = fastrand::Rng::with_seed(5);
     while shared.rest(me) {
         sleep(BREATH);
@@ -326,11 +335,10 @@ pub fn locked_page() -> usize {
     static PAGE: AtomicUsize = AtomicUsize::new(0);
     if PAGE.load(Ordering::Relaxed) == 0 {
         // Between its neighbours it is a mapping of its own.
-        let page = crate::harness::Pages::new(3 * 4096);
-        let middle = unsafe { page.start.add(4096) };
-        assert_eq!(unsafe { libc::mlock(middle.cast(), 4096) }, 0, "mlock a page");
-        std::mem::forget(page);
-        PAGE.store(middle as usize, Ordering::Relaxed);
+        let mut page = std::mem::ManuallyDrop::new(Pages::new(3 * 4096));
+        let middle = &mut page.slice::<u8>()[4096..2 * 4096];
+        assert!(lock(middle), "mlock a page");
+        PAGE.store(middle.as_ptr() as usize, Ordering::Relaxed);
     }
     PAGE.load(Ordering::Relaxed)
 }
@@ -343,6 +351,7 @@ struct Work {
 /// A thread that no C library knows: what it uses is its stack, what it was given, and no thread-local data.
 fn raw_clone(shared: &'static Shared, me: usize) {
     extern "C" fn run(work: *mut libc::c_void) -> i32 {
+        // SAFETY: who clones gives this, and keeps it until the thread's word is cleared.
         let work = unsafe { &*work.cast::<Work>() };
         let mut copy = [0u32; 3000];
         copy.copy_from_slice(&work.data);
@@ -357,6 +366,7 @@ fn raw_clone(shared: &'static Shared, me: usize) {
         let mut work = Box::new(Work { data: [round; 3000], sum: AtomicU32::new(0) });
         word.store(1, Ordering::Release);
         let flags = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
+        // SAFETY: the thread uses the stack, its work and the word, which stay until the kernel has cleared the word; that is waited for.
         unsafe {
             // It shares our thread-local data, so it must take no signal.
             let (mut all, mut old) = (std::mem::zeroed(), std::mem::zeroed());

@@ -2,6 +2,7 @@
 
 use crate::harness::*;
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use uhmm::{Ctx, Device, args, inout, inp, out};
@@ -90,12 +91,17 @@ fn read(dev: &Device, memory: &[u8], kind: &str) {
     same(memory, &shadow, kind);
 }
 
-/// Memory of its own mapping.
-fn map(len: usize, access: i32, flags: i32, file: i32) -> &'static mut [u8] {
-    let at = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, file, 0) };
-    assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
-    unsafe { std::slice::from_raw_parts_mut(at.cast(), len) }
+/// A file's first bytes, mapped for good.
+///
+/// # Safety
+/// What `access` forbids is not done; and while the slice is used, nobody writes to the file in another way, or makes it shorter.
+unsafe fn mapped(file: &File, access: i32, sharing: i32) -> &'static mut [u8] {
+    // SAFETY: a new mapping, which stays; that its bytes are nobody else's the caller says.
+    unsafe { std::slice::from_raw_parts_mut(map(FILE, access, sharing, Some(file)), FILE) }
 }
+
+/// Bytes of each file.
+const FILE: usize = 300_000;
 
 fn temporary_file(len: usize) -> File {
     let path = std::env::temp_dir().join(format!("uhmm-any-memory-{}", std::process::id()));
@@ -132,6 +138,7 @@ fn stacks_of_every_thread() {
             std::hint::black_box(&mut data);
         });
         let (start, len) = receive.recv().unwrap();
+        // SAFETY: the other thread waits, and uses it again only after that.
         written(&dev, unsafe { std::slice::from_raw_parts_mut(start as *mut u8, len) }, "another thread's stack");
         done.send(()).unwrap();
         scope.spawn(|| {
@@ -146,30 +153,37 @@ fn statics() {
     static mut FILLED: [u8; 200_003] = [1; 200_003];
     static CONSTANT: [u8; 100_001] = [9; 100_001];
     let (_hmm, dev) = device(32);
-    written(&dev, unsafe { &mut *std::ptr::addr_of_mut!(ZEROED) }, ".bss");
-    written(&dev, unsafe { &mut *std::ptr::addr_of_mut!(FILLED) }, ".data");
+    // SAFETY: this test alone uses them, once.
+    let (zeroed, filled) = unsafe { (&mut *std::ptr::addr_of_mut!(ZEROED), &mut *std::ptr::addr_of_mut!(FILLED)) };
+    written(&dev, zeroed, ".bss");
+    written(&dev, filled, ".data");
     read(&dev, &CONSTANT, ".rodata");
 }
 
 fn read_only_and_unreadable_mappings() {
     let (_hmm, dev) = device(32);
-    let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    let memory = map(200_000, RW, private, -1);
+    let mut pages = Pages::new(49 * PAGE);
+    let memory = pages.slice::<u8>();
     memory.fill(5);
-    assert_eq!(unsafe { libc::mprotect(memory.as_mut_ptr().cast(), memory.len(), libc::PROT_READ) }, 0);
+    // SAFETY: from here on it is only read; launches that would write it are refused.
+    unsafe { protect(memory, libc::PROT_READ) };
+    let memory = &mut memory[..200_000];
     read(&dev, memory, "a read-only mapping");
     let refused = |memory: &mut [u8]| dev.run(&add_one, 1, args![inout(memory)]).unwrap_err().to_string();
     let message = refused(memory);
     assert!(message.contains(&format!("{:x}", memory.as_ptr() as usize)) && message.contains("writ"), "{message}");
     // One page of it, in the middle of what may be written.
-    let mixed = map(10 * PAGE, RW, private, -1);
+    let mut pages = Pages::new(10 * PAGE);
+    let mixed = pages.slice::<u8>();
     mixed.fill(6);
-    assert_eq!(unsafe { libc::mprotect(mixed[5 * PAGE..].as_mut_ptr().cast(), PAGE, libc::PROT_READ) }, 0);
+    // SAFETY: from here on that page is only read.
+    unsafe { protect(&mixed[5 * PAGE..6 * PAGE], libc::PROT_READ) };
     let message = refused(mixed);
     assert!(message.contains(&format!("{:x}", mixed[5 * PAGE..].as_ptr() as usize)), "{message}");
     assert!(mixed.iter().all(|&x| x == 6), "a refused launch changes nothing");
     read(&dev, mixed, "a mapping with a read-only page");
-    assert_eq!(unsafe { libc::mprotect(mixed[5 * PAGE..].as_mut_ptr().cast(), PAGE, libc::PROT_NONE) }, 0);
+    // SAFETY: from here on the program uses only what lies before that page.
+    unsafe { protect(&mixed[5 * PAGE..6 * PAGE], libc::PROT_NONE) };
     let message = refused(mixed);
     assert!(message.contains(&format!("{:x}", mixed[5 * PAGE..].as_ptr() as usize)), "{message}");
     let message = dev.run(&triple, 1, args![out(&mut [0u8; 10]), inp(mixed)]).unwrap_err().to_string();
@@ -179,16 +193,18 @@ fn read_only_and_unreadable_mappings() {
 
 fn shared_anonymous_memory_and_memfd() {
     let (_hmm, dev) = device(32);
-    written(&dev, map(300_000, RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1), "shared anonymous memory");
-    let file = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(libc::memfd_create(c"any memory".as_ptr(), 0)) };
-    file.set_len(300_000).unwrap();
-    let [one, two] = [0, 1].map(|_| map(300_000, RW, libc::MAP_SHARED, file.as_raw_fd()));
+    written(&dev, shared(300_000), "shared anonymous memory");
+    let file = memfd();
+    file.set_len(FILE as u64).unwrap();
+    // SAFETY: the file is this test's own. The two show the same bytes, but the test uses one of them at a time.
+    let [one, two] = [0, 1].map(|_| unsafe { mapped(&file, RW, libc::MAP_SHARED) });
     written(&dev, one, "a memfd");
     assert!(one == two, "the other mapping shows the same");
     two.fill(1);
     dev.run(&add_one, 1, args![inout(&mut one[5..100_000])]).unwrap();
     assert!(two[..5].iter().all(|&x| x == 1) && two[5..100_000].iter().all(|&x| x == 2));
-    let private = map(300_000, RW, libc::MAP_PRIVATE, file.as_raw_fd());
+    // SAFETY: the file is this test's own, and nobody writes to it from here on.
+    let private = unsafe { mapped(&file, RW, libc::MAP_PRIVATE) };
     written(&dev, private, "a memfd, mapped privately");
     assert!(two[5..100_000].iter().all(|&x| x == 2), "which changes nothing in it");
 }
@@ -196,9 +212,11 @@ fn shared_anonymous_memory_and_memfd() {
 fn files_mapped_privately() {
     let (_hmm, dev) = device(32);
     let file = temporary_file(300_000);
-    let memory = map(300_000, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd());
+    // SAFETY: the file is this test's own, and the mapping is only read.
+    let memory = unsafe { mapped(&file, libc::PROT_READ, libc::MAP_PRIVATE) };
     read(&dev, memory, "a file, mapped to be read");
-    let memory = map(300_000, RW, libc::MAP_PRIVATE, file.as_raw_fd());
+    // SAFETY: the file is this test's own, and not written.
+    let memory = unsafe { mapped(&file, RW, libc::MAP_PRIVATE) };
     read(&dev, memory, "a file, mapped privately");
     written(&dev, memory, "a file, mapped privately");
     let mut bytes = vec![0; 300_000];
@@ -209,8 +227,10 @@ fn files_mapped_privately() {
 fn files_mapped_shared() {
     let (_hmm, dev) = device(32);
     let file = temporary_file(300_000);
-    read(&dev, map(300_000, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd()), "a file, mapped shared to be read");
-    let memory = map(300_000, RW, libc::MAP_SHARED, file.as_raw_fd());
+    // SAFETY: the file is this test's own, and the mapping is only read.
+    read(&dev, unsafe { mapped(&file, libc::PROT_READ, libc::MAP_SHARED) }, "a file, mapped shared to be read");
+    // SAFETY: the file is this test's own; it is written in another way only between two uses of the slice.
+    let memory = unsafe { mapped(&file, RW, libc::MAP_SHARED) };
     written(&dev, memory, "a file, mapped shared");
     let mut bytes = vec![0; 300_000];
     memory.fill(40);
@@ -257,10 +277,9 @@ fn hugetlb_pages() {
     let (_hmm, dev) = device(32);
     for sharing in [libc::MAP_PRIVATE, libc::MAP_SHARED] {
         let flags = sharing | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
-        let memory = map(4 << 20, RW, flags, -1);
-        written(&dev, memory, "hugetlb pages");
-        let (start, len) = (memory.as_mut_ptr(), memory.len());
-        assert_eq!(unsafe { libc::munmap(start.cast(), len) }, 0);
+        // SAFETY: a new mapping.
+        let mut pages = unsafe { Pages::from_raw(map(4 << 20, RW, flags, None), 4 << 20) };
+        written(&dev, pages.slice(), "hugetlb pages");
     }
 }
 
@@ -268,63 +287,60 @@ fn huge_and_small_pages() {
     let (_hmm, dev) = device(32);
     for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
         let mut pages = Pages::huge(6 << 20);
-        unsafe { libc::madvise(pages.start.cast(), pages.len, advice) };
+        advise(pages.slice::<u8>(), advice);
         written(&dev, pages.slice(), if advice == libc::MADV_HUGEPAGE { "huge pages" } else { "small pages" });
     }
     // Half of a block huge once, then small.
     let mut pages = Pages::huge(4 << 20);
     pages.slice::<u8>().fill(1);
-    unsafe { libc::madvise(pages.start.add(PAGE).cast(), 300 * PAGE, libc::MADV_DONTNEED) };
+    advise(&mut pages.slice::<u8>()[PAGE..301 * PAGE], libc::MADV_DONTNEED);
     written(&dev, pages.slice(), "split pages");
 }
 
 fn locked_memory() {
     let (_hmm, dev) = device(32);
-    let memory = map(300_000, RW, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
-    if unsafe { libc::mlock(memory.as_ptr().cast(), memory.len()) } != 0 {
+    let mut pages = Pages::new(300_000);
+    let memory = pages.slice::<u8>();
+    if !lock(memory) {
         println!("skipped: {}", std::io::Error::last_os_error());
         return;
     }
     written(&dev, memory, "locked memory");
     assert_eq!(pages_present(memory), memory.len() / PAGE, "it has stayed");
     // Locked in the middle, and locked while it is on the device.
-    assert_eq!(unsafe { libc::munlock(memory.as_ptr().cast(), memory.len()) }, 0);
+    unlock(memory);
     dev.prefetch(memory).unwrap();
     assert_eq!(pages_present(memory), 0);
-    assert_eq!(unsafe { libc::mlock(memory[10 * PAGE..].as_ptr().cast(), 20 * PAGE) }, 0);
+    assert!(lock(&memory[10 * PAGE..30 * PAGE]));
     written(&dev, memory, "partly locked memory");
 }
 
 fn memory_shared_with_a_living_child() {
     let (_hmm, dev) = device(32);
     let mut data = vec![3u8; 300_001];
-    let (mut to_child, mut to_parent) = ([0; 2], [0; 2]);
-    assert_eq!(unsafe { libc::pipe(to_child.as_mut_ptr()) | libc::pipe(to_parent.as_mut_ptr()) }, 0);
-    let child = unsafe { libc::fork() };
-    if child == 0 {
+    let (mut ours, mut childs) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
+    let child = fork(false, || {
         // It sees what it has inherited, whenever it looks.
-        let mut byte = 0u8;
-        while unsafe { libc::read(to_child[0], (&raw mut byte).cast(), 1) } == 1 && byte == 1 {
+        let mut byte = [0];
+        while matches!(ours.0.read(&mut byte), Ok(1)) && byte == [1] {
             let right = u8::from(data.iter().all(|&x| x == 3));
-            unsafe { libc::write(to_parent[1], (&raw const right).cast(), 1) };
+            let _ = childs.1.write(&[right]);
         }
-        unsafe { libc::_exit(0) };
-    }
-    let child_is_right = || {
-        let mut byte = 1u8;
-        assert_eq!(unsafe { libc::write(to_child[1], (&raw const byte).cast(), 1) }, 1);
-        assert_eq!(unsafe { libc::read(to_parent[0], (&raw mut byte).cast(), 1) }, 1);
-        byte == 1
+        true
+    });
+    let mut child_is_right = || {
+        let mut byte = [1];
+        ours.1.write_all(&byte).unwrap();
+        childs.0.read_exact(&mut byte).unwrap();
+        byte == [1]
     };
     dev.run(&add_one, 1, args![inout(&mut data[9..])]).unwrap();
     assert!(child_is_right());
     assert!(data[9..].iter().all(|&x| x == 4));
     written(&dev, &mut data, "memory shared with a child");
     assert!(child_is_right());
-    assert_eq!(unsafe { libc::write(to_child[1], [0u8].as_ptr().cast(), 1) }, 1);
-    let mut status = 0;
-    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-    assert_eq!(status, 0);
+    ours.1.write_all(&[0]).unwrap();
+    assert_eq!(wait(child), 0);
 }
 
 /// A buffer that is registered with io_uring stays where it is, for the kernel writes there at any time.
@@ -337,10 +353,12 @@ fn memory_pinned_by_io_uring() {
         }
     };
     let (_hmm, dev) = device(32);
-    let memory = map(300_000, RW, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
+    let mut pages = Pages::new(300_000);
+    let memory = pages.slice::<u8>();
     memory.fill(1);
     let pinned = &memory[10 * PAGE..40 * PAGE];
     let buffer = libc::iovec { iov_base: pinned.as_ptr().cast_mut().cast(), iov_len: pinned.len() };
+    // SAFETY: inside `pages`; the ring pins them, and only the entry below writes there.
     unsafe { ring.submitter().register_buffers(&[buffer]) }.unwrap();
     let file = temporary_file(100 * PAGE);
     written(&dev, memory, "partly pinned memory");
@@ -350,6 +368,7 @@ fn memory_pinned_by_io_uring() {
     // The kernel reads the file straight into the pinned pages.
     let at = &raw mut memory[15 * PAGE];
     let entry = io_uring::opcode::ReadFixed::new(io_uring::types::Fd(file.as_raw_fd()), at, 5 * PAGE as u32, 0).build();
+    // SAFETY: the entry reads into what is registered, and has ended when the bytes are looked at.
     unsafe { ring.submission().push(&entry) }.unwrap();
     ring.submit_and_wait(1).unwrap();
     assert_eq!(ring.completion().next().unwrap().result(), 5 * PAGE as i32);

@@ -13,8 +13,11 @@ pub const TESTS: &[Test] = &[
     Test { name: "suite::bad_input::without_rights_the_error_says_what_gives_them", run: rights, full: false },
 ];
 
-fn raw(start: usize, count: usize, access: Access) -> Arg<'static> {
+/// # Safety
+/// The launch is refused, or its kernel does not look at the argument.
+unsafe fn raw(start: usize, count: usize, access: Access) -> Arg<'static> {
     let raw = RawArg::Slice { start, count, size: 4, ty: TypeId::of::<u32>(), name: "u32", access, device: None };
+    // SAFETY: what is not there, or not the argument's alone, nobody uses: the caller says so.
     unsafe { Arg::from_raw(raw) }
 }
 
@@ -26,32 +29,38 @@ fn ranges() {
     let (_hmm, dev) = device(16);
     let mut good = vec![1u32; 1_000_000];
     let there = pages_present(&good);
-    let mut refused = |arg: Arg<'_>, words: &[&str]| {
+    let mut refused = |(start, count, access), words: &[&str]| {
+        // SAFETY: if it is not refused, the test ends with a panic.
+        let arg = unsafe { raw(start, count, access) };
         let error = dev.run(&never, 1, Args::new([inout(&mut good), arg])).unwrap_err();
         let text = error.to_string();
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
         assert_eq!(pages_present(&good), there, "nothing has moved: {text}");
         assert!(text.chars().next().unwrap().is_lowercase());
     };
-    refused(raw(0, 5, Access::In), &["argument 1 is a null pointer", "20 bytes"]);
+    refused((0, 5, Access::In), &["argument 1 is a null pointer", "20 bytes"]);
     let mut pages = Pages::new(3 << 20);
     pages.slice::<u32>().fill(4);
-    let start = pages.start as usize;
-    unsafe { libc::munmap((start + (1 << 20)) as *mut _, 1 << 20) };
-    refused(raw(start + (1 << 20), 10, Access::In), &["not mapped", &format!("{:#x}", start + (1 << 20))]);
-    refused(raw(start, 3 << 18, Access::Out), &["not mapped", &format!("{:#x}", start + (1 << 20))]);
-    refused(raw(start + 8, usize::MAX / 2, Access::In), &["beyond the address space"]);
-    refused(raw(usize::MAX - 3, 1, Access::In), &["beyond the address space"]);
-    refused(raw(0xffff_8000_0000_0000, 1, Access::In), &["beyond the address space"]);
-    refused(raw(0x3000_0000_0000, 4, Access::In), &["no address for it"]);
-    unsafe { libc::mprotect(start as *mut _, 4096, libc::PROT_READ) };
-    refused(raw(start, 1 << 18, Access::Out), &["written", "read-only", &format!("{start:#x}")]);
-    refused(raw(start, 1 << 18, Access::InOut), &["written", "read-only"]);
-    unsafe { libc::mprotect((start + 4096) as *mut _, 4096, libc::PROT_NONE) };
-    refused(raw(start, 1 << 18, Access::In), &["read", "not readable", &format!("{:#x}", start + 4096)]);
-    unsafe { libc::mprotect(start as *mut _, 8192, libc::PROT_READ | libc::PROT_WRITE) };
+    let start = pages.start() as usize;
+    // SAFETY: only launches that are refused use it before something is mapped there again.
+    unsafe { pages.unmap(1 << 20, 1 << 20) };
+    // SAFETY: inside `pages`, of which the program uses nothing before it may again.
+    let protect = |start: usize, len, access| assert_eq!(unsafe { libc::mprotect(start as *mut _, len, access) }, 0);
+    refused((start + (1 << 20), 10, Access::In), &["not mapped", &format!("{:#x}", start + (1 << 20))]);
+    refused((start, 3 << 18, Access::Out), &["not mapped", &format!("{:#x}", start + (1 << 20))]);
+    refused((start + 8, usize::MAX / 2, Access::In), &["beyond the address space"]);
+    refused((usize::MAX - 3, 1, Access::In), &["beyond the address space"]);
+    refused((0xffff_8000_0000_0000, 1, Access::In), &["beyond the address space"]);
+    refused((0x3000_0000_0000, 4, Access::In), &["no address for it"]);
+    protect(start, 4096, libc::PROT_READ);
+    refused((start, 1 << 18, Access::Out), &["written", "read-only", &format!("{start:#x}")]);
+    refused((start, 1 << 18, Access::InOut), &["written", "read-only"]);
+    protect(start + 4096, 4096, libc::PROT_NONE);
+    refused((start, 1 << 18, Access::In), &["read", "not readable", &format!("{:#x}", start + 4096)]);
+    protect(start, 8192, libc::PROT_READ | libc::PROT_WRITE);
+    // SAFETY: the hole is the place of `pages`, of which no slice is borrowed.
+    unsafe { map_at(start + (1 << 20), 1 << 20, libc::MAP_FIXED) };
     assert!(pages.slice::<u32>()[..1 << 18].iter().all(|&x| x == 4));
-    unsafe { libc::mmap((start + (1 << 20)) as *mut _, 1 << 20, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
     // Nothing at all is fine.
     dev.run(&|_: &Ctx<'_>| (), 1, args![inp::<u32>(&[]), out::<u32>(&mut [])]).unwrap();
     assert!(matches!(dev.run(&never, 0, args![]), Err(Error::Grid(_))));
@@ -64,13 +73,16 @@ fn overlap() {
     let start = data.as_mut_ptr() as usize;
     let there = pages_present(&data);
     for (a, b) in [(Access::Out, Access::In), (Access::In, Access::InOut), (Access::Out, Access::Out)] {
-        let list = Args::new([raw(start, 50_001, a), raw(start + 200_000, 50_000, b)]);
+        // SAFETY: if it is not refused, the test ends with a panic.
+        let list = unsafe { Args::new([raw(start, 50_001, a), raw(start + 200_000, 50_000, b)]) };
         let error = dev.run(&never, 1, list).unwrap_err();
         assert_eq!(error.to_string(), format!("arguments 0 and 1 overlap at {:#x} and one of them is written", start + 200_000));
     }
     assert_eq!(pages_present(&data), there);
     // Neighbours do not overlap, and two readers may.
-    dev.run(&|_: &Ctx<'_>| (), 1, Args::new([raw(start, 50_000, Access::Out), raw(start + 200_000, 50_000, Access::In)])).unwrap();
+    // SAFETY: the kernel looks at nothing.
+    let list = unsafe { Args::new([raw(start, 50_000, Access::Out), raw(start + 200_000, 50_000, Access::In)]) };
+    dev.run(&|_: &Ctx<'_>| (), 1, list).unwrap();
     dev.run(&|_: &Ctx<'_>| (), 1, args![inp(&data), inp(&data[5..])]).unwrap();
 }
 
@@ -102,11 +114,12 @@ fn devices() {
 }
 
 fn rights() {
-    if unsafe { libc::geteuid() } == 0 {
+    if is_root() {
         // As root: become nobody, without capabilities.
-        assert_eq!(unsafe { libc::setresgid(65534, 65534, 65534) }, 0);
-        assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0);
+        // SAFETY: they have numbers only.
+        assert_eq!(unsafe { libc::setresgid(65534, 65534, 65534) | libc::setresuid(65534, 65534, 65534) }, 0);
     }
+    // SAFETY: no other thread is there.
     unsafe { std::env::set_var(uhmm::Mode::VARIABLE, "full") };
     match Uhmm::new() {
         Err(error) => {

@@ -99,6 +99,7 @@ fn devices_open_and_close_while_others_work() {
     const TOUCHES: usize = 20;
     let (hmm, stays) = device(8);
     let memory: Vec<AtomicU32> = (0..WORDS).map(|_| AtomicU32::new(0)).collect();
+    // SAFETY: of that length; it only names ranges, nobody reads it.
     let plain = unsafe { std::slice::from_raw_parts(memory.as_ptr().cast::<u32>(), WORDS) };
     let (added, closed) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let stop = AtomicBool::new(false);
@@ -108,6 +109,7 @@ fn devices_open_and_close_while_others_work() {
         let mut random = fastrand::Rng::with_seed(ctx.value::<u64>(1) << 8 | ctx.group() as u64);
         let words = ctx.pointer::<AtomicU32>(0).cast_const();
         for _ in 0..TOUCHES {
+            // SAFETY: inside `memory`, which outlives the launch, and where all use atomics.
             unsafe { &*words.add(random.usize(0..WORDS)) }.fetch_add(1, Ordering::Relaxed);
         }
     };
@@ -130,6 +132,7 @@ fn devices_open_and_close_while_others_work() {
             let mut seed = 0u64;
             while !stop.load(Ordering::Relaxed) {
                 seed += 1;
+                // SAFETY: as for the kernel.
                 stays.run(kernel, 3, args![unsafe { ptr(memory.as_ptr()) }, seed]).unwrap();
                 added.fetch_add(3 * TOUCHES, Ordering::Relaxed);
             }
@@ -148,6 +151,7 @@ fn devices_open_and_close_while_others_work() {
                     dev.prefetch(&plain[at..at + 100_000]).unwrap();
                     dev.run(&increment, groups(own.len()), args![inout(&mut own)]).unwrap();
                     expected += 1;
+                    // SAFETY: as for the kernel.
                     dev.run(kernel, 2, args![unsafe { ptr(memory.as_ptr()) }, random.u64(..) << 9]).unwrap();
                     added.fetch_add(2 * TOUCHES, Ordering::Relaxed);
                     drop(dev);

@@ -1,5 +1,6 @@
 //! The coherent device: the CPU uses its memory in place. Whether a page is there is asked of the kernel, and so is which page it is.
 
+use crate::actors::Robust;
 use crate::harness::*;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -154,24 +155,22 @@ fn unmapped_dropped_and_moved_pages_free_the_devices_memory() {
         let data = memory.slice::<u8>();
         data.fill(3);
         dev.prefetch(data).unwrap();
-        let at = |page: usize| memory.start.wrapping_add(page * 4096);
-        unsafe {
-            // Dropped: zeroes, at once.
-            assert_eq!(libc::madvise(at(700).cast(), 100 * 4096, libc::MADV_DONTNEED), 0);
-            assert!(std::slice::from_raw_parts(at(700), 100 * 4096).iter().all(|&x| x == 0));
-            // Moved: the contents go along.
-            let place = std::mem::ManuallyDrop::new(Pages::new(16 * 4096));
-            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            assert_eq!(libc::mremap(at(1000).cast(), 16 * 4096, 16 * 4096, flags, place.start), place.start.cast());
-            let moved = std::slice::from_raw_parts_mut(place.start, 16 * 4096);
-            assert!(moved.iter().all(|&x| x == 3));
-            let before = dev.stats();
-            dev.run(&|ctx: &Ctx<'_>| ctx.out::<u8>(0).chunk(1 << 20).fill(4), 1, args![inout(moved)]).unwrap();
-            assert!(moved.iter().all(|&x| x == 4) && since(&dev, before).pages_to_device == 16, "{:?}", since(&dev, before));
-            libc::munmap(place.start.cast(), 16 * 4096);
-            // Unmapped, a part and then a whole block.
-            assert_eq!(libc::munmap(at(100).cast(), 50 * 4096), 0);
-        }
+        // Dropped: zeroes, at once.
+        let dropped = &mut data[700 * 4096..800 * 4096];
+        advise(dropped, libc::MADV_DONTNEED);
+        assert!(dropped.iter().all(|&x| x == 0));
+        // Moved: the contents go along.
+        let mut place = Pages::new(16 * 4096);
+        // SAFETY: the place is ours, and the pages that go there are not used here again.
+        unsafe { memory.move_to(1000 * 4096, place.len(), place.start()) };
+        let moved = place.slice::<u8>();
+        assert!(moved.iter().all(|&x| x == 3));
+        let before = dev.stats();
+        dev.run(&|ctx: &Ctx<'_>| ctx.out::<u8>(0).chunk(1 << 20).fill(4), 1, args![inout(moved)]).unwrap();
+        assert!(moved.iter().all(|&x| x == 4) && since(&dev, before).pages_to_device == 16, "{:?}", since(&dev, before));
+        drop(place);
+        // SAFETY: these pages are not used again.
+        unsafe { memory.unmap(100 * 4096, 50 * 4096) };
         let rest = 2048 - 100 - 16 - 50;
         assert_eq!(evicted_by_taking_all(&dev), rest, "what the program gave up is not on the device any more");
         // Devices' places that have lost their pages are used again.
@@ -184,7 +183,8 @@ fn unmapped_dropped_and_moved_pages_free_the_devices_memory() {
         }
         let kept = [0..100usize, 150..700, 800..1000, 1016..2048];
         for page in kept.into_iter().flatten() {
-            assert_eq!(unsafe { (memory.start.add(page * 4096 + page % 4096)).read_volatile() }, 3, "page {page}");
+            // SAFETY: inside `memory`, where it is still mapped.
+            assert_eq!(unsafe { memory.at(page * 4096 + page % 4096).read_volatile() }, 3, "page {page}");
         }
     }
 }
@@ -195,32 +195,24 @@ fn forks_share_what_the_device_has() {
     for (round, raw) in [false, true, true, false].into_iter().enumerate() {
         dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
         let gate = [std::io::pipe().unwrap(), std::io::pipe().unwrap()];
-        let pid = unsafe { if raw { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as i32 } else { libc::fork() } };
-        assert!(pid >= 0);
         let right = |extra: usize| data.iter().enumerate().all(|(i, &x)| x as usize == i + round + 1 + extra);
-        if pid == 0 {
+        let pid = fork(raw, || {
             // The contents as of the fork, also after the parent has changed them.
             let before = right(0);
             let mut byte = [0];
-            unsafe {
-                use std::os::fd::AsRawFd;
-                libc::write(gate[0].1.as_raw_fd(), byte.as_ptr().cast(), 1);
-                libc::read(gate[1].0.as_raw_fd(), byte.as_mut_ptr().cast(), 1);
-                libc::_exit(i32::from(!(before && right(0))));
-            }
-        }
+            let told = (&gate[0].1).write(&byte).is_ok() && (&gate[1].0).read(&mut byte).is_ok();
+            before && told && right(0)
+        });
         let mut byte = [0];
         (&gate[0].0).read_exact(&mut byte).unwrap();
         // While the child has the pages too, they are made the parent's own. None was the device's any more, if the fork was told of.
         let before = dev.stats();
         dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
         let again = since(&dev, before).pages_to_device;
-        assert!(again >= 970 || (raw && unsafe { libc::geteuid() } != 0), "{again} pages have moved after a fork");
+        assert!(again >= 970 || (raw && !is_root()), "{again} pages have moved after a fork");
         dev.evict(&data).unwrap();
         (&gate[1].1).write_all(&byte).unwrap();
-        let mut status = 0;
-        assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-        assert_eq!(status, 0, "the child of round {round} read something else");
+        assert_eq!(wait(pid), 0, "the child of round {round} read something else");
         assert!(data.iter().enumerate().all(|(i, &x)| x as usize == i + round + 2));
         data.iter_mut().for_each(|x| *x -= 1);
     }
@@ -234,7 +226,7 @@ fn pinned_and_locked_pages_are_used_in_place() {
     let data = memory.slice::<u32>();
     data.fill(1);
     let locked = &data[300_000..310_000];
-    assert_eq!(unsafe { libc::mlock(locked.as_ptr().cast(), size_of_val(locked)) }, 0);
+    assert!(lock(locked));
     let was = frames(locked);
     dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
     assert!(data.iter().all(|&x| x == 2));
@@ -242,7 +234,7 @@ fn pinned_and_locked_pages_are_used_in_place() {
     assert_eq!(frames(locked), was, "locked pages have not moved");
     // Locked while they are on the device, which they then cannot leave: eviction gives them up, and nothing is lost.
     let later = &data[500_000..600_000];
-    assert_eq!(unsafe { libc::mlock(later.as_ptr().cast(), size_of_val(later)) }, 0);
+    assert!(lock(later));
     let was = frames(later);
     dev.evict(data).unwrap();
     let later = &data[500_000..600_000];
@@ -258,21 +250,15 @@ fn what_a_dying_thread_needs_is_not_taken_out() {
     let (_hmm, dev) = coherent(8);
     let mut memory = Pages::new(64 * 4096);
     memory.slice::<u8>().fill(1);
-    let at = memory.start as usize + 10 * 4096 + 256;
-    let mutex = at as *mut libc::pthread_mutex_t;
-    unsafe {
-        let mut attributes: libc::pthread_mutexattr_t = std::mem::zeroed();
-        libc::pthread_mutexattr_init(&mut attributes);
-        libc::pthread_mutexattr_setrobust(&mut attributes, libc::PTHREAD_MUTEX_ROBUST);
-        assert_eq!(libc::pthread_mutex_init(mutex, &attributes), 0);
-    }
+    // SAFETY: inside `memory`, which outlives it; its page is not used otherwise.
+    let mutex = unsafe { Robust::new_at(memory.start() as usize + 10 * 4096 + 256) };
     for round in 0..20 {
         dev.prefetch(memory.slice::<u8>()).unwrap();
         let there = frames(memory.slice::<u8>());
         let gate = [std::sync::Barrier::new(2), std::sync::Barrier::new(2)];
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                assert_eq!(unsafe { libc::pthread_mutex_lock(at as *mut libc::pthread_mutex_t) }, 0);
+                assert_eq!(mutex.lock(), 0);
                 gate[0].wait();
                 gate[1].wait();
             });
@@ -283,11 +269,8 @@ fn what_a_dying_thread_needs_is_not_taken_out() {
             assert!(there[0] == 0 || stayed == [10], "round {round}: {stayed:?} have stayed where they were");
             gate[1].wait();
         });
-        unsafe {
-            assert_eq!(libc::pthread_mutex_lock(mutex), libc::EOWNERDEAD, "round {round}");
-            assert_eq!(libc::pthread_mutex_consistent(mutex), 0);
-            assert_eq!(libc::pthread_mutex_unlock(mutex), 0);
-        }
+        assert_eq!(mutex.lock(), libc::EOWNERDEAD, "round {round}");
+        mutex.made_consistent();
     }
 }
 
@@ -328,19 +311,19 @@ fn nothing_need_be_declared() {
     let list = &list;
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&[9u8; 8192]).unwrap();
-    let shared = unsafe {
-        use std::os::fd::AsRawFd;
-        let at = libc::mmap(std::ptr::null_mut(), 8192, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0);
-        std::slice::from_raw_parts_mut(at.cast::<u8>(), 8192)
-    };
+    let shared = map(8192, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, Some(&file));
+    // SAFETY: a new mapping, which stays; the file is this test's own, and not written otherwise.
+    let shared = unsafe { std::slice::from_raw_parts_mut(shared, 8192) };
     let before = dev.stats();
     let at = shared.as_mut_ptr() as usize;
     let head = list.as_ptr() as usize;
     let kernel = |ctx: &Ctx<'_>| {
         let list = ctx.ptr(ctx.value::<usize>(1) as *const Box<(u64, *const u8)>);
         assert_eq!(list as usize, ctx.value::<usize>(1));
+        // SAFETY: the list has so many, and lives on.
         let sum = (0..1000).map(|i| unsafe { (*list.add(i)).0 }).sum();
         ctx.out::<u64>(0).chunk(1)[0] = sum;
+        // SAFETY: a byte of `shared`, to which no reference is used meanwhile.
         unsafe { ctx.ptr_mut((ctx.value::<usize>(2) + 5000) as *mut u8).write(7) };
     };
     let mut sum = [0u64];
@@ -358,22 +341,22 @@ fn nothing_need_be_declared() {
     assert_eq!((moved.pages_to_device, moved.device_faults), (0, 0), "{moved:?}");
 }
 
-/// What would be a fault in the program fails the launch, with the address; the process lives, and is as it was.
+/// A kernel that follows a wild pointer fails its launch, with the address, and runs on; the process is as it was. Two workers that touched the same hole at once ended the
+/// process: the second found the first one's page in the way.
 fn what_a_kernel_must_not_touch() {
     let (_hmm, dev) = coherent(8);
-    let map = |len: usize, prot: i32| unsafe {
-        let at = libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
-        assert_ne!(at, libc::MAP_FAILED);
-        at as usize
-    };
-    let hole = map(1 << 20, libc::PROT_READ);
-    unsafe { libc::munmap(hole as *mut _, 1 << 20) };
-    let protected = map(16384, libc::PROT_READ);
+    let hole = Pages::new(1 << 20).start() as usize;
+    let mut protected = Pages::new(16384);
+    let protected = protected.slice::<u8>();
+    // SAFETY: the program only reads it from now on.
+    unsafe { protect(protected, libc::PROT_READ) };
+    let protected = protected.as_ptr() as usize;
     let mut data = vec![1u32; 10_000];
-    // Both workers touch the same pages at once, and more of them than there is room for.
+    // Both workers touch the same pages at once.
     let kernel = |ctx: &Ctx<'_>| {
         for page in 0..200 {
             let p = ctx.pointer::<u32>(1).wrapping_add(page * 1024 + ctx.group());
+            // SAFETY: that it must not is the test: nothing is mapped there, and the device is to put pages there that only this kernel uses.
             unsafe {
                 p.read_volatile();
                 p.write_volatile(7);
@@ -382,22 +365,26 @@ fn what_a_kernel_must_not_touch() {
         ctx.out::<u32>(0).chunk(5_000).fill(2);
     };
     let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
-    for round in 0..50 {
+    let mut wild = |at: usize| {
         data.fill(1);
-        let error = dev.run(&kernel, 2, args![inout(&mut data), unsafe { ptr((hole + 2048) as *const u32) }]).unwrap_err();
+        // SAFETY: as for the kernel.
+        let error = dev.run(&kernel, 2, args![inout(&mut data), unsafe { ptr(at as *const u32) }]).unwrap_err();
         let Error::Kernel(KernelFault::Wild { address: told, .. }) = error else { panic!("{error}") };
-        assert!(told & !7 == hole + 2048, "round {round}: {error}");
+        assert!(told & !7 == at, "{error}");
         assert!(data.iter().all(|&x| x == 2), "the kernel ran on");
+    };
+    for round in 0..50 {
+        wild(hole + 2048);
         assert!(!maps().contains(&format!("{hole:x}-")), "round {round}: nothing is left there");
     }
     // Root may map the page at 0, and so may kernels of root's follow a null pointer.
-    if unsafe { libc::geteuid() } == 0 {
-        let error = dev.run(&kernel, 2, args![inout(&mut data), unsafe { ptr(2048 as *const u32) }]).unwrap_err();
-        assert!(matches!(error, Error::Kernel(KernelFault::Wild { address: 2048..2056, .. })), "{error}");
+    if is_root() {
+        wild(2048);
         assert!(!maps().starts_with("00000000-"), "the page at 0 has gone");
     }
     // Found before the kernel starts, as on any device.
     let refused = |start: usize, len: usize| {
+        // SAFETY: nobody reads or writes it: such a launch is refused.
         let data = unsafe { std::slice::from_raw_parts_mut(start as *mut u8, len) };
         dev.run(&|_: &Ctx<'_>| panic!("it ran"), 1, args![out(data)]).unwrap_err()
     };

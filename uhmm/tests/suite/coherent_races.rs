@@ -14,7 +14,7 @@ fn threads_beside_migration_both_ways() {
     let (_hmm, dev) = coherent(8);
     const WORDS: usize = 12 << 20 >> 3;
     let mut memory = Pages::huge(12 << 20);
-    let words: &[AtomicU64] = unsafe { std::slice::from_raw_parts(memory.start.cast(), WORDS) };
+    let words: &[AtomicU64] = memory.atomics();
     let end = Instant::now() + seconds(5);
     let before = dev.stats();
     let stop = AtomicBool::new(false);
@@ -31,6 +31,7 @@ fn threads_beside_migration_both_ways() {
             }
             // A system call reads a word, and another writes it back, changed by one.
             let word = &words[at * 8 + thread];
+            // SAFETY: this thread's own word, which nobody else uses.
             let bytes = unsafe { std::slice::from_raw_parts_mut(word.as_ptr().cast::<u8>(), 8) };
             pipe.1.write_all(bytes).unwrap();
             let mut copy = [0u8; 8];
@@ -46,9 +47,10 @@ fn threads_beside_migration_both_ways() {
         let work = &work;
         let threads: Vec<_> = (0..8).map(|thread| scope.spawn(move || work(thread))).collect();
         let mut random = fastrand::Rng::with_seed(99);
-        let base = memory.start as usize;
+        let base = memory.start() as usize;
         while Instant::now() < end && threads.iter().all(|thread| !thread.is_finished()) {
             let at = random.usize(0..5) << 21;
+            // SAFETY: inside `memory`; it only names a range, nobody reads it.
             let part = unsafe { std::slice::from_raw_parts((base + at) as *const u8, random.usize(1..1024) << 12) };
             match random.u8(0..4) {
                 0 | 1 => dev.prefetch(part).unwrap(),
@@ -57,6 +59,7 @@ fn threads_beside_migration_both_ways() {
                     // A kernel counts beside them, in words that are its own: added and taken away.
                     let kernel = |ctx: &Ctx<'_>| {
                         let word = ctx.ptr((ctx.value::<usize>(0) + 8 * ctx.group()) as *const AtomicU64);
+                        // SAFETY: inside `memory`, where all use atomics, or words of their own.
                         unsafe { (*word).fetch_add(0, Ordering::Relaxed) };
                     };
                     dev.run(&kernel, 64, args![base + at]).unwrap();
@@ -98,6 +101,7 @@ fn mappings_change_beside_migration() {
                 if random.u8(0..3) > 0 {
                     dev.prefetch_range(part.0, part.1).unwrap();
                 } else {
+                    // SAFETY: nobody reads it: it only names a range, which may be gone.
                     dev.evict(unsafe { std::slice::from_raw_parts(part.0 as *const u8, part.1) }).unwrap();
                 }
             }
@@ -110,7 +114,7 @@ fn change_mappings(dev: &Device, random: &mut fastrand::Rng, place: &(AtomicUsiz
     let len = random.usize(1..900) * 4096;
     let mut pages = Pages::new(len);
     place.1.store(0, Ordering::Relaxed);
-    place.0.store(pages.start as usize, Ordering::Relaxed);
+    place.0.store(pages.start() as usize, Ordering::Relaxed);
     place.1.store(len, Ordering::Relaxed);
     let mark = random.u8(1..255);
     pages.slice::<u8>().fill(mark);
@@ -121,9 +125,10 @@ fn change_mappings(dev: &Device, random: &mut fastrand::Rng, place: &(AtomicUsiz
     for _ in 0..random.usize(0..20) {
         let at = random.usize(0..len / 4096);
         let count = random.usize(1..=(len / 4096 - at).min(50));
-        assert_eq!(unsafe { libc::madvise(pages.start.add(at * 4096).cast(), count * 4096, libc::MADV_DONTNEED) }, 0);
+        let range = &mut pages.slice::<u8>()[at * 4096..(at + count) * 4096];
+        advise(range, libc::MADV_DONTNEED);
         dropped[at..at + count].fill(true);
-        let wrong = (at..at + count).find(|page| unsafe { pages.start.add(page * 4096).read_volatile() } != 0);
+        let wrong = range.iter().step_by(4096).position(|x| read(x) != 0).map(|page| at + page);
         assert_eq!(wrong, None, "a dropped page has its contents again");
     }
     if random.bool() {

@@ -18,6 +18,7 @@ const COUNT: usize = 1 << 20;
 fn victim(deed: &str) {
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     let signals = [libc::SIGABRT, libc::SIGSEGV, libc::SIGQUIT, libc::SIGTSTP];
+    // SAFETY: a structure of our own, and no handlers.
     unsafe {
         libc::setrlimit(libc::RLIMIT_CORE, &none);
         for signal in signals {
@@ -43,6 +44,7 @@ fn victim(deed: &str) {
         std::io::stdin().read_line(&mut line).unwrap();
         match deed {
             "abort" | "unprepared" => std::process::abort(),
+            // SAFETY: it ends the process: that is the test.
             "null" => unsafe { std::ptr::null_mut::<u32>().write_volatile(1) },
             _ => {
                 std::io::stdin().read_to_string(&mut line).unwrap(); // until the parent has had enough
@@ -71,8 +73,7 @@ fn read(child: &Child, addresses: [u64; 2]) -> std::io::Result<[Vec<u32>; 2]> {
     let memory = std::fs::File::open(format!("/proc/{}/mem", child.id())).unwrap();
     let mut arrays = [vec![0u32; COUNT], vec![0u32; COUNT]];
     for (array, address) in arrays.iter_mut().zip(addresses) {
-        let bytes = unsafe { std::slice::from_raw_parts_mut(array.as_mut_ptr().cast::<u8>(), 4 * COUNT) };
-        memory.read_exact_at(bytes, address)?;
+        memory.read_exact_at(bytemuck::cast_slice_mut(array), address)?;
     }
     Ok(arrays)
 }
@@ -84,6 +85,20 @@ fn check(arrays: &std::io::Result<[Vec<u32>; 2]>) {
     assert!(busy.iter().all(|&x| x == busy[0]));
 }
 
+/// Sends a signal to a child.
+fn kill(pid: i32, signal: i32) {
+    // SAFETY: it has numbers only.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+}
+
+/// Waits until a child's state has changed: to what.
+fn change_of(pid: i32, options: i32) -> i32 {
+    let mut status = 0;
+    // SAFETY: a status of our own.
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, options) }, pid);
+    status
+}
+
 fn a_stopped_process_can_be_read() {
     if let Ok(deed) = std::env::var(VICTIM) {
         return victim(&deed);
@@ -91,14 +106,11 @@ fn a_stopped_process_can_be_read() {
     let (mut child, addresses) = start("suite::dying::a_stopped_process_can_be_read", "stop");
     let pid = child.id() as i32;
     for _round in 0..5 {
-        let mut status = 0;
-        unsafe {
-            libc::kill(pid, libc::SIGTSTP);
-            assert_eq!(libc::waitpid(pid, &mut status, libc::WUNTRACED), pid);
-        }
+        kill(pid, libc::SIGTSTP);
+        let status = change_of(pid, libc::WUNTRACED);
         assert!(libc::WIFSTOPPED(status) && libc::WSTOPSIG(status) == libc::SIGTSTP, "{status:#x}");
         let arrays = read(&child, addresses);
-        unsafe { libc::kill(pid, libc::SIGCONT) };
+        kill(pid, libc::SIGCONT);
         check(&arrays);
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
@@ -111,6 +123,7 @@ fn a_stopped_process_can_be_read() {
 #[allow(clippy::type_complexity)] // two results of one act
 fn last_look(child: &mut Child, addresses: [u64; 2], signal: Option<i32>) -> Option<(std::io::Result<[Vec<u32>; 2]>, i32)> {
     let pid = child.id() as i32;
+    // SAFETY: the requests below have numbers only.
     let trace = |request, data: usize| unsafe { libc::ptrace(request, pid, std::ptr::null_mut::<u8>(), data as *mut u8) };
     if trace(libc::PTRACE_SEIZE, libc::PTRACE_O_TRACEEXIT as usize) != 0 {
         eprintln!("this process may not trace its child ({}): not tested", std::io::Error::last_os_error());
@@ -118,13 +131,12 @@ fn last_look(child: &mut Child, addresses: [u64; 2], signal: Option<i32>) -> Opt
         return None;
     }
     match signal {
-        Some(signal) => assert_eq!(unsafe { libc::kill(pid, signal) }, 0),
+        Some(signal) => kill(pid, signal),
         None => child.stdin.as_mut().unwrap().write_all(b"\n").unwrap(),
     }
     let mut seen = None;
     loop {
-        let mut status = 0;
-        assert_eq!(unsafe { libc::waitpid(pid, &mut status, libc::__WALL) }, pid);
+        let status = change_of(pid, libc::__WALL);
         if libc::WIFSIGNALED(status) {
             return Some((seen.expect("it was seen"), libc::WTERMSIG(status)));
         }

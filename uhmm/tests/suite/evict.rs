@@ -1,6 +1,7 @@
 //! Everything comes home: when the program asks, and before the action of a signal.
 
 use crate::harness::*;
+use std::io::Read;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -65,6 +66,7 @@ fn evict_all_brings_everything_home() {
         assert_eq!((hmm.stats() - before).cpu_faults, 0, "nothing is left to fetch");
         // Also what was duplicated is the CPU's alone.
         let mut written = shared.data[0];
+        // SAFETY: what is there already; nobody else uses it.
         unsafe { (&raw const shared.data[0]).cast_mut().write_volatile(written) };
         written ^= shared.data[0];
         assert_eq!((written, (hmm.stats() - before).cpu_faults), (0, 0));
@@ -143,21 +145,22 @@ static WATCHED: AtomicUsize = AtomicUsize::new(0);
 
 /// Counts the pages of the watched data. Opening a file by a path that is short allocates nothing.
 extern "C" fn count_pages(_: i32) {
+    // SAFETY: `watch` is given what outlives the signals; it is not read, only named.
     let data = unsafe { std::slice::from_raw_parts(WATCHED.load(Ordering::Relaxed) as *const u32, 1 << 20) };
     SEEN.store(pages_present(data), Ordering::Relaxed);
     CALLS.fetch_add(1, Ordering::Relaxed);
 }
 
 extern "C" fn count_pages_and_info(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel gives it to a handler of this kind.
     assert!(unsafe { (*info).si_signo } == signal && !context.is_null());
     count_pages(signal);
 }
 
-fn handle(signal: i32, handler: usize, flags: i32) {
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = handler;
-    action.sa_flags = flags;
-    assert_eq!(unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) }, 0);
+/// Lets [`count_pages`] handle a signal.
+fn count_at(signal: i32, flags: i32) {
+    // SAFETY: it allocates nothing and takes no lock.
+    unsafe { handle(signal, Handler::Plain(count_pages), flags) };
 }
 
 fn watch(away: &Away) {
@@ -168,8 +171,9 @@ fn watch(away: &Away) {
 fn a_raised_signal_finds_everything_at_home() {
     let (hmm, dev) = device(64);
     let away = Away::new();
-    handle(libc::SIGUSR1, count_pages as *const () as usize, libc::SA_RESETHAND);
-    handle(libc::SIGABRT, count_pages_and_info as *const () as usize, libc::SA_SIGINFO);
+    count_at(libc::SIGUSR1, libc::SA_RESETHAND);
+    // SAFETY: it does the same, and looks at what it is given.
+    unsafe { handle(libc::SIGABRT, Handler::Info(count_pages_and_info), 0) };
     for signal in [libc::SIGUSR1, libc::SIGABRT] {
         hmm.evict_on_signal(signal).unwrap();
         away.go(&dev);
@@ -195,7 +199,7 @@ fn a_raised_signal_finds_everything_at_home() {
 fn another_process_sends_the_signal() {
     let (hmm, dev) = device(64);
     let away = Away::new();
-    handle(libc::SIGUSR2, count_pages as *const () as usize, 0);
+    count_at(libc::SIGUSR2, 0);
     hmm.evict_on_signal(libc::SIGUSR2).unwrap();
     for round in 1..5 {
         away.go(&dev);
@@ -216,12 +220,13 @@ fn another_process_sends_the_signal() {
 fn the_earlier_action_is_kept() {
     const SA_RESTORER: i32 = 0x0400_0000; // which glibc adds
     let now = |signal| {
-        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-        unsafe { libc::sigaction(signal, std::ptr::null(), &mut action) };
-        (action.sa_sigaction, action.sa_flags & !SA_RESTORER, unsafe { libc::sigismember(&action.sa_mask, libc::SIGHUP) })
+        let action = action(signal);
+        // SAFETY: a set of our own.
+        let blocked = unsafe { libc::sigismember(&action.sa_mask, libc::SIGHUP) };
+        (action.sa_sigaction, action.sa_flags & !SA_RESTORER, blocked)
     };
-    handle(libc::SIGUSR1, count_pages as *const () as usize, 0);
-    handle(libc::SIGUSR2, count_pages as *const () as usize, libc::SA_RESTART);
+    count_at(libc::SIGUSR1, 0);
+    count_at(libc::SIGUSR2, libc::SA_RESTART);
     let signals = [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM, libc::SIGSEGV];
     let before = signals.map(now);
     let away = Away::new();
@@ -231,20 +236,17 @@ fn the_earlier_action_is_kept() {
         signals.into_iter().for_each(|signal| hmm.evict_on_signal(signal).unwrap());
         away.go(&dev);
         let interrupted = |signal| {
-            let me = unsafe { libc::pthread_self() } as usize;
+            let me = gettid();
             std::thread::scope(|scope| {
                 scope.spawn(move || {
                     std::thread::sleep(Duration::from_millis(30));
-                    unsafe { libc::pthread_kill(me as libc::pthread_t, signal) };
+                    send(me, signal);
                     std::thread::sleep(Duration::from_millis(30));
-                    unsafe { libc::pthread_kill(me as libc::pthread_t, libc::SIGUSR1) };
+                    send(me, libc::SIGUSR1);
                 });
-                let pipe = std::io::pipe().unwrap();
-                let mut byte = 0u8;
-                let fd = std::os::fd::AsRawFd::as_raw_fd(&pipe.0);
+                let mut pipe = std::io::pipe().unwrap();
                 let started = Instant::now();
-                assert_eq!(unsafe { libc::read(fd, (&raw mut byte).cast(), 1) }, -1);
-                assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EINTR));
+                assert_eq!(pipe.0.read(&mut [0]).unwrap_err().raw_os_error(), Some(libc::EINTR));
                 started.elapsed()
             })
         };
@@ -265,10 +267,11 @@ fn signals_that_cannot_be_had() {
 /// uhmm has ended; the program's handler, installed meanwhile, hands on to ours.
 fn a_signal_without_uhmm() {
     let away = Away::new();
-    handle(libc::SIGUSR2, count_pages as *const () as usize, 0);
+    count_at(libc::SIGUSR2, 0);
     static BELOW: AtomicUsize = AtomicUsize::new(0);
     extern "C" fn over(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
         let below: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+            // SAFETY: uhmm's handler, which is of this kind.
             unsafe { std::mem::transmute(BELOW.load(Ordering::Relaxed)) };
         below(signal, info, context);
     }
@@ -276,10 +279,9 @@ fn a_signal_without_uhmm() {
         let (hmm, dev) = device(64);
         hmm.evict_on_signal(libc::SIGUSR2).unwrap();
         if round == 1 {
-            let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-            unsafe { libc::sigaction(libc::SIGUSR2, std::ptr::null(), &mut action) };
-            BELOW.store(action.sa_sigaction, Ordering::Relaxed);
-            handle(libc::SIGUSR2, over as *const () as usize, libc::SA_SIGINFO);
+            BELOW.store(action(libc::SIGUSR2).sa_sigaction, Ordering::Relaxed);
+            // SAFETY: it does what the one below does.
+            unsafe { handle(libc::SIGUSR2, Handler::Info(over), 0) };
         }
         away.go(&dev);
         watch(&away);
@@ -297,22 +299,19 @@ fn a_signal_without_uhmm() {
 fn a_signal_in_a_forked_child() {
     let (hmm, dev) = device(64);
     let away = Away::new();
-    handle(libc::SIGUSR2, count_pages as *const () as usize, 0);
+    count_at(libc::SIGUSR2, 0);
     hmm.evict_on_signal(libc::SIGUSR2).unwrap();
     watch(&away);
     for raw in [false, true] {
         away.go(&dev);
         let calls = CALLS.load(Ordering::Relaxed);
-        let pid = unsafe { if raw { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as i32 } else { libc::fork() } };
-        if pid == 0 {
+        let pid = fork(raw, || {
             let started = Instant::now();
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::syscall(libc::SYS_gettid), libc::SIGUSR2) };
+            send(gettid(), libc::SIGUSR2);
             let called = CALLS.load(Ordering::Relaxed) == calls + 1;
-            unsafe { libc::_exit(if called && started.elapsed() < Duration::from_secs(2) { 0 } else { 1 }) };
-        }
-        let mut status = 0;
-        assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-        assert_eq!(status, 0, "raw: {raw}");
+            called && started.elapsed() < Duration::from_secs(2)
+        });
+        assert_eq!(wait(pid), 0, "raw: {raw}");
         away.go(&dev);
         raise(libc::SIGUSR2);
         assert_eq!(SEEN.load(Ordering::Relaxed), away.all, "the parent's evictor serves on");
@@ -346,7 +345,7 @@ fn a_kernel_that_does_not_end() {
 fn a_kernel_raises_the_signal() {
     let (hmm, dev) = device(64);
     let away = Away::new();
-    handle(libc::SIGFPE, count_pages as *const () as usize, 0);
+    count_at(libc::SIGFPE, 0);
     hmm.evict_on_signal(libc::SIGFPE).unwrap();
     away.go(&dev);
     watch(&away);
@@ -365,8 +364,9 @@ fn a_kernel_raises_the_signal() {
 /// The story: the signal came to a thread that was closing a device, or forking, and so held off launches. Its handler waited for the evictor, and that for the
 /// thread, five seconds.
 fn a_signal_to_a_thread_that_holds_off_launches() {
-    handle(libc::SIGUSR2, count_pages as *const () as usize, libc::SA_RESTART);
+    count_at(libc::SIGUSR2, libc::SA_RESTART);
     let away = Away::new();
+    watch(&away);
     let hmm = Uhmm::new().unwrap();
     hmm.evict_on_signal(libc::SIGUSR2).unwrap();
     let end = Instant::now() + seconds(5);
@@ -374,7 +374,7 @@ fn a_signal_to_a_thread_that_holds_off_launches() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while Instant::now() < end {
-                unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, libc::SIGUSR2) };
+                send(tid, libc::SIGUSR2);
                 std::thread::sleep(Duration::from_micros(300));
             }
         });
@@ -394,7 +394,7 @@ fn a_signal_to_a_thread_that_holds_off_launches() {
 
 /// Signals interrupt threads wherever they are: in a launch, in a fault, in the beginning and the end of uhmm, in a fork.
 fn signals_beside_launches_and_forks() {
-    handle(libc::SIGUSR2, count_pages as *const () as usize, libc::SA_RESTART);
+    count_at(libc::SIGUSR2, libc::SA_RESTART);
     let away = Away::new();
     watch(&away);
     let end = Instant::now() + seconds(5);
@@ -422,7 +422,7 @@ fn signals_beside_launches_and_forks() {
         (0..2).for_each(|part| drop(scope.spawn(move || work(part))));
         while Instant::now() < end {
             for tid in tids.iter().map(|tid| tid.load(Ordering::Relaxed)).filter(|&tid| tid != 0) {
-                unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, libc::SIGUSR2) };
+                send(tid, libc::SIGUSR2);
             }
             std::thread::sleep(Duration::from_millis(3));
         }

@@ -37,12 +37,14 @@ fn a_kernel_follows_pointers() {
         let mut total = 0;
         let mut at = ctx.pointer::<Node>(1).cast_const();
         while at != ctx.ptr(std::ptr::null()) {
+            // SAFETY: a node of the list, which outlives the launch, and which nobody changes.
             let node = unsafe { &*at };
             total += node.value;
             at = ctx.ptr(node.next);
         }
         ctx.out::<u64>(0).chunk(1)[0] = total;
     };
+    // SAFETY: as for the kernel.
     dev.run(&kernel, 1, args![inout(&mut sum), unsafe { ptr(head) }]).unwrap();
     assert_eq!(sum[0], expected);
     assert!(dev.stats().device_faults > 0);
@@ -52,14 +54,14 @@ fn a_kernel_follows_pointers() {
 fn what_a_kernel_writes_through_a_pointer_comes_back() {
     let (_hmm, dev) = device(64);
     let mut data: Vec<u32> = (0..2_000_000).collect();
-    let address = data.as_mut_ptr();
     let kernel = |ctx: &Ctx<'_>| {
         let p = ctx.pointer::<u32>(0);
         for i in (ctx.group()..2_000_000).step_by(ctx.groups() * 100) {
+            // SAFETY: an element of the data, which the launch borrows, and which is this group's own.
             unsafe { *p.add(i) += 1 };
         }
     };
-    dev.run(&kernel, 2, args![unsafe { ptr(address) }]).unwrap();
+    dev.run(&kernel, 2, args![bare(&mut data)]).unwrap();
     for (i, &x) in data.iter().enumerate() {
         let touched = i % 200 < 2;
         assert_eq!(x, i as u32 + u32::from(touched), "{i}");
@@ -71,12 +73,15 @@ fn what_a_kernel_writes_through_a_pointer_comes_back() {
         for (i, &x) in ctx.inp::<u32>(0).iter().enumerate() {
             total += u64::from(x);
             if i % 5000 == 0 {
+                // SAFETY: an element of the data, after the loop has read it; no other group is there.
                 unsafe { *p.add(i) = 9 };
             }
         }
         std::hint::black_box(total);
     };
-    dev.run(&sum, 1, args![inp(&data), unsafe { ptr(address) }]).unwrap();
+    // SAFETY: as for the kernel.
+    let pointer = unsafe { ptr(data.as_mut_ptr()) };
+    dev.run(&sum, 1, args![inp(&data), pointer]).unwrap();
     let data = std::hint::black_box(&data);
     assert!(data.iter().step_by(5000).all(|&x| x == 9));
 }
@@ -102,11 +107,12 @@ fn twice_the_capacity_by_faults() {
         let p = ctx.pointer::<u32>(0);
         let per = len / ctx.groups();
         for i in ctx.group() * per..(ctx.group() + 1) * per {
+            // SAFETY: an element of the data, which the launch borrows, and which is this group's own.
             unsafe { *p.add(i) += 1 };
         }
     };
     for _ in 0..2 {
-        dev.run(&kernel, 16, args![unsafe { ptr(data.as_mut_ptr()) }]).unwrap();
+        dev.run(&kernel, 16, args![bare(&mut data)]).unwrap();
     }
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 2));
 }

@@ -4,6 +4,7 @@ use crate::modes;
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -129,10 +130,10 @@ pub fn pages_present<T>(data: &[T]) -> usize {
     (start..end).step_by(4096).filter(|&at| present(at as *const u8)).count()
 }
 
-/// Anonymous memory of its own mapping.
+/// Memory of a mapping of its own. It stays with its thread, so that whoever has it, and no slice of it, can change the mapping.
 pub struct Pages {
-    pub start: *mut u8,
-    pub len: usize,
+    start: *mut u8,
+    len: usize,
 }
 
 impl Pages {
@@ -145,6 +146,22 @@ impl Pages {
         Pages { start: start.cast(), len }
     }
 
+    /// Takes a mapping over.
+    ///
+    /// # Safety
+    /// It is there, readable and writable, and nobody else uses or unmaps it.
+    pub unsafe fn from_raw(start: *mut u8, len: usize) -> Self {
+        Pages { start, len }
+    }
+
+    pub fn start(&self) -> *mut u8 {
+        self.start
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     /// On a 2 MiB boundary, in huge pages where there are any.
     pub fn huge(len: usize) -> Self {
         let pages = Pages::new(len + (2 << 20));
@@ -155,16 +172,155 @@ impl Pages {
         Pages { start, len }
     }
 
-    pub fn slice<T>(&mut self) -> &mut [T] {
-        // SAFETY: the mapping is ours, of that length, and borrowed with `self`; tests ask for numbers, and words of atomics, which any bytes are.
+    pub fn slice<T: bytemuck::Pod>(&mut self) -> &mut [T] {
+        // SAFETY: the mapping is ours, of that length, and borrowed with `self`; any bytes are a `T`.
         unsafe { std::slice::from_raw_parts_mut(self.start.cast(), self.len / size_of::<T>()) }
     }
+
+    /// All of it as atomics.
+    pub fn atomics<T: Atomic>(&self) -> &[T] {
+        // SAFETY: the mapping is ours, of that length, and borrowed with `self`; any bytes are a `T`, which is there to be shared.
+        unsafe { std::slice::from_raw_parts(self.start.cast(), self.len / size_of::<T>()) }
+    }
+
+    /// Where a byte is.
+    pub fn at(&self, offset: usize) -> *mut u8 {
+        assert!(offset < self.len);
+        self.start.wrapping_add(offset)
+    }
+
+    /// Makes it longer, or shorter, at another place if need be. Whether the kernel has done it.
+    pub fn resize(&mut self, len: usize) -> bool {
+        // SAFETY: the mapping is ours, and no slice of it is borrowed.
+        let moved = unsafe { libc::mremap(self.start.cast(), self.len, len, libc::MREMAP_MAYMOVE) };
+        if moved == libc::MAP_FAILED {
+            return false;
+        }
+        (self.start, self.len) = (moved.cast(), len);
+        true
+    }
+
+    /// Unmaps pages of it.
+    ///
+    /// # Safety
+    /// They are used no more, until something is mapped there again; and nobody else maps anything there as long as this lives.
+    pub unsafe fn unmap(&self, offset: usize, len: usize) {
+        assert!(offset.is_multiple_of(4096) && offset <= self.len && len <= self.len - offset);
+        // SAFETY: inside the mapping, which is ours; that nobody misses it the caller says.
+        assert_eq!(unsafe { libc::munmap(self.at(offset).cast(), len) }, 0);
+    }
+
+    /// Moves pages of it to another place, to be there instead of what is there now.
+    ///
+    /// # Safety
+    /// They are used here no more, until something is mapped here again; and the other place is the caller's.
+    pub unsafe fn move_to(&self, offset: usize, len: usize, target: *mut u8) {
+        assert!(offset.is_multiple_of(4096) && offset <= self.len && len <= self.len - offset);
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: from inside the mapping, which is ours; that nobody misses what was at either place the caller says.
+        let moved = unsafe { libc::mremap(self.at(offset).cast(), len, len, flags, target) };
+        assert_eq!(moved, target.cast(), "{}", std::io::Error::last_os_error());
+    }
+}
+
+/// Atomic numbers.
+///
+/// # Safety
+/// Any bytes are one.
+pub unsafe trait Atomic {}
+// SAFETY: any bytes are a number.
+unsafe impl Atomic for std::sync::atomic::AtomicU8 {}
+// SAFETY: as above.
+unsafe impl Atomic for std::sync::atomic::AtomicU32 {}
+// SAFETY: as above.
+unsafe impl Atomic for std::sync::atomic::AtomicU64 {}
+
+/// A bare pointer to the start of `data`. As for any pointer, what a kernel does with it is argued there.
+pub fn bare<T: bytemuck::Pod>(data: &mut [T]) -> uhmm::Arg<'_> {
+    // SAFETY: the data is there, and nobody else's, as long as the argument lives.
+    unsafe { uhmm::ptr(data.as_mut_ptr()) }
+}
+
+/// The start and length of whole pages.
+fn whole<T>(data: &[T]) -> (*mut libc::c_void, usize) {
+    let (start, len) = (data.as_ptr(), size_of_val(data));
+    assert!((start as usize | len).is_multiple_of(4096) && len > 0, "whole pages: {start:?}, {len} bytes");
+    (start.cast_mut().cast(), len)
+}
+
+/// Tells the kernel about whole pages, which are used as before, or hold zeroes from now on.
+pub fn advise<T: bytemuck::Pod>(data: &mut [T], advice: i32) {
+    let harmless = [libc::MADV_DONTNEED, libc::MADV_FREE, libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE, libc::MADV_DONTDUMP];
+    assert!(harmless.contains(&advice));
+    let (start, len) = whole(data);
+    // SAFETY: whole pages, and borrowed exclusively. These advices leave them there; bytes may turn to zeroes, at once or later, and all bytes are a `T`.
+    let result = unsafe { libc::madvise(start, len, advice) };
+    // A kernel without huge pages knows nothing of them.
+    assert!(result == 0 || [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE].contains(&advice), "{}", std::io::Error::last_os_error());
+}
+
+/// Maps new memory in place of whole pages: zeroes.
+pub fn map_anew<T: bytemuck::Pod>(data: &mut [T]) {
+    let (start, len) = whole(data);
+    // SAFETY: whole pages, and borrowed exclusively. Others take their place, of zeroes, which are a `T`.
+    unsafe { map_at(start as usize, len, libc::MAP_FIXED) };
+}
+
+/// Maps new memory at an address: its start.
+///
+/// # Safety
+/// What is there, if it may be replaced, is the caller's.
+pub unsafe fn map_at(at: usize, len: usize, how: i32) -> *mut u8 {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | how;
+    // SAFETY: that nobody misses what was there the caller says.
+    let start = unsafe { libc::mmap(at as *mut _, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    assert_eq!(start as usize, at, "{}", std::io::Error::last_os_error());
+    start.cast()
+}
+
+/// A new mapping, where the kernel likes, that stays for good.
+pub fn map(len: usize, access: i32, flags: i32, file: Option<&File>) -> *mut u8 {
+    assert_eq!(flags & libc::MAP_FIXED, 0);
+    let fd = file.map_or(-1, AsRawFd::as_raw_fd);
+    // SAFETY: a new mapping where the kernel likes.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, fd, 0) };
+    assert_ne!(start, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    start.cast()
+}
+
+/// New shared memory, of zeroes, that stays for good.
+pub fn shared(len: usize) -> &'static mut [u8] {
+    let start = map(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS, None);
+    // SAFETY: nobody else has it, and nobody unmaps it.
+    unsafe { std::slice::from_raw_parts_mut(start, len) }
+}
+
+/// Sets what may be done with whole pages.
+///
+/// # Safety
+/// What is forbidden nobody does, until it is allowed again.
+pub unsafe fn protect<T>(data: &[T], access: i32) {
+    let (start, len) = whole(data);
+    // SAFETY: memory of a slice; that nobody minds the caller says.
+    assert_eq!(unsafe { libc::mprotect(start, len, access) }, 0);
+}
+
+/// What memory holds now.
+pub fn read<T: Copy>(at: &T) -> T {
+    // SAFETY: a reference.
+    unsafe { std::ptr::from_ref(at).read_volatile() }
+}
+
+/// Writes to memory, now.
+pub fn write<T: Copy>(at: &mut T, value: T) {
+    // SAFETY: an exclusive reference.
+    unsafe { std::ptr::from_mut(at).write_volatile(value) }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours.
-        unsafe { libc::munmap(self.start.cast(), self.len) };
+        assert_eq!(unsafe { libc::munmap(self.start.cast(), self.len) }, 0);
     }
 }
 
@@ -188,20 +344,100 @@ pub fn increment_until(end: Instant, dev: &uhmm::Device, start: u32, len: usize,
     assert!(data.iter().all(|&x| x == expected));
 }
 
-/// Forks; the child ends after `right`, and the parent looks whether that was true there. The child does only what is safe after a fork of a process with threads.
-pub fn in_a_child(right: impl FnOnce() -> bool) {
-    // SAFETY: the child runs `right` and ends without unwinding into its parent's frames.
-    let pid = unsafe { libc::fork() };
+/// Forks, or makes a child that the C library is not told of; it ends after `right`, with 0 if that was true there, and does only what is safe after a fork of
+/// a process with threads.
+pub fn fork(raw: bool, right: impl FnOnce() -> bool) -> i32 {
+    // SAFETY: the child runs `right` and ends without unwinding into its parent's frames. Of clone's arguments only the signal is not 0: it is a fork.
+    let pid = unsafe { if raw { libc::syscall(libc::SYS_clone, libc::SIGCHLD as libc::c_ulong, 0, 0, 0, 0) as i32 } else { libc::fork() } };
     assert_ne!(pid, -1);
     if pid == 0 {
         let right = std::panic::catch_unwind(std::panic::AssertUnwindSafe(right)).unwrap_or(false);
         // SAFETY: it ends here.
         unsafe { libc::_exit(i32::from(!right)) };
     }
+    pid
+}
+
+/// How a child has ended.
+pub fn wait(child: i32) -> i32 {
     let mut status = 0;
-    // SAFETY: our child, and a status of our own.
-    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-    assert_eq!(status, 0);
+    // SAFETY: a status of our own.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    status
+}
+
+/// Forks; the child ends after `right`, and the parent looks whether that was true there.
+pub fn in_a_child(right: impl FnOnce() -> bool) {
+    assert_eq!(wait(fork(false, right)), 0);
+}
+
+/// Whether this is root's process.
+pub fn is_root() -> bool {
+    // SAFETY: it has no arguments.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// Pages of memory that the machine has.
+pub fn physical_pages() -> usize {
+    // SAFETY: it only tells a number.
+    unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) as usize }
+}
+
+/// Locks the pages of a slice, which are not changed by that. Whether the kernel did it.
+pub fn lock<T>(data: &[T]) -> bool {
+    // SAFETY: memory of a slice; locking neither reads nor writes it.
+    unsafe { libc::mlock(data.as_ptr().cast(), size_of_val(data)) == 0 }
+}
+
+/// Unlocks them.
+pub fn unlock<T>(data: &[T]) {
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::munlock(data.as_ptr().cast(), size_of_val(data)) }, 0);
+}
+
+/// An empty file in memory.
+pub fn memfd() -> File {
+    // SAFETY: the name ends with a zero.
+    let fd = unsafe { libc::memfd_create(c"uhmm-test".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: a new descriptor, which nobody else has.
+    unsafe { File::from_raw_fd(fd) }
+}
+
+/// Lets this function handle a signal.
+///
+/// # Safety
+/// It does only what is safe wherever the signal may interrupt a thread.
+pub unsafe fn handle(signal: i32, handler: Handler, flags: i32) {
+    // SAFETY: zeroes are such a structure: no signal is blocked.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    (action.sa_sigaction, action.sa_flags) = match handler {
+        Handler::Plain(handler) => (handler as *const () as usize, flags & !libc::SA_SIGINFO),
+        Handler::Info(handler) => (handler as *const () as usize, flags | libc::SA_SIGINFO),
+    };
+    // SAFETY: a function of the kind that the flags name; for what it does the caller vouches.
+    assert_eq!(unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) }, 0);
+}
+
+/// The kinds of signal handlers.
+pub enum Handler {
+    Plain(extern "C" fn(i32)),
+    Info(extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void)),
+}
+
+/// What is done at a signal now.
+pub fn action(signal: i32) -> libc::sigaction {
+    // SAFETY: zeroes are such a structure.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: a structure of our own.
+    assert_eq!(unsafe { libc::sigaction(signal, std::ptr::null(), &mut action) }, 0);
+    action
+}
+
+/// Sends a signal to a thread of this process. What its handler does is its own affair.
+pub fn send(thread: i32, signal: i32) {
+    // SAFETY: it has numbers only.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal) };
 }
 
 /// This thread's number.

@@ -57,9 +57,9 @@ fn compare(ctx: &Ctx<'_>) {
 impl Bench {
     pub fn new(huge: bool) -> Self {
         let (hmm, dev) = device(64);
-        let pages = if huge { Pages::huge(LEN) } else { Pages::new(LEN) };
+        let mut pages = if huge { Pages::huge(LEN) } else { Pages::new(LEN) };
         if !huge {
-            unsafe { libc::madvise(pages.start.cast(), LEN, libc::MADV_NOHUGEPAGE) };
+            advise(pages.slice::<u8>(), libc::MADV_NOHUGEPAGE);
         }
         let mut bench = Bench { pages, shadow: vec![0; LEN], random: fastrand::Rng::with_seed(3), dev, _hmm: hmm };
         bench.random.fill(&mut bench.shadow);
@@ -126,9 +126,7 @@ fn both(mut test: impl FnMut(&mut Bench)) {
 
 /// A file in memory that holds `bytes`.
 fn file(bytes: &[u8]) -> File {
-    let fd = unsafe { libc::memfd_create(c"uhmm-test".as_ptr(), libc::MFD_CLOEXEC) };
-    assert!(fd >= 0);
-    let file = unsafe { File::from_raw_fd(fd) };
+    let file = memfd();
     file.write_all_at(bytes, 0).unwrap();
     file
 }
@@ -167,28 +165,29 @@ fn read_and_write() {
 fn vectors_that_are_on_the_device_themselves() {
     both(|bench| {
         let (_hmm, dev) = device(64);
-        let vectors = |data: *const u8, len: usize| -> Vec<libc::iovec> {
-            // 1024 pieces are the most that a call takes. The vector has pages of its own, as it is large.
+        let vectors = |data: *const u8, len: usize| -> Vec<usize> {
+            // 1024 pieces are the most that a call takes. The vector, of starts and lengths, has pages of its own, as it is large.
             let piece = len.div_ceil(1024).max(1);
-            let mut all = vec![libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; 16 << 10];
-            for (slot, at) in all.iter_mut().zip((0..len).step_by(piece)) {
-                *slot = libc::iovec { iov_base: unsafe { data.add(at).cast_mut().cast() }, iov_len: piece.min(len - at) };
+            let mut all = vec![0; 32 << 10];
+            for (slot, at) in all.as_chunks_mut::<2>().0.iter_mut().zip((0..len).step_by(piece)) {
+                *slot = [data as usize + at, piece.min(len - at)];
             }
-            let numbers = unsafe { std::slice::from_raw_parts(all.as_ptr().cast::<usize>(), all.len() * 2) };
-            dev.prefetch(numbers).unwrap();
-            assert_eq!(pages_present(numbers), 0);
+            dev.prefetch(&all).unwrap();
+            assert_eq!(pages_present(&all), 0);
             all
         };
         bench.each(
             |data| {
                 let (file, all) = (file(&[]), vectors(data.as_ptr(), data.len()));
-                let written = unsafe { libc::writev(file.as_raw_fd(), all.as_ptr(), data.len().min(1024) as i32) };
+                // SAFETY: an iovec is a start and a length, and the vector's pieces are those of `data`.
+                let written = unsafe { libc::writev(file.as_raw_fd(), all.as_ptr().cast(), data.len().min(1024) as i32) };
                 assert_eq!(written, data.len() as isize);
                 contents(&file)
             },
             |data, bytes| {
                 let (file, all) = (file(bytes), vectors(data.as_ptr(), data.len()));
-                let read = unsafe { libc::readv(file.as_raw_fd(), all.as_ptr(), bytes.len().min(1024) as i32) };
+                // SAFETY: as above; here `data` is borrowed exclusively.
+                let read = unsafe { libc::readv(file.as_raw_fd(), all.as_ptr().cast(), bytes.len().min(1024) as i32) };
                 assert_eq!(read, bytes.len() as isize);
             },
         );
@@ -218,6 +217,7 @@ fn sockets() {
                 std::thread::scope(|scope| {
                     scope.spawn(move || one.write_all(bytes).unwrap());
                     let (at, len) = (data.as_mut_ptr(), data.len());
+                    // SAFETY: the whole slice, borrowed exclusively.
                     let received = unsafe { libc::recv(other.as_raw_fd(), at.cast(), len, libc::MSG_WAITALL) };
                     assert_eq!(received, len as isize);
                 });
@@ -226,28 +226,23 @@ fn sockets() {
     });
 }
 
-/// A pipe whose ends are files.
-fn pipe() -> (File, File) {
-    let mut fds = [0; 2];
-    assert_eq!(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
-    unsafe { (File::from_raw_fd(fds[0]), File::from_raw_fd(fds[1])) }
-}
-
 /// vmsplice(2): the pipe holds the pages themselves, which must not go to a device until they have been read; and splice(2) on to a file.
 fn pages_in_a_pipe() {
     both(|bench| {
         bench.each(
             |data| {
-                let (reader, writer) = pipe();
+                let (reader, writer) = std::io::pipe().unwrap();
                 let file = file(&[]);
                 let mut at = 0;
                 while at < data.len() {
                     let piece = libc::iovec { iov_base: data[at..].as_ptr().cast_mut().cast(), iov_len: data.len() - at };
+                    // SAFETY: the rest of the slice; the pipe only reads it, before this call of `each` ends.
                     let n = unsafe { libc::vmsplice(writer.as_raw_fd(), &piece, 1, 0) };
                     assert!(n > 0, "{}", std::io::Error::last_os_error());
                     let mut left = n;
                     while left > 0 {
                         let fds = (reader.as_raw_fd(), file.as_raw_fd());
+                        // SAFETY: descriptors, and no offsets.
                         let moved = unsafe { libc::splice(fds.0, std::ptr::null_mut(), fds.1, std::ptr::null_mut(), left as usize, 0) };
                         assert!(moved > 0, "{}", std::io::Error::last_os_error());
                         left -= moved;
@@ -257,12 +252,13 @@ fn pages_in_a_pipe() {
                 contents(&file)
             },
             |data, bytes| {
-                let (reader, mut writer) = pipe();
+                let (reader, mut writer) = std::io::pipe().unwrap();
                 std::thread::scope(|scope| {
                     scope.spawn(move || writer.write_all(bytes).unwrap());
                     let mut at = 0;
                     while at < data.len() {
                         let piece = libc::iovec { iov_base: data[at..].as_mut_ptr().cast(), iov_len: data.len() - at };
+                        // SAFETY: the rest of the slice, borrowed exclusively, into which the pipe is copied.
                         let n = unsafe { libc::vmsplice(reader.as_raw_fd(), &piece, 1, 0) };
                         assert!(n > 0, "{}", std::io::Error::last_os_error());
                         at += n as usize;
@@ -312,23 +308,28 @@ fn small_structures() {
         bench.shadow[..path.len()].copy_from_slice(path);
         bench.pages.slice::<u8>()[..path.len()].copy_from_slice(path);
         bench.go(Place::Private);
-        let at = bench.pages.start;
+        let at = bench.pages.start();
+        // SAFETY: inside the pages, where a path is that ends with a zero.
         let fd = unsafe { libc::open(at.cast(), libc::O_RDONLY | libc::O_CLOEXEC) };
         assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: a new descriptor, which nobody else has.
         let file = unsafe { File::from_raw_fd(fd) };
         bench.go(Place::Private);
         // A stat that begins in one block and ends in the next.
-        let stat = unsafe { at.add((2 << 20) - 64) };
+        let stat = bench.pages.at((2 << 20) - 64);
+        // SAFETY: inside the pages, of which no slice is borrowed, and to their end there is room enough.
         assert_eq!(unsafe { libc::syscall(libc::SYS_fstat, file.as_raw_fd(), stat) }, 0);
+        // SAFETY: where the kernel has just written one.
         let found = unsafe { stat.cast::<libc::stat>().read_unaligned() };
         assert_eq!(found.st_ino, std::os::unix::fs::MetadataExt::ino(&file.metadata().unwrap()));
-        let bytes = unsafe { std::slice::from_raw_parts(stat, size_of::<libc::stat>()) }.to_vec();
+        let bytes = bench.pages.slice::<u8>()[(2 << 20) - 64..][..size_of::<libc::stat>()].to_vec();
         bench.shadow[(2 << 20) - 64..][..bytes.len()].copy_from_slice(&bytes);
         let nap = [0u64, 1_000_000].map(u64::to_ne_bytes).concat();
         bench.pages.slice::<u8>()[4096..4112].copy_from_slice(&nap);
         bench.shadow[4096..4112].copy_from_slice(&nap);
         bench.go(Place::Private);
         let before = std::time::Instant::now();
+        // SAFETY: inside the pages, where two numbers are, as a time has.
         assert_eq!(unsafe { libc::nanosleep(at.add(4096).cast(), std::ptr::null_mut()) }, 0);
         assert!(before.elapsed().as_micros() >= 1000);
         bench.check("small structures");
@@ -347,7 +348,11 @@ fn ring() -> Option<io_uring::IoUring> {
 }
 
 /// Does one piece of work: its result.
-fn submit(ring: &mut io_uring::IoUring, entry: &io_uring::squeue::Entry) -> i32 {
+///
+/// # Safety
+/// What it reads and writes is the caller's.
+unsafe fn submit(ring: &mut io_uring::IoUring, entry: &io_uring::squeue::Entry) -> i32 {
+    // SAFETY: the caller says so, and waits here until it is done.
     unsafe { ring.submission().push(entry).unwrap() };
     ring.submit_and_wait(1).unwrap();
     ring.completion().next().expect("a completion").result()
@@ -364,13 +369,15 @@ fn a_ring_reads_and_writes() {
                 |data| {
                     let file = file(&[]);
                     let entry = opcode::Write::new(Fd(file.as_raw_fd()), data.as_ptr(), data.len() as u32).build().flags(flags);
-                    assert_eq!(submit(&mut ring.borrow_mut(), &entry), data.len() as i32);
+                    // SAFETY: it reads the slice.
+                    assert_eq!(unsafe { submit(&mut ring.borrow_mut(), &entry) }, data.len() as i32);
                     contents(&file)
                 },
                 |data, bytes| {
                     let file = file(bytes);
                     let entry = opcode::Read::new(Fd(file.as_raw_fd()), data.as_mut_ptr(), data.len() as u32).build().flags(flags);
-                    assert_eq!(submit(&mut ring.borrow_mut(), &entry), bytes.len() as i32);
+                    // SAFETY: it writes to the slice, which is borrowed exclusively.
+                    assert_eq!(unsafe { submit(&mut ring.borrow_mut(), &entry) }, bytes.len() as i32);
                 },
             );
         });
@@ -385,20 +392,23 @@ fn a_rings_registered_buffers() {
     both(|bench| {
         for place in [Place::Private, Place::Duplicated] {
             bench.go(place);
-            let (at, whole) = (bench.pages.start, libc::iovec { iov_base: bench.pages.start.cast(), iov_len: LEN });
+            let whole = libc::iovec { iov_base: bench.pages.start().cast(), iov_len: LEN };
+            // SAFETY: all of the pages, which stay; what is done with them is said for each entry.
             unsafe { ring.submitter().register_buffers(&[whole]).unwrap() };
             let data = bench.pages.slice::<u8>();
             bench.dev.prefetch(data).unwrap();
             assert_eq!(pages_present(data), LEN / 4096, "pinned pages stay");
             for (from, len) in RANGES {
                 let file = file(&[]);
-                let write = opcode::WriteFixed::new(Fd(file.as_raw_fd()), unsafe { at.add(from) }, len as u32, 0).build();
-                assert_eq!(submit(&mut ring, &write), len as i32);
+                // SAFETY: entries for parts of the pages, of which no slice is borrowed meanwhile.
+                let mut submit = |entry| unsafe { submit(&mut ring, &entry) };
+                let write = opcode::WriteFixed::new(Fd(file.as_raw_fd()), bench.pages.at(from), len as u32, 0).build();
+                assert_eq!(submit(write), len as i32);
                 assert!(contents(&file) == bench.shadow[from..][..len], "the ring reads something else");
                 let bytes = bench.bytes(len);
                 file.write_all_at(&bytes, 0).unwrap();
-                let read = opcode::ReadFixed::new(Fd(file.as_raw_fd()), unsafe { at.add(from) }, len as u32, 0).build();
-                assert_eq!(submit(&mut ring, &read), len as i32);
+                let read = opcode::ReadFixed::new(Fd(file.as_raw_fd()), bench.pages.at(from), len as u32, 0).build();
+                assert_eq!(submit(read), len as i32);
                 bench.shadow[from..][..len].copy_from_slice(&bytes);
                 bench.check("registered");
                 // What a kernel writes is what the ring's pages hold.
@@ -407,8 +417,8 @@ fn a_rings_registered_buffers() {
                 for word in bench.shadow[..LEN / 2].as_chunks_mut::<4>().0 {
                     *word = u32::from_ne_bytes(*word).wrapping_add(1).to_ne_bytes();
                 }
-                let write = opcode::WriteFixed::new(Fd(file.as_raw_fd()), at, LEN as u32, 0).build();
-                assert_eq!(submit(&mut ring, &write), LEN as i32);
+                let write = opcode::WriteFixed::new(Fd(file.as_raw_fd()), bench.pages.at(0), LEN as u32, 0).build();
+                assert_eq!(submit(write), LEN as i32);
                 assert!(contents(&file) == bench.shadow, "the ring reads something else after a launch");
             }
             ring.submitter().unregister_buffers().unwrap();
@@ -429,9 +439,11 @@ fn peer(task: &str) {
     let there = libc::iovec { iov_base: address as *mut _, iov_len: len };
     if write == 1 {
         std::io::stdin().read_exact(&mut bytes).unwrap();
+        // SAFETY: bytes of our own; the others are the parent's, which has asked for it.
         let n = unsafe { libc::process_vm_writev(pid as i32, &here(&mut bytes), 1, &there, 1, 0) };
         assert_eq!(n, len as isize, "{}", std::io::Error::last_os_error());
     } else {
+        // SAFETY: as above.
         let n = unsafe { libc::process_vm_readv(pid as i32, &here(&mut bytes), 1, &there, 1, 0) };
         assert_eq!(n, len as isize, "{}", std::io::Error::last_os_error());
         std::io::stdout().write_all(&bytes).unwrap();
@@ -473,7 +485,7 @@ fn memory_as_a_file() {
     both(|bench| {
         for place in [Place::Private, Place::Duplicated] {
             bench.go(place);
-            let at = bench.pages.start as u64;
+            let at = bench.pages.start() as u64;
             let mut seen = vec![0; LEN];
             match memory.read_exact_at(&mut seen, at) {
                 Ok(()) => assert!(seen == bench.shadow, "{place:?}"),

@@ -57,6 +57,7 @@ fn a_kernel_that_forgets_to_translate_is_told_the_address() {
     let kernel = |ctx: &Ctx<'_>| {
         // The right way would be ctx.ptr(p).
         let p = ctx.value::<usize>(1) as *const u32;
+        // SAFETY: an element of the data, at the address that a kernel must not use: the device answers for that.
         ctx.out::<u32>(0).chunk(1_000_000)[0] = unsafe { p.read_volatile() };
     };
     let error = dev.run(&kernel, 1, args![inout(&mut data), address]).unwrap_err();
@@ -65,6 +66,7 @@ fn a_kernel_that_forgets_to_translate_is_told_the_address() {
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 || (i == 0 && x == 600_000)));
     let right = |ctx: &Ctx<'_>| {
         let p = ctx.ptr(ctx.value::<usize>(1) as *const u32);
+        // SAFETY: an element of the data, of which the kernel writes another, later.
         let value = unsafe { p.read_volatile() };
         ctx.out::<u32>(0).chunk(1_000_000)[0] = value;
     };
@@ -76,10 +78,11 @@ fn a_wild_pointer_runs_on_over_a_scratch_page() {
     let (_hmm, dev) = device(16);
     let mut data = vec![1u32; 10_000];
     let hole = Pages::new(1 << 20);
-    let wild = hole.start as usize + 5000;
+    let wild = hole.start() as usize + 5000;
     drop(hole);
     let kernel = |ctx: &Ctx<'_>| {
         let p = ctx.pointer::<u32>(1);
+        // SAFETY: nothing is there, on purpose: the device is to give a scratch page.
         unsafe {
             assert_eq!(p.read_volatile(), 0);
             p.write_volatile(7);
@@ -88,21 +91,23 @@ fn a_wild_pointer_runs_on_over_a_scratch_page() {
         ctx.out::<u32>(0).chunk(10_000).fill(2);
     };
     for (address, name) in [(wild as *const u32, format!("{wild:#x}")), (std::ptr::null(), "0x0".into())] {
+        // SAFETY: as for the kernel.
         let error = dev.run(&kernel, 1, args![inout(&mut data), unsafe { ptr(address) }]).unwrap_err();
         assert!(error.to_string().contains(&name), "{error}");
         assert!(data.iter().all(|&x| x == 2 || x == 1));
     }
     // The scratch page is gone: the same place can be used, and starts with what it holds.
-    let pages = unsafe {
-        libc::mmap((wild & !4095) as *mut _, 8192, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE, -1, 0)
-    };
-    assert_eq!(pages as usize, wild & !4095);
-    unsafe { *(wild as *mut u32) = 0 };
+    // SAFETY: a new mapping, at a place where nothing is.
+    let mut pages = unsafe { Pages::from_raw(map_at(wild & !4095, 8192, libc::MAP_FIXED_NOREPLACE), 8192) };
+    let word = &mut pages.slice::<u32>()[wild % 4096 / 4..];
+    word[0] = 0;
+    // SAFETY: the launch borrows the word.
     let dev_sees = |ctx: &Ctx<'_>| ctx.out::<u32>(0).chunk(10_000)[0] = unsafe { *ctx.pointer::<u32>(1) } + 40;
-    dev.run(&dev_sees, 1, args![inout(&mut data), unsafe { ptr(wild as *const u32) }]).unwrap();
+    dev.run(&dev_sees, 1, args![inout(&mut data), bare(word)]).unwrap();
     assert_eq!(data[0], 40);
     // An untranslated wild pointer, likewise.
     let far = 0x7000_dead_b000usize;
+    // SAFETY: nothing is there, on purpose: the device is to give a scratch page.
     let kernel = |ctx: &Ctx<'_>| unsafe { (ctx.value::<usize>(0) as *mut u32).write_volatile(1) };
     let error = dev.run(&kernel, 1, args![far]).unwrap_err();
     assert!(error.to_string().contains("0x7000deadb000"), "{error}");
@@ -111,17 +116,18 @@ fn a_wild_pointer_runs_on_over_a_scratch_page() {
 fn a_write_to_read_only_memory_is_refused() {
     let (_hmm, dev) = device(16);
     let mut pages = Pages::new(1 << 20);
-    pages.slice::<u32>().fill(3);
-    unsafe { libc::mprotect(pages.start.cast(), pages.len, libc::PROT_READ) };
-    let p = pages.start.cast::<u32>();
+    let data = pages.slice::<u32>();
+    data.fill(3);
+    // SAFETY: from here on the program only reads it.
+    unsafe { protect(data, libc::PROT_READ) };
+    // SAFETY: the launch borrows it; that it may not be written is the test: the device refuses it.
     let kernel = |ctx: &Ctx<'_>| unsafe { ctx.pointer::<u32>(0).write_volatile(4) };
-    let error = dev.run(&kernel, 1, args![unsafe { ptr(p) }]).unwrap_err();
+    let error = dev.run(&kernel, 1, args![bare(data)]).unwrap_err();
     assert!(matches!(error, Error::Kernel(KernelFault::Wild { write: true, .. })), "{error}");
-    assert!(unsafe { std::slice::from_raw_parts(p, 1000) }.iter().all(|&x| x == 3));
+    assert!(data[..1000].iter().all(|&x| x == 3));
     // As a declared input it can be read.
     let mut sum = [0u32];
     let kernel = |ctx: &Ctx<'_>| ctx.out::<u32>(0).chunk(1)[0] = ctx.inp::<u32>(1).iter().sum();
-    let data = unsafe { std::slice::from_raw_parts(p, (1 << 20) / 4) };
     dev.run(&kernel, 1, args![inout(&mut sum), inp(data)]).unwrap();
     assert_eq!(sum[0], 3 << 18);
 }
@@ -132,6 +138,7 @@ fn a_thread_of_the_program_is_refused_in_the_window() {
     if std::env::var_os(TOUCH).is_some() {
         let data = vec![1u32; 1_000_000];
         let window = (data.as_ptr() as usize ^ dev.info().mask) as *const u32;
+        // SAFETY: it must not be read, and ends the process: that is the test.
         unsafe { window.add(500_000).read_volatile() };
         return;
     }

@@ -126,7 +126,7 @@ fn locks_on_pages_that_keep_leaving() {
     let (_hmm, dev) = device(32);
     let mut pages = Pages::new(4 << 20);
     pages.slice::<u8>().fill(0);
-    let at = pages.start;
+    let at = pages.start();
     let data: &[u8] = pages.slice();
     struct Shared {
         turn: Mutex<u64>,

@@ -77,6 +77,7 @@ fn libraries_with_copies_of_their_own_share_one_core() {
         // The loader knows libraries by their file: a copy is another library.
         let path = copies.join(name);
         std::fs::copy(&newest, &path).unwrap();
+        // SAFETY: the plugin, whose loading and unloading do nothing.
         unsafe { libloading::Library::new(&path).unwrap() }
     };
     let (one, two) = (load("one.so"), load("two.so"));
@@ -86,6 +87,7 @@ fn libraries_with_copies_of_their_own_share_one_core() {
     type Open = unsafe extern "C" fn() -> *mut u8;
     type Add = unsafe extern "C" fn(*mut u8, *mut u32, usize) -> usize;
     type Close = unsafe extern "C" fn(*mut u8);
+    // SAFETY: the plugin's functions, of the types that it declares.
     let symbols = |library: &libloading::Library| unsafe {
         (
             *library.get::<Open>(b"plugin_open").unwrap(),
@@ -95,6 +97,7 @@ fn libraries_with_copies_of_their_own_share_one_core() {
     };
     let ((open1, add1, close1), (open2, add2, close2)) = (symbols(&one), symbols(&two));
     assert_ne!(open1 as *const () as usize, open2 as *const () as usize, "two copies");
+    // SAFETY: each copy gets what it has opened, until it is closed, and data of that length. One that is unloaded is not called again.
     unsafe {
         let first = open1();
         assert!(!first.is_null());
@@ -172,19 +175,19 @@ fn everything_comes_home_at_the_end() {
 fn the_programs_own_sigbus_handler_is_kept() {
     static SEEN: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     extern "C" fn handler(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        // SAFETY: the kernel gives it to a handler of this kind.
         let at = unsafe { (*info).si_addr() } as usize & !4095;
         SEEN.store(at, std::sync::atomic::Ordering::Relaxed);
+        // SAFETY: a page of the mapping below, which nobody could use: it is beyond the file.
         unsafe { libc::mmap(at as *mut _, 4096, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
     }
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = handler as *const () as usize;
-    action.sa_flags = libc::SA_SIGINFO;
-    unsafe { libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) };
+    // SAFETY: it makes a system call, and uses an atomic.
+    unsafe { handle(libc::SIGBUS, Handler::Info(handler), 0) };
     let beyond_end = || {
         // A page beyond the end of its file raises SIGBUS.
-        let file = unsafe { libc::memfd_create(c"empty".as_ptr(), 0) };
-        let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, 3, libc::MAP_SHARED, file, 0) };
-        assert_eq!(unsafe { page.cast::<u32>().read_volatile() }, 0);
+        let page = map(4096, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, Some(&memfd())).cast::<u32>();
+        // SAFETY: the handler maps a page there before the access is repeated.
+        assert_eq!(unsafe { page.read_volatile() }, 0);
         assert_eq!(SEEN.load(std::sync::atomic::Ordering::Relaxed), page as usize);
     };
     let hmm = Uhmm::new().unwrap();
@@ -227,6 +230,7 @@ fn the_programs_descriptors_are_its_own() {
     let (_hmm, dev) = device(64);
     let mut data: Vec<u32> = (0..1_000_000).collect();
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+    // SAFETY: no value of the program owns one of these descriptors.
     assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1));
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();

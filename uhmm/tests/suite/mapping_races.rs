@@ -34,18 +34,21 @@ impl Shadowed {
     fn new(len: usize, random: &mut fastrand::Rng) -> Self {
         let mut shadow = vec![0; len];
         random.fill(&mut shadow);
-        let pages = Pages::new(len);
-        let start = pages.start;
-        std::mem::forget(pages);
-        let mut made = Shadowed { start, shadow };
+        let pages = std::mem::ManuallyDrop::new(Pages::new(len));
+        let mut made = Shadowed { start: pages.start(), shadow };
         made.slice().to_vec(); // first as it is: zeros
         let shadow = made.shadow.clone();
         made.slice().copy_from_slice(&shadow);
         made
     }
 
-    fn slice(&mut self) -> &'static mut [u8] {
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.shadow.len()) }
+    fn slice(&mut self) -> &mut [u8] {
+        self.both().0
+    }
+
+    fn both(&mut self) -> (&mut [u8], &mut [u8]) {
+        // SAFETY: the mapping is ours, of that length, and borrowed with `self`.
+        (unsafe { std::slice::from_raw_parts_mut(self.start, self.shadow.len()) }, &mut self.shadow)
     }
 
     /// Both sides add 1 to every byte.
@@ -55,11 +58,24 @@ impl Shadowed {
     }
 
     fn check(&mut self, what: &str) {
-        let at = self.slice().iter().zip(&self.shadow).position(|(x, shadow)| x != shadow);
+        let (memory, shadow) = self.both();
+        let at = memory.iter().zip(shadow).position(|(x, shadow)| x != shadow);
         assert_eq!(at, None, "{what}: byte {:x?} of {} differs", at, self.shadow.len());
     }
 
-    fn remap(&mut self, new_len: usize, flags: i32, target: *mut u8) -> bool {
+    /// Remaps it where the kernel likes, if it can.
+    fn remap(&mut self, new_len: usize, flags: i32) -> bool {
+        assert_eq!(flags & libc::MREMAP_FIXED, 0);
+        // SAFETY: it takes nobody's place.
+        unsafe { self.remap_to(new_len, flags, std::ptr::null_mut()) }
+    }
+
+    /// Remaps it.
+    ///
+    /// # Safety
+    /// What is there, if the flags tell a fixed place, is the caller's, who does not use it as long as this lives.
+    unsafe fn remap_to(&mut self, new_len: usize, flags: i32, target: *mut u8) -> bool {
+        // SAFETY: the mapping is ours, of that length, and no slice of it is borrowed; of the target the caller says the same.
         let moved = unsafe { libc::mremap(self.start.cast(), self.shadow.len(), new_len, flags, target) };
         if moved == libc::MAP_FAILED {
             return false;
@@ -72,6 +88,7 @@ impl Shadowed {
 
 impl Drop for Shadowed {
     fn drop(&mut self) {
+        // SAFETY: the mapping is ours.
         unsafe { libc::munmap(self.start.cast(), self.shadow.len()) };
     }
 }
@@ -93,7 +110,6 @@ fn all_is_free(dev: &Device, evictions: u64, what: &str) {
 fn every_form_of_mremap() {
     let (_hmm, dev) = device(16);
     let mut random = fastrand::Rng::with_seed(1);
-    let none = std::ptr::null_mut();
     for round in 0..60 {
         let pages = if round % 3 == 0 { 512 * random.usize(1..3) } else { random.usize(2..900) };
         let mut memory = Shadowed::new(pages * PAGE, &mut random);
@@ -106,34 +122,36 @@ fn every_form_of_mremap() {
         }
         let len = memory.shadow.len();
         let room = Pages::new(len + 2 * BLOCK);
-        let target = unsafe { room.start.add(random.usize(0..BLOCK / PAGE) * PAGE) };
+        let target = room.at(random.usize(0..BLOCK / PAGE) * PAGE);
         let what = match round % 5 {
             0 => {
-                assert!(memory.remap(len + random.usize(1..600) * PAGE, libc::MREMAP_MAYMOVE, none));
+                assert!(memory.remap(len + random.usize(1..600) * PAGE, libc::MREMAP_MAYMOVE));
                 "grown"
             }
             1 => {
                 // At once, if there is room behind it; else the kernel refuses.
-                memory.remap(len + PAGE, 0, none);
+                memory.remap(len + PAGE, 0);
                 "grown in place"
             }
             2 => {
-                assert!(memory.remap((len / 2).next_multiple_of(PAGE), 0, none));
+                assert!(memory.remap((len / 2).next_multiple_of(PAGE), 0));
                 "shrunk"
             }
             3 => {
-                assert!(memory.remap(len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target));
+                // SAFETY: inside `room`, which is dropped after `memory`.
+                assert!(unsafe { memory.remap_to(len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target) });
                 "moved to a fixed address"
             }
             _ => {
                 let old = memory.start;
-                assert!(memory.remap(len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, none));
-                let left = unsafe { std::slice::from_raw_parts_mut(old, len) };
+                assert!(memory.remap(len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP));
+                // SAFETY: what is left behind, which nobody else knows.
+                let mut left = unsafe { Pages::from_raw(old, len) };
+                let left = left.slice::<u8>();
                 assert!(left.iter().all(|&x| x == 0), "what is left behind is empty");
                 left.fill(3);
                 dev.run(&add_one, 1, args![inout(&mut *left)]).unwrap();
                 assert!(left.iter().all(|&x| x == 4));
-                unsafe { libc::munmap(old.cast(), len) };
                 "moved, the old mapping left"
             }
         };
@@ -162,11 +180,10 @@ fn protection_comes_and_goes() {
             0 | 1 => (0, pages),
             _ => (pages / 4, pages / 2),
         };
-        let protect = |memory: &Shadowed, access| unsafe {
-            assert_eq!(libc::mprotect(memory.start.add(from * PAGE).cast(), (to - from) * PAGE, access), 0);
-        };
+        // SAFETY: until it may be written again, the program writes nothing there, and reads nothing if it may not.
+        let protect = |memory: &mut Shadowed, access| unsafe { protect(&memory.slice()[from * PAGE..to * PAGE], access) };
         for access in [libc::PROT_NONE, libc::PROT_READ] {
-            protect(&memory, access);
+            protect(&mut memory, access);
             let refused = dev.run(&add_one, 1, args![inout(memory.slice())]).unwrap_err().to_string();
             assert!(refused.contains("protected") || refused.contains("permi") || refused.contains("read-only"), "{refused}");
             let read = dev.run(&look, 1, args![inp(memory.slice())]);
@@ -175,14 +192,14 @@ fn protection_comes_and_goes() {
                 memory.check("readable only");
                 dev.run(&look, 1, args![inp(memory.slice())]).unwrap();
             }
-            protect(&memory, RW);
+            protect(&mut memory, RW);
             memory.check("readable and writable again");
             memory.add_one(&dev);
         }
         // Away while it cannot be touched at all, and back afterwards.
-        protect(&memory, libc::PROT_NONE);
+        protect(&mut memory, libc::PROT_NONE);
         dev.evict(memory.slice()).unwrap();
-        protect(&memory, RW);
+        protect(&mut memory, RW);
         memory.check("brought home under protection");
         memory.add_one(&dev);
         drop(memory);
@@ -201,18 +218,17 @@ fn dropped_and_unmapped_ranges_free_the_device() {
         dev.run(&add_one, 1, args![inout(data)]).unwrap();
         let pages = data.len() / PAGE;
         let (from, to) = if round % 3 == 0 { (0, pages) } else { (random.usize(0..pages / 2), random.usize(pages / 2..pages)) };
-        let part = unsafe { whole.start.add(from * PAGE) }.cast();
-        let len = (to - from) * PAGE;
         let advice = [libc::MADV_DONTNEED, libc::MADV_FREE][usize::from(round % 2)];
         let dropped = from * PAGE..to * PAGE;
         let right =
             |data: &[u8], inside: u8| data.iter().enumerate().all(|(i, &x)| x == if dropped.contains(&i) { inside } else { round + 1 });
+        let part = &mut data[dropped.clone()];
         if round % 4 < 2 {
-            assert_eq!(unsafe { libc::madvise(part, len, advice) }, 0);
+            advise(part, advice);
         } else {
-            assert_eq!(unsafe { libc::munmap(part, len) }, 0);
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-            assert_eq!(unsafe { libc::mmap(part, len, RW, flags, -1, 0) }, part);
+            // SAFETY: something new is mapped there before it is used.
+            unsafe { whole.unmap(from * PAGE, (to - from) * PAGE) };
+            map_anew(&mut whole.slice::<u8>()[dropped.clone()]);
         }
         if (from, to) == (0, pages) {
             all_is_free(&dev, 0, "all was dropped");
@@ -228,28 +244,52 @@ fn dropped_and_unmapped_ranges_free_the_device() {
     }
 }
 
+/// The C library's allocator maps whatever is larger than this.
+fn mapped_from(len: i32) {
+    // SAFETY: it changes how memory is allocated, and no memory.
+    assert_eq!(unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, len) }, 1);
+}
+
+/// The C library's allocator gives memory back that nobody has.
+fn trim() {
+    // SAFETY: memory that is allocated stays.
+    unsafe { libc::malloc_trim(0) };
+}
+
+/// Moves the end of the heap: where it was.
+///
+/// # Safety
+/// Nobody uses what is beyond the new end.
+unsafe fn move_break(by: isize) -> *mut libc::c_void {
+    // SAFETY: the caller says so.
+    let was = unsafe { libc::sbrk(by) };
+    assert_ne!(was as isize, -1);
+    was
+}
+
 /// Nothing in this test may allocate between the calls of sbrk: the heap is there.
 fn the_break_goes_up_and_down() {
     let (_hmm, dev) = device(16);
     // The C library's allocator takes from elsewhere from now on, and leaves the break alone.
-    assert_eq!(unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 0) }, 1);
-    unsafe { libc::malloc_trim(0) };
+    mapped_from(0);
+    trim();
     for round in 0..30u32 {
         let len = 3 * BLOCK + round as usize * PAGE;
-        let start = unsafe { libc::sbrk(len as isize) }.cast::<u32>();
-        assert_ne!(start as isize, -1);
-        let data = unsafe { std::slice::from_raw_parts_mut(start, len / 4) };
+        // SAFETY: the heap grows by that, and nothing else is allocated on it.
+        let data = unsafe { std::slice::from_raw_parts_mut(move_break(len as isize).cast::<u32>(), len / 4) };
         assert!(data.iter().all(|&x| x == 0), "new memory is zero, round {round}");
         data.iter_mut().enumerate().for_each(|(i, x)| *x = i as u32 ^ round);
         dev.run(&increment, groups(data.len()), args![inout(&mut *data)]).unwrap();
         assert!(pages_present(data) < 8);
         // Half of it goes, the rest is as it was.
         let half = (len / 2) & !(PAGE - 1);
-        assert_ne!(unsafe { libc::sbrk(half as isize - len as isize) } as isize, -1);
+        // SAFETY: the rest of `data` is used no more.
+        unsafe { move_break(half as isize - len as isize) };
         let data = &mut data[..half / 4];
         assert!(data.iter().enumerate().all(|(i, &x)| x == (i as u32 ^ round) + 1), "round {round}");
         dev.run(&increment, groups(data.len()), args![inout(&mut *data)]).unwrap();
-        assert_ne!(unsafe { libc::sbrk(-(half as isize)) } as isize, -1);
+        // SAFETY: `data` is used no more.
+        unsafe { move_break(-(half as isize)) };
         let stats = dev.stats();
         dev.run(&|_: &Ctx<'_>| (), 1, args![]).unwrap();
         assert_eq!(stats.evictions, 0);
@@ -273,7 +313,7 @@ fn what_free_does_with_mappings() {
         for _ in 0..10 {
             drop(kept.swap_remove(random.usize(0..kept.len())));
         }
-        unsafe { libc::malloc_trim(0) };
+        trim();
         for data in &mut kept {
             let len = data.len();
             data.reserve_exact(random.usize(1..500_000)); // realloc, mremap for large ones
@@ -291,7 +331,9 @@ fn what_free_does_with_mappings() {
 
 /// Times that this thread had to wait for somebody: each fault that the process's userfaultfd serves is one.
 fn waits() -> i64 {
+    // SAFETY: zeroes are such a structure.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: a structure of our own.
     assert_eq!(unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) }, 0);
     usage.ru_nvcsw
 }
@@ -309,23 +351,19 @@ fn reused_addresses_cost_few_faults() {
     };
     let mut pages = Pages::new(LEN);
     for what in ["touched", "dropped", "mapped again"] {
-        let start = pages.start;
         let data = pages.slice::<u8>();
         data.fill(1);
         dev.run(&add_one, 1, args![inout(&mut *data)]).unwrap();
         match what {
-            "dropped" => assert_eq!(unsafe { libc::madvise(start.cast(), LEN, libc::MADV_DONTNEED) }, 0),
-            "mapped again" => {
-                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-                assert_eq!(unsafe { libc::mmap(start.cast(), LEN, RW, flags, -1, 0) }, start.cast());
-            }
+            "dropped" => advise(data, libc::MADV_DONTNEED),
+            "mapped again" => map_anew(data),
             _ => {}
         }
         most(what, &mut || data.iter_mut().for_each(|x| *x = 5));
         most("touched again", &mut || assert!(data.iter().all(|&x| x == 5)));
     }
     // malloc hands out the same heap addresses again, whole or in small pieces.
-    assert_eq!(unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20) }, 1);
+    mapped_from(32 << 20);
     for size in [LEN, 100_000, 1000] {
         for round in 0..3 {
             let mut parts: Vec<Vec<u8>> = (0..LEN / size).map(|_| vec![round; size]).collect();
@@ -358,22 +396,22 @@ fn changes_during_kernels_on_other_ranges() {
                             dev.prefetch(memory.slice()).unwrap();
                         }
                         let page = random.usize(0..len / PAGE) * PAGE;
-                        let at = unsafe { memory.start.add(page) }.cast();
                         match random.u8(0..5) {
                             0 => {
-                                assert_eq!(unsafe { libc::madvise(at, len - page, libc::MADV_DONTNEED) }, 0);
+                                advise(&mut memory.slice()[page..], libc::MADV_DONTNEED);
                                 memory.shadow[page..].fill(0);
                             }
-                            1 => {
-                                assert_eq!(unsafe { libc::mprotect(at, len - page, libc::PROT_NONE) }, 0);
-                                assert_eq!(unsafe { libc::mprotect(at, len - page, RW) }, 0);
+                            // SAFETY: allowed again before it is used.
+                            1 => unsafe {
+                                protect(&memory.slice()[page..], libc::PROT_NONE);
+                                protect(&memory.slice()[page..], RW);
+                            },
+                            2 => assert!(memory.remap(len + PAGE, libc::MREMAP_MAYMOVE)),
+                            3 if page > 0 => assert!(memory.remap(page, 0)),
+                            _ => {
+                                let (data, shadow) = memory.both();
+                                data.iter_mut().chain(shadow).for_each(|x| *x ^= 0x55);
                             }
-                            2 => assert!(memory.remap(len + PAGE, libc::MREMAP_MAYMOVE, std::ptr::null_mut())),
-                            3 if page > 0 => assert!(memory.remap(page, 0, std::ptr::null_mut())),
-                            _ => memory.slice().iter_mut().zip(&mut memory.shadow).for_each(|(x, shadow)| {
-                                *x ^= 0x55;
-                                *shadow ^= 0x55;
-                            }),
                         }
                         memory.check("changed while kernels run");
                     }
@@ -405,8 +443,9 @@ fn changes_of_the_very_range_of_a_running_kernel() {
         let len = random.usize(3..1200) * PAGE;
         let mut memory = Pages::new(len);
         memory.slice::<u8>().fill(1);
-        let data = unsafe { std::slice::from_raw_parts_mut(memory.start, len) };
-        let (start, from) = (memory.start as usize, random.usize(0..len / PAGE) * PAGE);
+        // SAFETY: all of `memory`, which outlives it. That its bytes change under the kernel is the test: a device is to bear it.
+        let data = unsafe { std::slice::from_raw_parts_mut(memory.start(), len) };
+        let (start, from) = (memory.start() as usize, random.usize(0..len / PAGE) * PAGE);
         let part = len - from;
         let at = (start + from) as *mut libc::c_void;
         let kernel = |ctx: &Ctx<'_>| {
@@ -420,6 +459,7 @@ fn changes_of_the_very_range_of_a_running_kernel() {
         let result = std::thread::scope(|scope| {
             let run = scope.spawn(|| dev.run(&kernel, 1, args![inout(&mut *data)]));
             std::thread::sleep(Duration::from_micros(random.u64(0..2500)));
+            // SAFETY: inside `memory`, of which only the kernel uses anything before it is mapped anew.
             let done = unsafe {
                 match change {
                     0 => libc::madvise(at, part, libc::MADV_DONTNEED),
@@ -444,14 +484,13 @@ fn changes_of_the_very_range_of_a_running_kernel() {
             assert!((start..start + len).contains(&address), "change {change}: {address:x} in {start:x} and {len:x} bytes");
         }
         // Whatever it was, the address is the program's.
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        assert_eq!(unsafe { libc::mmap(at, part, RW, flags, -1, 0) }, at);
-        let again = unsafe { std::slice::from_raw_parts_mut(at.cast::<u8>(), part) };
+        // SAFETY: inside `memory`, whose slice is used no more.
+        unsafe { map_at(at as usize, part, libc::MAP_FIXED) };
+        let (before, again) = memory.slice::<u8>().split_at_mut(from);
         assert!(again.iter().all(|&x| x == 0), "change {change}");
         again.fill(round);
         dev.run(&add_one, 1, args![inout(&mut *again)]).unwrap();
         assert!(again.iter().all(|&x| x == round.wrapping_add(1)), "change {change}");
-        let before = unsafe { std::slice::from_raw_parts(start as *const u8, from) };
         let touched = before.first().copied().unwrap_or(1);
         assert!(before.iter().step_by(256).all(|&x| x == touched), "change {change}: what was not changed has one value");
         assert!(before.iter().enumerate().all(|(i, &x)| i % 256 == 0 || x == 1), "change {change}: what no kernel writes");
@@ -476,17 +515,16 @@ fn mappings_that_come_and_go_are_never_taken_unwatched() {
                 let mut round = 0u8;
                 while !stop.load(Ordering::Relaxed) {
                     round = round.wrapping_add(1).max(1);
-                    let at = (start + (random.usize(0..30) * 4 + number) * LEN) as *mut libc::c_void;
-                    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-                    assert_eq!(unsafe { libc::mmap(at, LEN, RW, flags, -1, 0) }, at);
-                    let data = unsafe { std::slice::from_raw_parts_mut(at.cast::<u8>(), LEN) };
+                    let start = start + (random.usize(0..30) * 4 + number) * LEN;
+                    // SAFETY: a new mapping, at a place that nobody has.
+                    let mut pages = unsafe { Pages::from_raw(map_at(start, LEN, libc::MAP_FIXED_NOREPLACE), LEN) };
+                    let data = pages.slice::<u8>();
                     assert!(data.iter().all(|&x| x == 0), "new memory");
                     data.fill(round);
                     for _ in 0..random.usize(0..3) {
                         std::thread::yield_now();
                         assert!(data.iter().all(|&x| x == round), "what was written");
                     }
-                    assert_eq!(unsafe { libc::munmap(at, LEN) }, 0);
                 }
             });
         }
@@ -496,6 +534,7 @@ fn mappings_that_come_and_go_are_never_taken_unwatched() {
             let len = random.usize(1..=(2 * BLOCK - from) / PAGE) * PAGE;
             dev.prefetch_range(start + from, len).unwrap();
             if random.u8(0..8) == 0 {
+                // SAFETY: nobody reads it: it only names a range, some of which is mapped.
                 dev.evict(unsafe { std::slice::from_raw_parts((start + from) as *const u8, len) }).unwrap();
             }
         }

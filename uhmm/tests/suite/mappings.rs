@@ -52,15 +52,19 @@ fn partly_unmapped() {
     let data = pages.slice::<u32>();
     dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
     let (hole, len) = (3 << 19, 1 << 20); // bytes from the start
-    assert_eq!(unsafe { libc::munmap(pages.start.add(hole).cast(), len) }, 0);
-    let data = pages.slice::<u32>();
-    let same = |range: std::ops::Range<usize>| range.clone().zip(&data[range]).all(|(i, &x)| x == i as u32 + 1);
+    // SAFETY: it is not used before something is mapped there again.
+    unsafe { pages.unmap(hole, len) };
+    let same = |range: std::ops::Range<usize>| {
+        // SAFETY: a part of `pages` beside the hole; no other slice of them is borrowed.
+        let data = unsafe { std::slice::from_raw_parts(pages.start().cast::<u32>().add(range.start), range.len()) };
+        range.zip(data).all(|(i, &x)| x == i as u32 + 1)
+    };
     assert!(same(0..hole / 4));
-    assert!(same((hole + len) / 4..data.len()));
+    assert!(same((hole + len) / 4..pages.len() / 4));
     // The hole is used by somebody else.
-    let again =
-        unsafe { libc::mmap(pages.start.add(hole).cast(), len, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
-    assert!(unsafe { std::slice::from_raw_parts(again.cast::<u32>(), len / 4) }.iter().all(|&x| x == 0));
+    // SAFETY: nobody has it but `pages`, of which no slice is borrowed.
+    unsafe { map_at(pages.start() as usize + hole, len, libc::MAP_FIXED) };
+    assert!(pages.slice::<u32>()[hole / 4..(hole + len) / 4].iter().all(|&x| x == 0));
 }
 
 fn dropped_pages_read_zero() {
@@ -69,9 +73,8 @@ fn dropped_pages_read_zero() {
         let mut pages = filled(4 << 20);
         let data = pages.slice::<u32>();
         dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
-        assert_eq!(unsafe { libc::madvise(pages.start.add(1 << 20).cast(), 1 << 20, advice) }, 0);
-        let data = pages.slice::<u32>();
         let range = 1 << 18..2 << 18;
+        advise(&mut data[range.clone()], advice);
         assert!(data[range.clone()].iter().all(|&x| x == 0), "advice {advice}");
         assert!(data.iter().enumerate().all(|(i, &x)| range.contains(&i) || x == i as u32 + 1));
         data[range.clone()].fill(9);
@@ -87,15 +90,15 @@ fn remapped_pages_keep_their_contents() {
         let data = pages.slice::<u32>();
         dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
         let room = Pages::huge(16 << 20);
-        let target = unsafe { room.start.add(shift) };
-        let moved = unsafe { libc::mremap(pages.start.cast(), pages.len, pages.len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target) };
-        assert_eq!(moved, target.cast());
-        let data = unsafe { std::slice::from_raw_parts_mut(target.cast::<u32>(), 1 << 20) };
+        let pages = std::mem::ManuallyDrop::new(pages);
+        // SAFETY: the place is inside `room`, of which nothing else is used; `pages` are not used again.
+        unsafe { pages.move_to(0, pages.len(), room.at(shift)) };
+        // SAFETY: the pages that have come there.
+        let data = unsafe { std::slice::from_raw_parts_mut(room.at(shift).cast::<u32>(), 1 << 20) };
         assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1), "shift {shift}");
         dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
         assert_eq!(pages_present(data), 0);
         assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 2), "shift {shift}");
-        std::mem::forget(pages);
     }
     // Grown where it stands, or moved to grow: a Vec's push.
     let mut data: Vec<u32> = (0..1_000_000).collect();
@@ -112,9 +115,7 @@ fn a_mapping_over_it_starts_anew() {
     let mut pages = filled(4 << 20);
     let data = pages.slice::<u32>();
     dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
-    let again = unsafe { libc::mmap(pages.start.cast(), pages.len, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
-    assert_eq!(again, pages.start.cast());
-    let data = pages.slice::<u32>();
+    map_anew(data);
     assert!(data.iter().all(|&x| x == 0));
     dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
     assert!(data.iter().all(|&x| x == 1));
@@ -132,9 +133,7 @@ fn memory_that_cannot_move_is_used_all_the_same() {
     dev.run(&kernel, 50, args![out(&mut r), inp(&CONSTANT)]).unwrap();
     assert!(r.iter().all(|&x| x == 4));
     // Shared memory, which no userfaultfd can move.
-    let len = 1 << 20;
-    let shared = unsafe { libc::mmap(std::ptr::null_mut(), len, 3, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1, 0) };
-    let data = unsafe { std::slice::from_raw_parts_mut(shared.cast::<u32>(), len / 4) };
+    let data: &mut [u32] = bytemuck::cast_slice_mut(shared(1 << 20));
     data.fill(1);
     for round in 2..5 {
         dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
@@ -143,8 +142,8 @@ fn memory_that_cannot_move_is_used_all_the_same() {
     }
     // Locked memory.
     let mut pages = filled(1 << 20);
-    if unsafe { libc::mlock(pages.start.cast(), pages.len) } == 0 {
-        let data = pages.slice::<u32>();
+    let data = pages.slice::<u32>();
+    if lock(data) {
         for _ in 0..3 {
             dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
         }
@@ -171,16 +170,14 @@ fn a_mapping_that_is_watched_in_part_is_not_resized() {
     let data = pages.slice::<u32>();
     let part = data.len() / 2;
     dev.run(&increment, groups(part), args![inout(&mut data[..part])]).unwrap();
-    let start = pages.start.cast();
-    let moved = unsafe { libc::mremap(start, pages.len, pages.len * 2, libc::MREMAP_MAYMOVE) };
-    assert_eq!((moved, std::io::Error::last_os_error().raw_os_error()), (libc::MAP_FAILED, Some(libc::EFAULT)));
+    let len = pages.len();
+    assert!(!pages.resize(2 * len));
+    assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EFAULT));
     let data = pages.slice::<u32>();
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + u32::from(i < part)));
     // Watched as a whole, it is.
     dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
-    let moved = unsafe { libc::mremap(start, pages.len, pages.len * 2, libc::MREMAP_MAYMOVE) };
-    assert_ne!(moved, libc::MAP_FAILED);
-    (pages.start, pages.len) = (moved.cast(), pages.len * 2);
+    assert!(pages.resize(2 * len));
     let data = pages.slice::<u32>();
     assert!(data[..2 * part].iter().enumerate().all(|(i, &x)| x == i as u32 + u32::from(i < part) + 1));
 }

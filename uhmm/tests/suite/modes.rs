@@ -2,11 +2,12 @@
 
 use crate::harness::*;
 use libtest_mimic::Failed;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::OnceLock;
-use uhmm::{Ctx, Error, Mode, Uhmm, args, inout, inp, out, ptr};
+use uhmm::{Args, Ctx, Error, Mode, Uhmm, args, inout, inp, out, ptr};
 
 crate::tests![full_mode_is_the_first_choice,];
 
@@ -91,13 +92,14 @@ pub fn runs_in(name: &str, mode: Mode) -> bool {
 /// The command, run by an ordinary user: as root, by nobody, who can reach a copy of this binary.
 pub fn as_ordinary_user(command: &Command) -> Result<Command, Failed> {
     static COPY: OnceLock<Result<std::path::PathBuf, String>> = OnceLock::new();
-    let root = unsafe { libc::geteuid() } == 0;
+    let root = is_root();
     let program = if root {
         let copied = COPY.get_or_init(|| {
             let folder = tempfile::Builder::new().prefix("uhmm-suite").tempdir().map_err(|e| e.to_string())?.keep();
             std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o755)).map_err(|e| e.to_string())?;
             let copy = folder.join("suite");
             std::fs::copy(command.get_program(), &copy).map_err(|e| e.to_string())?;
+            // SAFETY: a function that stays.
             unsafe { libc::atexit(remove_copy) };
             Ok(copy)
         });
@@ -125,12 +127,13 @@ fn opened() -> (Uhmm, uhmm::Device) {
     let (hmm, dev) = device(32);
     let asked = std::env::var(Mode::VARIABLE).unwrap();
     assert_eq!(hmm.mode().name(), asked, "the mode that was asked for");
-    assert_ne!(unsafe { libc::geteuid() }, 0, "an ordinary user");
+    assert!(!is_root(), "an ordinary user");
     (hmm, dev)
 }
 
 fn full_mode_is_the_first_choice() {
     assert_eq!(Uhmm::new().unwrap().mode(), Mode::Full);
+    // SAFETY: no other thread uses the environment: uhmm's do not.
     unsafe { std::env::set_var(Mode::VARIABLE, "half") };
     assert!(matches!(Uhmm::new(), Err(Error::NoMode { name }) if name == "half"));
 }
@@ -152,16 +155,15 @@ fn a_system_call_reads_and_writes_what_a_launch_used() {
     let mut a = vec![1u8; 300_000];
     let mut r = vec![0u8; 300_000];
     let copy = |ctx: &Ctx<'_>| ctx.out::<u8>(0).chunk(usize::MAX).copy_from_slice(ctx.inp::<u8>(1));
-    let mut pipe = [0; 2];
-    assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+    let mut pipe = std::io::pipe().unwrap();
     for round in 0..20u8 {
         dev.run(&copy, 1, args![out(&mut r), inp(&a)]).unwrap();
         let n = 50_000; // fits a pipe
-        assert_eq!(unsafe { libc::write(pipe[1], r[7777..].as_ptr().cast(), n) }, n as isize, "round {round}: the result is written");
+        assert_eq!(pipe.1.write(&r[7777..][..n]).unwrap(), n, "round {round}: the result is written");
         a.fill(round);
         dev.run(&copy, 1, args![out(&mut r), inp(&a)]).unwrap();
         // Into what was only read, and so is watched for writes.
-        assert_eq!(unsafe { libc::read(pipe[0], a[5..].as_mut_ptr().cast(), n) }, n as isize, "round {round}: the input is read into");
+        assert_eq!(pipe.0.read(&mut a[5..][..n]).unwrap(), n, "round {round}: the input is read into");
         dev.run(&copy, 1, args![out(&mut r), inp(&a)]).unwrap();
         assert!(r == a, "round {round}: what the kernel has written to the input is seen");
     }
@@ -198,16 +200,10 @@ fn a_forked_child_sees_the_contents() {
     let mut total = [0u64];
     dev.run(&sum, 1, args![out(&mut total), inp(&a)]).unwrap();
     // Past libc's fork, too.
-    let flags = libc::SIGCHLD as libc::c_ulong;
     for raw in [false, true] {
-        let child = if raw { unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) as i32 } } else { unsafe { libc::fork() } };
-        if child == 0 {
-            let right = data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1) && a.iter().enumerate().all(|(i, &x)| x == i as u32);
-            unsafe { libc::_exit(if right { 0 } else { 1 }) };
-        }
-        let mut status = 0;
-        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-        assert_eq!(status, 0, "raw {raw}");
+        let child =
+            fork(raw, || data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1) && a.iter().enumerate().all(|(i, &x)| x == i as u32));
+        assert_eq!(wait(child), 0, "raw {raw}");
     }
 }
 
@@ -224,19 +220,24 @@ fn undeclared_memory() {
         let mut at = ctx.pointer::<Node>(0);
         let total = ctx.pointer::<u64>(1);
         while !at.is_null() {
+            // SAFETY: a node of the list, which nobody else uses while the launch runs.
             let node = unsafe { &mut *ctx.ptr_mut(at) };
+            // SAFETY: the same is true of the total.
             unsafe { *total += node.value };
             node.value += 1;
             at = node.next.as_deref_mut().map_or(std::ptr::null_mut(), std::ptr::from_mut);
         }
     };
-    let result = dev.run(&follow, 1, args![unsafe { ptr(head) }, unsafe { ptr(&raw const TOTAL) }]);
+    // SAFETY: both outlive the launch, and are used by the kernel alone.
+    let pointers = unsafe { [ptr(head), ptr(&raw const TOTAL)] };
+    let result = dev.run(&follow, 1, Args::new(pointers));
     if hmm.mode() == Mode::None {
         let text = result.unwrap_err().to_string();
         assert!(text.contains("declare"), "{text}");
         return;
     }
     result.unwrap();
+    // SAFETY: the launch has ended.
     assert_eq!(unsafe { TOTAL }, 5 + 10_000 * 9_999 / 2);
     let mut at = list.as_deref();
     let mut value = 10_000;
@@ -266,15 +267,8 @@ fn what_is_left_on_the_device() {
     let moved = dev.stats() - before;
     assert!(moved.bytes_to_device <= 2 * 4096, "only the edges are copied again: {moved:?}");
     // Past libc's fork: the child gets SIGSEGV, not zeros.
-    let flags = libc::SIGCHLD as libc::c_ulong;
     for raw in [true, false] {
-        let child = if raw { unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) as i32 } } else { unsafe { libc::fork() } };
-        if child == 0 {
-            let right = data.iter().enumerate().all(|(i, &x)| x == i as u32 + 4);
-            unsafe { libc::_exit(if right { 0 } else { 1 }) };
-        }
-        let mut status = 0;
-        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        let status = wait(fork(raw, || data.iter().enumerate().all(|(i, &x)| x == i as u32 + 4)));
         assert!(if raw { libc::WIFSIGNALED(status) } else { status == 0 }, "raw {raw}: {status:#x}");
     }
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
@@ -286,12 +280,13 @@ fn what_is_left_on_the_device() {
 fn more_than_the_device_holds() {
     let (hmm, _dev) = opened();
     let dev = hmm.soft("small").memory(4 << 20).open().unwrap();
-    let data = vec![1u8; 16 << 20];
+    let mut data = vec![1u8; 16 << 20];
     let sum = |ctx: &Ctx<'_>| {
+        // SAFETY: the launch borrows so many.
         let bytes = unsafe { std::slice::from_raw_parts(ctx.pointer::<u8>(0), 16 << 20) };
         std::hint::black_box(bytes.iter().step_by(4096).map(|&x| u64::from(x)).sum::<u64>());
     };
-    let error = dev.run(&sum, 1, args![unsafe { ptr(data.as_ptr()) }]).unwrap_err();
+    let error = dev.run(&sum, 1, args![bare(&mut data)]).unwrap_err();
     assert!(matches!(error, Error::Kernel(uhmm::KernelFault::NoRoom { .. })), "{error}");
     let mut few = vec![1u32; 1000];
     dev.run(&increment, 1, args![inout(&mut few)]).unwrap();

@@ -31,10 +31,9 @@ pub struct Shared {
 
 impl Shared {
     fn new() -> &'static mut Shared {
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), size_of::<Shared>(), libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-        assert_ne!(at, libc::MAP_FAILED);
-        unsafe { &mut *at.cast() }
+        let memory = shared(size_of::<Shared>());
+        // SAFETY: it stays, and is nobody else's; zeroes are such a structure.
+        unsafe { &mut *memory.as_mut_ptr().cast() }
     }
 
     /// Where threads wait between rounds while the mover wants quiet: in the kernel, touching nothing.
@@ -44,6 +43,7 @@ impl Shared {
             self.parked.fetch_add(1, Ordering::AcqRel);
             self.resting[actor].store(1, Ordering::Release);
             while self.park.load(Ordering::Acquire) != 0 {
+                // SAFETY: the word is there; no time is given.
                 unsafe { libc::syscall(libc::SYS_futex, &raw const self.park, libc::FUTEX_WAIT, 1, 0) };
             }
             self.resting[actor].store(0, Ordering::Release);
@@ -67,6 +67,7 @@ impl Shared {
 
     fn go_on(&self) {
         self.park.store(0, Ordering::Release);
+        // SAFETY: as above.
         unsafe { libc::syscall(libc::SYS_futex, &raw const self.park, libc::FUTEX_WAKE, i32::MAX) };
     }
 
@@ -125,6 +126,7 @@ fn excluded() -> BTreeMap<usize, &'static str> {
     let mut add = |start: usize, end: usize, why| pages.extend((start & !(PAGE - 1)..end).step_by(PAGE).map(|page| (page, why)));
     for tid in tasks() {
         let (mut head, mut len) = (0usize, 0usize);
+        // SAFETY: two numbers of our own.
         if unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) } != 0 || head == 0 {
             continue;
         }
@@ -133,6 +135,7 @@ fn excluded() -> BTreeMap<usize, &'static str> {
         if head >> 44 & 7 == 0b010 {
             continue; // a thread of uhmm's
         }
+        // SAFETY: words of the list of a thread that rests, and so changes nothing there.
         let word = |at: usize| unsafe { (at as *const usize).read_volatile() };
         let mut entry = word(head);
         while entry != head {
@@ -166,6 +169,7 @@ fn move_all(dev: &uhmm::Device, shared: &mut Shared, count: usize, pagemap: i32)
         while at < end {
             let pages = ((end - at) / PAGE).min(shared.entries.len());
             let buffer = shared.entries.as_mut_ptr();
+            // SAFETY: so many entries at most has the buffer.
             let read = unsafe { libc::pread(pagemap, buffer.cast(), pages * 8, (at / PAGE * 8) as i64) };
             assert_eq!(read, pages as isize * 8);
             for page in 0..pages {
@@ -210,8 +214,10 @@ fn everything_moves_while_the_process_runs() {
     let (_hmm, dev) = device(512);
     let shared = Shared::new();
     let at = &raw mut *shared as usize;
+    // SAFETY: it stays. The threads use its atomics only, the mover alone the rest.
     let threads = actors::start(unsafe { &*(at as *const Shared) });
-    let pagemap = unsafe { libc::open(c"/proc/self/pagemap".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    let file = std::fs::File::open("/proc/self/pagemap").unwrap();
+    let pagemap = std::os::fd::AsRawFd::as_raw_fd(&file);
     let end = Instant::now() + seconds(30);
     let mut last = (Instant::now(), shared.counts(threads.len()));
     let mut rounds = 0;
@@ -257,12 +263,14 @@ fn a_robust_mutex_stays_where_its_owner_can_die() {
     data.fill(7);
     // On page 20, among others.
     let at = data.as_ptr() as usize + 20 * PAGE + 1000;
-    let mutex = actors::Robust::new_at(at);
+    // SAFETY: inside `pages`, which outlive it; nothing but the mutex uses these bytes.
+    let mutex = unsafe { actors::Robust::new_at(at) };
     let step = |number: usize, data: &[u8]| match number {
         0 => dev.prefetch_range(data.as_ptr() as usize, data.len()).unwrap(),
         // A launch's large argument whose edge page holds the mutex too: read, and written.
         1 => dev.run(&|_: &uhmm::Ctx<'_>| (), 1, uhmm::args![uhmm::inp(&data[20 * PAGE + 2000..])]).unwrap(),
         _ => {
+            // SAFETY: behind the mutex, inside `pages`; of `data` nothing is used meanwhile.
             let rest = unsafe { std::slice::from_raw_parts_mut((at + 1000) as *mut u8, 43 * PAGE) };
             dev.run(&|_: &uhmm::Ctx<'_>| (), 1, uhmm::args![uhmm::inout(rest)]).unwrap()
         }

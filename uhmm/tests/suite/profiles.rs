@@ -36,6 +36,7 @@ fn a_bare_pointer_is_refused_without_replayable_faults() {
     let (_hmm, dev) = nofault(16);
     let mut data = vec![1u32; 100_000];
     let there = pages_present(&data);
+    // SAFETY: no kernel gets it: it is refused.
     let bare = unsafe { ptr(data.as_ptr().wrapping_add(5)) };
     let error = dev.run(&|_: &Ctx<'_>| unreachable!("it must not start"), 1, args![inout(&mut data), bare]).unwrap_err();
     assert!(matches!(error, Error::BarePointer { index: 1, device: "soft" }));
@@ -52,6 +53,7 @@ fn an_undeclared_touch_fails_the_launch() {
         let address = &raw mut other[200_000];
         let kernel = |ctx: &Ctx<'_>| {
             let p = ctx.ptr_mut(ctx.value::<usize>(1) as *mut u32);
+            // SAFETY: an element of `other`, which nobody else uses; that it is not declared is the test: the device refuses it.
             unsafe {
                 if write {
                     p.write_volatile(9)
@@ -73,6 +75,7 @@ fn an_undeclared_touch_fails_the_launch() {
     // Declared, the same works, also by stored pointers.
     let address = other.as_ptr() as usize;
     let kernel = |ctx: &Ctx<'_>| {
+        // SAFETY: an element of `other`, which is declared.
         let value = unsafe { *ctx.ptr((ctx.value::<usize>(2) as *const u32).add(200_000)) };
         ctx.out::<u32>(0).chunk(1000).fill(value);
     };
@@ -85,6 +88,7 @@ fn a_write_to_what_is_declared_as_read_fails_the_launch() {
     let (_hmm, dev) = nofault(16);
     let read = vec![3u32; 400_000];
     let address = &raw const read[200_000] as usize;
+    // SAFETY: an element of `read`, through no reference; that it is not declared as written is the test: the device tells.
     let kernel = |ctx: &Ctx<'_>| unsafe { ctx.ptr_mut(ctx.value::<usize>(1) as *mut u32).write_volatile(9) };
     let error = dev.run(&kernel, 1, args![inp(&read), address]).unwrap_err();
     assert!(matches!(error, Error::Kernel(KernelFault::NotDeclared { write: true, .. })), "{error}");
@@ -157,8 +161,9 @@ fn a_write_beside_what_is_read_does_not_take_it_away() {
     let (_hmm, dev) = nofault(16);
     let mut memory = Pages::huge(2 << 20);
     memory.slice::<u8>().fill(5);
-    let bytes: &[AtomicU8] = unsafe { std::slice::from_raw_parts(memory.start.cast(), memory.len) };
-    let start = memory.start as usize;
+    let bytes: &[AtomicU8] = memory.atomics();
+    let start = memory.start() as usize;
+    // SAFETY: inside `memory`; of the part that a kernel reads nothing changes meanwhile.
     let plain = |range: std::ops::Range<usize>| unsafe { std::slice::from_raw_parts((start + range.start) as *const u8, range.len()) };
     let sum = |ctx: &Ctx<'_>| {
         let until = Instant::now() + Duration::from_millis(2);
@@ -193,7 +198,7 @@ fn null_leaves_everything_as_it_was() {
     assert_eq!(pages_present(&data), 0);
     null.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
     null.run(&increment, groups(data.len()), args![out(&mut data)]).unwrap();
-    null.run(&|_: &Ctx<'_>| panic!("it runs nothing"), 5, args![unsafe { ptr(data.as_ptr()) }]).unwrap();
+    null.run(&|_: &Ctx<'_>| panic!("it runs nothing"), 5, args![bare(&mut data)]).unwrap();
     null.prefetch(&data).unwrap();
     assert_eq!(pages_present(&data), 0, "what another device has stays there");
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1));

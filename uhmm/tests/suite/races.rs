@@ -1,6 +1,7 @@
 //! Races that run long enough to lose if they can: 5 s each, longer by UHMM_TEST_SECONDS.
 
 use crate::harness::*;
+use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 use uhmm::{Ctx, args, inout, ptr};
@@ -29,8 +30,7 @@ fn cpu_threads_and_workers_touch_the_same_pages() {
             let (memory, added, touches, stop) = (&memory, &added, &touches, &stop);
             scope.spawn(move || {
                 let mut random = fastrand::Rng::with_seed(cpu as u64);
-                let mut pipe = [0; 2];
-                assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+                let mut pipe = std::io::pipe().unwrap();
                 while !stop.load(Ordering::Relaxed) {
                     let page = random.usize(0..WORDS / 1024) * 1024;
                     // Words 0 to 511 of a page are for atomics; from 512 on each thread has 32 of its own.
@@ -44,14 +44,14 @@ fn cpu_threads_and_workers_touch_the_same_pages() {
                         let to = random.usize(0..WORDS / 1024) * 1024 + 512 + cpu * 32;
                         let value = random.u32(..);
                         memory[from].store(value, Ordering::Relaxed);
-                        let (source, target) = (&raw const memory[from], &raw const memory[to]);
-                        assert_eq!(unsafe { libc::write(pipe[1], source.cast(), 4) }, 4);
-                        assert_eq!(unsafe { libc::read(pipe[0], target.cast_mut().cast(), 4) }, 4);
+                        // SAFETY: this thread's own words, which nobody else uses.
+                        let bytes = |at: usize| unsafe { std::slice::from_raw_parts_mut(memory[at].as_ptr().cast::<u8>(), 4) };
+                        assert_eq!(pipe.1.write(bytes(from)).unwrap(), 4);
+                        assert_eq!(pipe.0.read(bytes(to)).unwrap(), 4);
                         assert_eq!(memory[to].load(Ordering::Relaxed), value, "what the pipe brought");
                         touches.fetch_add(4, Ordering::Relaxed);
                     }
                 }
-                pipe.iter().for_each(|&fd| assert_eq!(unsafe { libc::close(fd) }, 0));
             });
         }
         let mut seed = 0;
@@ -65,12 +65,14 @@ fn cpu_threads_and_workers_touch_the_same_pages() {
                 for _ in 0..8 {
                     let page = random.usize(0..WORDS / 1024) * 1024;
                     for _ in 0..200 {
+                        // SAFETY: inside `memory`, which outlives the launch, and where all use atomics.
                         unsafe { &*words.add(page + random.usize(0..512)) }.fetch_add(1, Ordering::Relaxed);
                         n += 1;
                     }
                 }
                 by_kernel[ctx.group() % 2].fetch_add(n, Ordering::Relaxed);
             };
+            // SAFETY: as for the kernel.
             let list = args![unsafe { ptr(memory.as_ptr()) }];
             match dev.run(&kernel, 4, list) {
                 Ok(()) => {}
@@ -115,14 +117,12 @@ fn mappings_change_under_launches() {
                     match random.u8(0..4) {
                         0 => {
                             let at = random.usize(0..len / 4096) * 4096;
-                            unsafe { libc::madvise(data.as_mut_ptr().byte_add(at).cast(), 4096, libc::MADV_DONTNEED) };
-                            assert!(data[at / 4..at / 4 + 1024].iter().all(|&x| x == 0));
+                            let page = &mut data[at / 4..at / 4 + 1024];
+                            advise(page, libc::MADV_DONTNEED);
+                            assert!(page.iter().all(|&x| x == 0));
                         }
                         1 => {
-                            let moved = unsafe { libc::mremap(data.as_mut_ptr().cast(), len, len + 4096, libc::MREMAP_MAYMOVE) };
-                            assert_ne!(moved, libc::MAP_FAILED);
-                            pages.start = moved.cast();
-                            pages.len = len + 4096;
+                            assert!(pages.resize(len + 4096));
                             let data = pages.slice::<u32>();
                             assert!(data[..len / 4].iter().enumerate().all(|(i, &x)| x == i as u32 + expected));
                             assert!(data[len / 4..].iter().all(|&x| x == 0));
@@ -147,6 +147,7 @@ fn migrations_against_touches() {
     let (_hmm, dev) = device(16);
     let memory: Vec<AtomicU32> = (0..WORDS).map(|_| AtomicU32::new(0)).collect();
     // The same memory as plain numbers, to name ranges of it.
+    // SAFETY: of that length; it only names ranges, nobody reads it.
     let plain = unsafe { std::slice::from_raw_parts(memory.as_ptr().cast::<u32>(), WORDS) };
     let added = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
@@ -210,13 +211,13 @@ fn neighbours_in_a_block_are_unmapped_one_after_the_other() {
         for part in data.chunks_mut(data.len() / PARTS) {
             dev.run(&increment, groups(part.len()), args![inout(part)]).unwrap();
         }
-        let start = whole.start as usize;
-        std::mem::forget(whole);
+        let start = std::mem::ManuallyDrop::new(whole).start() as usize;
         std::thread::scope(|scope| {
             for parts in [0..PARTS / 2, PARTS / 2..PARTS] {
                 scope.spawn(move || {
                     for part in parts {
                         let len = (2 << 20) / PARTS;
+                        // SAFETY: pages that are used no more; each part is unmapped once.
                         assert_eq!(unsafe { libc::munmap((start + part * len) as *mut _, len) }, 0);
                     }
                 });

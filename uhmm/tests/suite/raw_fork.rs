@@ -7,21 +7,9 @@ use uhmm::{Ctx, args, inout, inp, out};
 
 crate::tests![what_is_on_the_device, from_many_threads_while_kernels_run, a_child_that_faults_on_its_own];
 
-/// A child that runs `f` and exits with whether it is true.
-fn child(f: impl FnOnce() -> bool) -> i32 {
-    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD as libc::c_ulong, 0, 0, 0, 0) as i32 };
-    if pid == 0 {
-        let right = f();
-        unsafe { libc::_exit(if right { 0 } else { 1 }) };
-    }
-    assert!(pid > 0);
-    pid
-}
-
-fn wait(pid: i32) -> i32 {
-    let mut status = 0;
-    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-    status
+/// A child of which the C library is not told.
+fn child(right: impl FnOnce() -> bool) -> i32 {
+    fork(true, right)
 }
 
 fn what_is_on_the_device() {
@@ -84,14 +72,17 @@ fn from_many_threads_while_kernels_run() {
 /// A child has inherited the signal handler, and the pointer to a core that it does not have: its own SIGSEGV ended in the handler, not where it belongs.
 fn a_child_that_faults_on_its_own() {
     extern "C" fn handler(_: libc::c_int) {
+        // SAFETY: it ends here.
         unsafe { libc::_exit(42) };
     }
     // Before uhmm's, which hands on what is not its own.
-    unsafe { libc::signal(libc::SIGSEGV, handler as *const () as libc::sighandler_t) };
+    // SAFETY: it ends the process by a system call.
+    unsafe { handle(libc::SIGSEGV, Handler::Plain(handler), libc::SA_RESTART) };
     let (_hmm, dev) = device(64);
     let mut data = vec![1u32; 100_000];
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
     let pid = child(|| {
+        // SAFETY: nothing is there: its handler ends the child.
         unsafe { std::ptr::without_provenance::<u8>(16).read_volatile() };
         false
     });
