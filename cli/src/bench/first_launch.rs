@@ -29,7 +29,7 @@ pub(super) fn run(device: &Device, pairs: u32) -> Result<Row> {
     for number in 0..pairs * ROUNDS {
         rounds.push(one_round(number, &mut ours, &mut floor)?);
     }
-    let goal = 1.6; // no requirement: what is in reach
+    let goal = 1.6; // no requirement
     Ok(Measure { name: "first_launch_4k", unit: "us", work: 1.0, goal }.row_of(&pairs_of(&rounds)))
 }
 
