@@ -63,10 +63,10 @@ pub(crate) struct Bench {
     /// What to measure.
     #[arg(value_enum, default_value = "all")]
     pub(crate) group: Group,
-    /// MiB that each row moves.
+    /// MiB that each row moves; first_launch_4k has sizes of its own.
     #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=65536))]
     pub(crate) size: u32,
-    /// Pairs of runs for each row.
+    /// Pairs of runs for each row; those of first_launch_4k have 7 rounds each.
     #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) pairs: u32,
     /// The device.

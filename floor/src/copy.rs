@@ -91,3 +91,34 @@ unsafe fn stream_avx2(to: *mut u8, from: *const u8, len: usize) {
     }
     _mm_sfence();
 }
+
+/// Writes zeroes past the cache, where the processor has such stores.
+///
+/// # Safety
+/// The range is valid and starts on a page boundary; `len` is a multiple of the page size.
+pub(crate) unsafe fn stream_zeroes(to: *mut u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: by the contract, and AVX2 is there.
+        return unsafe { stream_zeroes_avx2(to, len) };
+    }
+    // SAFETY: by the contract.
+    unsafe { core::ptr::write_bytes(to, 0, len) }
+}
+
+/// [`stream_zeroes`] with 32-byte stores.
+///
+/// # Safety
+/// As for [`stream_zeroes`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn stream_zeroes_avx2(to: *mut u8, len: usize) {
+    use core::arch::x86_64::{__m256i, _mm_sfence, _mm256_setzero_si256, _mm256_stream_si256};
+    for at in (0..len).step_by(128) {
+        for part in [0, 32, 64, 96] {
+            // SAFETY: `at + part + 32 <= len`, and the address is aligned to 32 because `to` is to a page.
+            unsafe { _mm256_stream_si256(to.add(at + part).cast::<__m256i>(), _mm256_setzero_si256()) };
+        }
+    }
+    _mm_sfence();
+}

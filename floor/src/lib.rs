@@ -12,6 +12,7 @@
 
 mod copy;
 mod fault;
+mod first_launch;
 mod memory;
 mod pair;
 mod round_trip;
@@ -20,6 +21,7 @@ mod uffd;
 
 pub use copy::{Copy, CopyKind};
 pub use fault::{Fault, Method, Server};
+pub use first_launch::{ExplicitTime, FirstLaunch, FirstLaunchTime, Reading};
 pub use memory::{BLOCK, PAGE, Pages};
 pub use round_trip::{CleanReturn, RoundTrip, RoundTripTime};
 

@@ -73,11 +73,27 @@ impl Region {
     /// Memory of which every page has been touched.
     pub(crate) fn full(size: usize, pages: Pages) -> Result<Self> {
         let region = Region::empty(size, pages)?;
-        for (number, at) in (0..size).step_by(PAGE).enumerate() {
-            // SAFETY: page `number` lies within the region, which nobody else knows of yet.
-            unsafe { core::ptr::write_bytes(region.at(at), number as u8, PAGE) };
-        }
+        region.touch();
         Ok(region)
+    }
+
+    /// Memory of huge pages, but for one block, of which every page has been touched.
+    pub(crate) fn full_but(size: usize, small: usize) -> Result<Self> {
+        let region = Region::empty(size, Pages::Huge)?;
+        assert!(small.is_multiple_of(BLOCK) && small < size, "the block with small pages lies in the region");
+        // SAFETY: advice about page sizes on our own mapping; it changes no contents. A kernel that knows no such advice has small
+        // pages everywhere.
+        unsafe { libc::madvise(region.at(small).cast(), BLOCK, libc::MADV_NOHUGEPAGE) };
+        region.touch();
+        Ok(region)
+    }
+
+    /// Writes to every page; for who has made the region.
+    fn touch(&self) {
+        for (number, at) in (0..self.size).step_by(PAGE).enumerate() {
+            // SAFETY: page `number` lies within the region, which nobody else knows of yet.
+            unsafe { core::ptr::write_bytes(self.at(at), number as u8, PAGE) };
+        }
     }
 
     /// Writes the first byte of every page anew: the low byte of its number plus `salt`. With a new salt for every run, bytes that

@@ -14,6 +14,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 /// `UFFDIO_MOVE`, which linux-raw-sys has no number for.
 const UFFDIO_MOVE: libc::Ioctl = libc::_IOWR::<raw::uffdio_move>(raw::UFFDIO, raw::_UFFDIO_MOVE);
 
+/// `UFFDIO_WRITEPROTECT_MODE_WP`, which it leaves out, too.
+const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1;
+
 /// `_IO(0xAA, 0x00)` of /dev/userfaultfd: a new userfaultfd.
 const USERFAULTFD_IOC_NEW: libc::Ioctl = libc::_IO(raw::UFFDIO, 0);
 
@@ -80,13 +83,28 @@ impl Uffd {
         }
     }
 
+    /// Makes reading faults return at once if there is none, for who would rather spin than sleep.
+    pub(crate) fn never_wait(&self) -> Result<()> {
+        // SAFETY: changes a flag of our own descriptor; O_CLOEXEC is none of the flags that F_SETFL replaces.
+        match unsafe { libc::fcntl(self.fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } {
+            0 => Ok(()),
+            _ => Err(Error::last("fcntl")),
+        }
+    }
+
     /// Watches a region for missing pages.
     pub(crate) fn watch(&self, region: &Region) -> Result<()> {
-        let mut request = raw::uffdio_register {
-            range: raw::uffdio_range { start: region.at(0) as u64, len: region.size() as u64 },
-            mode: raw::UFFDIO_REGISTER_MODE_MISSING.into(),
-            ioctls: 0,
-        };
+        self.register(region, raw::UFFDIO_REGISTER_MODE_MISSING)
+    }
+
+    /// Watches a region for missing pages, and lets pages of it be write-protected.
+    pub(crate) fn watch_writes_too(&self, region: &Region) -> Result<()> {
+        self.register(region, raw::UFFDIO_REGISTER_MODE_MISSING | raw::UFFDIO_REGISTER_MODE_WP)
+    }
+
+    fn register(&self, region: &Region, mode: u32) -> Result<()> {
+        let range = raw::uffdio_range { start: region.at(0) as u64, len: region.size() as u64 };
+        let mut request = raw::uffdio_register { range, mode: mode.into(), ioctls: 0 };
         // SAFETY: UFFDIO_REGISTER changes no contents, only who serves the faults of a region that is ours.
         match unsafe { self.ioctl(ioctl::UFFDIO_REGISTER as libc::Ioctl, &raw mut request) } {
             0 => Ok(()),
@@ -101,8 +119,19 @@ impl Uffd {
         unsafe { self.ioctl(ioctl::UFFDIO_UNREGISTER as libc::Ioctl, &raw mut range) };
     }
 
+    /// Protects pages that are there from writing, or lifts that.
+    pub(crate) fn protect(&self, start: *mut u8, len: usize, protected: bool) -> Result<()> {
+        let mode = if protected { UFFDIO_WRITEPROTECT_MODE_WP } else { 0 };
+        let mut request = raw::uffdio_writeprotect { range: raw::uffdio_range { start: start as u64, len: len as u64 }, mode };
+        // SAFETY: protecting changes no contents, and only a range that this descriptor watches.
+        match unsafe { self.ioctl(ioctl::UFFDIO_WRITEPROTECT as libc::Ioctl, &raw mut request) } {
+            0 => Ok(()),
+            errno => Err(Error::of("UFFDIO_WRITEPROTECT", errno)),
+        }
+    }
+
     /// Wakes who waits for a page.
-    fn wake(&self, page: *mut u8) {
+    pub(crate) fn wake(&self, page: *mut u8) {
         let mut range = raw::uffdio_range { start: page as u64, len: PAGE as u64 };
         // SAFETY: waking changes no memory.
         unsafe { self.ioctl(ioctl::UFFDIO_WAKE as libc::Ioctl, &raw mut range) };
@@ -155,25 +184,43 @@ impl Uffd {
 
     /// Waits for a page fault and returns its address; `None` if the descriptor failed.
     pub(crate) fn next_fault(&self) -> Option<usize> {
-        let mut message = MaybeUninit::<raw::uffd_msg>::uninit();
-        let size = size_of::<raw::uffd_msg>();
         loop {
-            // SAFETY: `message` has room for `size` bytes.
-            let got = unsafe { libc::read(self.fd.as_raw_fd(), message.as_mut_ptr().cast(), size) };
-            if got != size as isize {
-                let interrupted = got < 0 && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted;
-                if interrupted {
-                    continue;
-                }
-                return None;
-            }
-            // SAFETY: the kernel has written one whole message.
-            let message = unsafe { message.assume_init() };
-            if u32::from(message.event) == raw::UFFD_EVENT_PAGEFAULT {
-                // SAFETY: the event says which member of the union holds.
-                return Some(unsafe { message.arg.pagefault.address } as usize);
+            match self.read_event() {
+                Ok(Some(address)) => return Some(address),
+                Ok(None) | Err(libc::EINTR) => {}
+                Err(_) => return None,
             }
         }
+    }
+
+    /// The address of a page fault, if there is one; of a descriptor that [never waits](Self::never_wait).
+    pub(crate) fn poll_fault(&self) -> Result<Option<usize>> {
+        match self.read_event() {
+            Err(libc::EAGAIN | libc::EINTR) => Ok(None),
+            other => other.map_err(|errno| Error::of("reading the userfaultfd", errno)),
+        }
+    }
+
+    /// Reads one event: its address if it is a page fault, or the errno.
+    fn read_event(&self) -> core::result::Result<Option<usize>, c_int> {
+        let mut message = MaybeUninit::<raw::uffd_msg>::uninit();
+        let size = size_of::<raw::uffd_msg>();
+        // SAFETY: `message` has room for `size` bytes.
+        let got = unsafe { libc::read(self.fd.as_raw_fd(), message.as_mut_ptr().cast(), size) };
+        if got < 0 {
+            // SAFETY: errno of this thread.
+            return Err(unsafe { *libc::__errno_location() });
+        }
+        if got != size as isize {
+            return Err(libc::EIO);
+        }
+        // SAFETY: the kernel has written one whole message.
+        let message = unsafe { message.assume_init() };
+        if u32::from(message.event) != raw::UFFD_EVENT_PAGEFAULT {
+            return Ok(None);
+        }
+        // SAFETY: the event says which member of the union holds.
+        Ok(Some(unsafe { message.arg.pagefault.address } as usize))
     }
 }
 

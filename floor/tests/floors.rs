@@ -3,7 +3,7 @@
 
 use libtest_mimic::{Arguments, Trial};
 use std::time::Duration;
-use uhmm_floor::{CleanReturn, Copy, CopyKind, Error, Fault, Method, Pages, RoundTrip, Server};
+use uhmm_floor::{CleanReturn, Copy, CopyKind, Error, Fault, FirstLaunch, Method, Pages, Reading, RoundTrip, Server};
 
 const SIZE: usize = 8 << 20;
 
@@ -26,6 +26,9 @@ fn main() {
             trials.push(Trial::test(name, move || round_trip(pages, threads)).with_ignored_flag(missing));
         }
         trials.push(Trial::test(format!("clean_return_{pages:?}"), move || clean_return(pages)).with_ignored_flag(missing));
+    }
+    for reading in [Reading::ByBlock, Reading::AllAtFirst] {
+        trials.push(Trial::test(format!("first_launch_{reading:?}"), move || first_launch(reading)).with_ignored_flag(missing));
     }
     for server in [Server::Handler, Server::HandlerSameCore, Server::Itself, Server::TwoThemselves] {
         for method in [Method::Copy, Method::Move] {
@@ -74,6 +77,18 @@ fn clean_return(pages: Pages) -> Outcome {
     let mut floor = CleanReturn::prepare(SIZE, pages)?;
     took_time(floor.run()?)?;
     took_time(floor.run()?)
+}
+
+/// Either program checks its result, which other numbers give each time.
+fn first_launch(reading: Reading) -> Outcome {
+    for size in [2 << 20, 4 << 20] {
+        let mut floor = FirstLaunch::prepare(size)?;
+        for _ in 0..3 {
+            took_time(floor.explicit()?.total())?;
+            took_time(floor.launch(reading)?.total())?;
+        }
+    }
+    Ok(())
 }
 
 fn fault(server: Server, method: Method, chunk: usize, pages: Pages) -> Outcome {

@@ -3,7 +3,7 @@
 //! Each run starts from memory that is wholly on the CPU, or wholly on the device; what brings it there is outside the clock. Every
 //! run writes other bytes before and checks them afterwards.
 
-use super::{Measure, Row, in_pairs};
+use super::{Measure, Row, first_launch, in_pairs};
 use crate::options;
 use anyhow::{Result, ensure};
 use memmap2::{Advice, MmapMut};
@@ -29,7 +29,8 @@ pub(super) fn run(args: &options::Bench, print: &mut impl FnMut(Row) -> Result<(
     for row in [("fault_4k", PAGE), ("fault_64k", 16 * PAGE)] {
         lone_faults(&device, size, row, args.pairs, print)?;
     }
-    Ok(())
+    // A device without memory holds no data, and may run no kernel.
+    if device.memory() > 0 { print(first_launch::run(&device, args.pairs)?) } else { Ok(()) }
 }
 
 fn named(pages: Pages, huge: &'static str, small: &'static str) -> &'static str {

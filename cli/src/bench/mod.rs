@@ -2,8 +2,9 @@
 //!
 //! A row is one figure of uhmm and one of its floor. The two run in turn, in changing order, on memory that was touched before; the
 //! value and the floor are medians, the ratio is the median of the ratios within the pairs, so that what slows both down does not
-//! count. Each row is printed as soon as it is known.
+//! count. Each row is printed as soon as it is known. `first_launch_4k` compares differences ([`first_launch`] says how).
 
+mod first_launch;
 mod kernel;
 mod memory;
 
@@ -79,7 +80,11 @@ impl Measure {
 
     /// The row of some pairs: times of uhmm and of its floor.
     fn row(&self, pairs: &[(Duration, Duration)]) -> Row {
-        let figures: Vec<(f64, f64)> = pairs.iter().map(|&(ours, floor)| (self.figure(ours), self.figure(floor))).collect();
+        self.row_of(&pairs.iter().map(|&(ours, floor)| (self.figure(ours), self.figure(floor))).collect::<Vec<_>>())
+    }
+
+    /// The row of some pairs of figures.
+    fn row_of(&self, figures: &[(f64, f64)]) -> Row {
         let ratio = Figure::of(figures.iter().map(|(ours, floor)| ours / floor));
         Row {
             name: self.name,
@@ -91,7 +96,7 @@ impl Measure {
             ratio_high: ratio.high,
             goal: self.goal,
             met: if is_rate(self.unit) { ratio.median >= self.goal } else { ratio.median <= self.goal },
-            pairs: pairs.len(),
+            pairs: figures.len(),
         }
     }
 }
