@@ -23,7 +23,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test("fills_end_with_their_mapping", Needs::Uffd(UNMAP), fills_end_with_their_mapping),
     Test(
         "nobody_wakes_who_waits_for_a_page_that_goes",
-        Needs::Uffd(Features::PAGEFAULT_FLAG_WP),
+        Needs::Full(Features::PAGEFAULT_FLAG_WP),
         nobody_wakes_who_waits_for_a_page_that_goes,
     ),
     Test("event_fork", Needs::Full(Features::EVENT_FORK), fork),
