@@ -107,9 +107,9 @@ pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: V
         let here = pages & present.pages;
         // What the kernel has taken (MADV_FREE) has no contents, and what is not watched could be taken from under somebody.
         let here = here & state.reg;
-        release(core, state, va, pages - here);
+        untag(core, state, va, pages - here);
         let sealed = fixed::seal(core, state, va, here)?;
-        release(core, state, va, here - sealed);
+        untag(core, state, va, here - sealed);
         let size = if present.huge && sealed == Bits::ALL { Size::Huge } else { Size::Small };
         let Some(mut tray) = core.pool.take_empty(size, sealed) else {
             let _ = ranges::unprotect(core, va, sealed);
@@ -129,7 +129,7 @@ pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: V
             MoveEnd::Pending => return Err(Errno::AGAIN),
             // Somebody holds a page for a moment (the kernel's own compaction), or has dropped it.
             MoveEnd::Refused | MoveEnd::Vanished if looks < LOOKS => thread::yield_now(),
-            _ => release(core, state, va, sealed - moved),
+            _ => untag(core, state, va, sealed - moved),
         }
     }
 }
@@ -151,7 +151,7 @@ fn take_back(core: &Core, dev: &Device, state: &State, tray: &mut Tray, pages: B
 }
 
 /// Takes the tag off coherent pages, which stay where they are.
-pub(crate) fn release(core: &Core, state: &mut State, va: Va, pages: Bits) {
+pub(crate) fn untag(core: &Core, state: &mut State, va: Va, pages: Bits) {
     let pages = pages & state.coherent();
     if pages.is_empty() {
         return;

@@ -26,7 +26,7 @@ pub(crate) fn fill(core: &Core, child: &Userfaultfd) {
         let va = part.start;
         // The child has these too: whoever writes first gets a copy, and nothing tells who.
         let shared = state.coherent();
-        coherent::release(core, &mut state, va, shared);
+        coherent::untag(core, &mut state, va, shared);
         if state.gone().is_empty() {
             return;
         }

@@ -76,6 +76,10 @@ unsafe impl Driver for Coherent {
         self.memory.address(frame)
     }
 
+    fn stand_by(&self) {
+        self.engine.stand_by();
+    }
+
     fn copy(&self, batch: &[Dma]) -> Fence {
         self.engine.submit(&self.memory, batch)
     }
