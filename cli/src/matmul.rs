@@ -255,7 +255,10 @@ mod tests {
                 for (at, (&got, want)) in r[place..].iter().zip(&want).enumerate() {
                     assert!((f64::from(got) - want).abs() < 1e-4, "{m} x {n} x {k} at {place}: element {at} is {got}, not {want}");
                 }
-                assert!(r[..place].iter().chain(&r[place + m * n..]).all(|other| other.is_nan()), "{m} x {n} x {k} at {place}: wrote beyond R");
+                assert!(
+                    r[..place].iter().chain(&r[place + m * n..]).all(|other| other.is_nan()),
+                    "{m} x {n} x {k} at {place}: wrote beyond R"
+                );
             }
         }
     }

@@ -14,6 +14,8 @@ type Job = dyn Fn() + Sync;
 struct Offer {
     job: Option<*const Job>,
     at_work: bool,
+    /// Somebody has something for its spare time.
+    nudged: bool,
     closed: bool,
 }
 
@@ -63,12 +65,25 @@ impl Assist {
         job();
     }
 
-    /// Takes part in whatever is offered, until closed.
-    pub(crate) fn serve(&self) {
+    /// Has the other thread do what it does in its spare time, on another core than this one. It may be busy: nobody waits for it.
+    pub(crate) fn nudge(&self) {
+        self.offer.lock().nudged = true;
+        self.aside.keep_off();
+        self.changed.notify_all();
+    }
+
+    /// Takes part in whatever is offered, and does `spare` after a nudge, until closed.
+    pub(crate) fn serve(&self, spare: impl Fn()) {
         self.aside.enter();
         let mut offer = self.offer.lock();
         while !offer.closed {
             let Some(job) = offer.job.take() else {
+                if core::mem::take(&mut offer.nudged) {
+                    drop(offer);
+                    spare();
+                    offer = self.offer.lock();
+                    continue;
+                }
                 offer = self.changed.wait(offer);
                 continue;
             };
@@ -99,7 +114,7 @@ mod tests {
         let assist = Assist::default();
         std::thread::scope(|scope| {
             let other = scope.spawn(|| {
-                assist.serve();
+                assist.serve(|| {});
                 std::thread::current().id()
             });
             let who = std::sync::Mutex::new(std::collections::HashSet::new());

@@ -4,6 +4,7 @@
 //! of work after the other.
 #![allow(unsafe_code)] // one pointer for the signal handler, and the queue's to its device
 
+use crate::ahead::Ahead;
 use crate::args::{Args, MAX_ARGS, RawArg};
 use crate::assist::Assist;
 use crate::bits::Bits;
@@ -66,6 +67,7 @@ pub struct Core {
     pub(crate) ends: Mutex<()>,
     pub(crate) c_library: Span,
     pub(crate) assist: Assist,
+    pub(crate) ahead: Ahead,
     pub(crate) twins: Twins,
     pub(crate) devices: DeviceTable,
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
@@ -130,6 +132,7 @@ impl Core {
             ends: Mutex::new(()),
             c_library: fixed::c_library(),
             assist: Assist::default(),
+            ahead: Ahead::default(),
             twins: Twins::new(blocks).map_err(reserve)?,
             devices: DeviceTable::default(),
             rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,
@@ -169,6 +172,10 @@ impl Core {
                 return id;
             }
         }
+    }
+
+    pub(crate) fn last_launch(&self) -> u64 {
+        self.next_launch.load(Ordering::Relaxed)
     }
 
     pub(crate) fn next_launch(&self) -> u64 {

@@ -179,6 +179,11 @@ impl Block {
         self.lock.lock();
         BlockGuard { block: self }
     }
+
+    /// The same, unless somebody else has it.
+    pub fn try_lock(&self) -> Option<BlockGuard<'_>> {
+        self.lock.try_lock().then(|| BlockGuard { block: self })
+    }
 }
 
 /// A locked block.

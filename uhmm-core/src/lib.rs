@@ -9,7 +9,7 @@
 //! | [`space`], [`notifier`] | the process's address space, its events, and how to look at it safely |
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
 //! | [`migrate`], `home` | moving pages to a device and back |
-//! | `monitor`, `events`, `device_fault` | the CPU's touches, the program's mapping changes, the device's touches |
+//! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
 //! | `coherent` | devices whose memory the CPU uses in place |
 //! | `fixed` | pages that never leave |
@@ -18,6 +18,7 @@
 //! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
+mod ahead;
 pub mod args;
 mod assist;
 pub mod bits;

@@ -5,6 +5,7 @@
 //! memory that could migrate. A fault that cannot be served now (its page is in transit, or an unread event stands in the way) is put off: the
 //! mover wakes the toucher, whose fault comes again, or the monitor tries again after the next read.
 
+use crate::ahead;
 use crate::bits::Bits;
 use crate::core::Core;
 use crate::counters::count;
@@ -13,7 +14,7 @@ use crate::events;
 use crate::home;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
-use crate::policy::CpuFault;
+use crate::policy::{CpuFault, Run};
 use crate::ranges;
 use std::os::fd::RawFd;
 use uhmm_os::EventFd;
@@ -67,8 +68,9 @@ pub(crate) struct Monitor {
     /// Read, and followed so far.
     read: usize,
     followed: usize,
-    /// The block that was last brought home whole.
-    last: Va,
+    stream: Stream,
+    /// While faults were put off, others' blocks were brought.
+    helped: bool,
     place: Place,
 }
 
@@ -94,6 +96,36 @@ impl Place {
         {
             self.core = core;
         }
+    }
+}
+
+/// Blocks that came home whole one after the other.
+#[derive(Debug, Default)]
+struct Stream {
+    /// The last that was touched, and the last that was asked for.
+    from: Va,
+    to: Va,
+    blocks: u32,
+    /// The launch before it.
+    launch: u64,
+}
+
+impl Stream {
+    /// Blocks before the one at `va`, if that goes on where they end.
+    fn before(&self, va: Va, launch: u64) -> u32 {
+        let goes_on =
+            self.from.min(self.to).saturating_sub(BLOCK) <= va && va <= self.from.max(self.to).saturating_add(BLOCK) && va != self.from;
+        if goes_on && launch == self.launch { self.blocks } else { 0 }
+    }
+
+    /// The block at `va` came home whole; says which `ahead` of it shall follow.
+    fn add(&mut self, va: Va, launch: u64, ahead: usize) -> Run {
+        let (blocks, down) = (self.before(va, launch), va < self.from);
+        // What was asked for and has not come is asked for again.
+        let next = if down { va.wrapping_sub(BLOCK) } else { va + BLOCK };
+        let to = if down { va.saturating_sub(ahead * BLOCK) } else { va.saturating_add(ahead * BLOCK) };
+        *self = Stream { from: va, to, blocks: blocks.saturating_add(1), launch };
+        Run { next, down, left: ahead }
     }
 }
 
@@ -135,7 +167,8 @@ impl Monitor {
             changes,
             read: 0,
             followed: 0,
-            last: 0,
+            stream: Stream::default(),
+            helped: false,
             place: Place { core: usize::MAX, faults: 0 },
         })
     }
@@ -161,7 +194,8 @@ impl Monitor {
             }
             let asked = self.waiting;
             self.serve_all(core);
-            vain = if asked > 0 && self.waiting == asked { vain.saturating_add(1) } else { 0 };
+            let helped = core::mem::take(&mut self.helped);
+            vain = if asked > 0 && self.waiting == asked && !helped { vain.saturating_add(1) } else { 0 };
         }
     }
 
@@ -222,7 +256,14 @@ impl Monitor {
         let va = Span::block(fault.address).start;
         let page = fault.address % BLOCK / PAGE;
         let Some(block) = core.dir.get(va) else { return fill(core, fault.address & !(PAGE - 1), 1) };
-        let mut state = block.lock();
+        let mut state = match block.try_lock() {
+            Some(state) => state,
+            None if ahead::step(core) => {
+                self.helped = true; // most likely the assistant has it
+                return Served::Later;
+            }
+            None => block.lock(),
+        };
         if state.gone().has(page) {
             core.for_each_device(|dev| {
                 if dev.driver.owns_thread(fault.tid) {
@@ -294,14 +335,19 @@ impl Monitor {
             write: fault.write,
             away,
             faults_in_block: u32::from(state.touches),
-            stream: self.last.abs_diff(va) == BLOCK,
+            stream: self.stream.before(va, core.last_launch()),
             huge: state.huge,
         };
         let pages = (core.policy.cpu_fault(&ask) | Bits::one(page)) & away;
         state.touches = state.touches.saturating_add(1);
         count(&dev.counters.cpu_faults, 1);
+        let ahead = core.policy.ahead(&ask);
         if pages == away {
-            self.last = va;
+            let run = self.stream.add(va, core.last_launch(), ahead);
+            if run.left > 0 {
+                core.ahead.ask(run);
+                core.assist.nudge();
+            }
         }
         match home::bring_home(core, dev, state, va, pages) {
             Ok(arrived) if arrived.has(page) => {
@@ -315,7 +361,7 @@ impl Monitor {
 }
 
 /// Pages whose touch waits for the end of the running launch, but for its workers' own.
-fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
+pub(crate) fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
     state.parked | core.device(state.device as usize - 1).holds.pages(va)
 }
 
@@ -338,4 +384,29 @@ fn fill(core: &Core, start: Va, pages: usize) -> Served {
         }
     }
     Served::Done
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_goes_on_where_it_ends_in_either_direction() {
+        let at = |number: usize| 100 * BLOCK + number * BLOCK;
+        let mut stream = Stream::default();
+        assert_eq!(stream.before(at(0), 1), 0);
+        stream.add(at(0), 1, 0);
+        assert_eq!((stream.before(at(1), 1), stream.before(at(0), 1), stream.before(at(2), 1)), (1, 0, 0));
+        assert_eq!(stream.before(at(1), 2), 0, "a launch was in between");
+        let run = stream.add(at(1), 1, 4);
+        assert_eq!((run.next, run.left, run.down), (at(2), 4, false));
+        // Up to the last that was asked for, and the one after it.
+        assert!((2..=6).all(|next| stream.before(at(next), 1) == 2));
+        assert_eq!(stream.before(at(7), 1), 0);
+        stream.add(at(9), 1, 0);
+        assert_eq!(stream.before(at(8), 1), 1, "another stream began");
+        let run = stream.add(at(8), 1, 2);
+        assert_eq!((run.next, run.left, run.down), (at(7), 2, true));
+        assert_eq!((stream.before(at(6), 1), stream.before(at(5), 1), stream.before(at(4), 1)), (2, 2, 0));
+    }
 }

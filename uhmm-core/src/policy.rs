@@ -4,6 +4,7 @@
 //! itself (uhmm places it in memory of its own).
 
 use crate::bits::{Bits, PAGES};
+use crate::page::Va;
 
 /// A touch by a device of a page that is not there.
 #[derive(Clone, Copy, Debug)]
@@ -27,10 +28,22 @@ pub struct CpuFault {
     pub away: Bits,
     /// CPU faults in this block since it was last migrated, this one not counted.
     pub faults_in_block: u32,
-    /// Whether the last block that was brought back whole lies just before or after this one.
-    pub stream: bool,
+    /// Blocks that were brought back whole one after the other, each next to the one before, up to the one next to this one; without a launch
+    /// in between.
+    pub stream: u32,
     /// Whether the pages left as one huge page.
     pub huge: bool,
+}
+
+/// Blocks one after the other.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Run {
+    /// The first.
+    pub(crate) next: Va,
+    /// Whether the others lie below it.
+    pub(crate) down: bool,
+    /// How many there are.
+    pub(crate) left: usize,
 }
 
 /// Decides how much moves.
@@ -39,12 +52,19 @@ pub trait Policy: Send + Sync + core::fmt::Debug {
     fn device_fault(&self, fault: &DeviceFault) -> Bits;
     /// What to bring home. The touched page is brought in any case; pages that are not away are ignored.
     fn cpu_fault(&self, fault: &CpuFault) -> Bits;
+    /// How many of the blocks that follow in a stream to bring home before they are touched. They come in the background.
+    fn ahead(&self, _: &CpuFault) -> usize {
+        0
+    }
 }
 
 /// The first policy: a launch moves what it declares; a device fault brings the block; a lone CPU touch brings a leaf of 64 KiB, a
 /// second one in the same block or a stream brings the rest of the block.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Declared;
+
+/// The most blocks that come ahead of a stream: 16 MiB.
+const MOST_AHEAD: usize = 8;
 
 /// Pages in a leaf: 64 KiB, the size at which moving a page begins to beat copying it.
 pub const LEAF: usize = 16;
@@ -55,10 +75,15 @@ impl Policy for Declared {
     }
 
     fn cpu_fault(&self, fault: &CpuFault) -> Bits {
-        if fault.huge || fault.stream || fault.faults_in_block > 0 {
+        if fault.huge || fault.stream > 0 || fault.faults_in_block > 0 {
             return Bits::ALL;
         }
         let start = fault.page / LEAF * LEAF;
         Bits::range(start..(start + LEAF).min(PAGES))
+    }
+
+    /// Twice as many after each block that proved right.
+    fn ahead(&self, fault: &CpuFault) -> usize {
+        if fault.stream == 0 { 0 } else { (1 << fault.stream.min(8)).min(MOST_AHEAD) }
     }
 }

@@ -15,7 +15,7 @@
 //! version are told from ours by the identity of the core's type, and refused.
 #![allow(unsafe_code)] // memory that is shared with threads until they are joined, and between copies of this crate
 
-use crate::assist::Assist;
+use crate::ahead;
 use crate::core::{CURRENT, Core, Device, DeviceRef, NONE, OWNER, Seat};
 use crate::counters::Stats;
 use crate::desk::Desk;
@@ -482,13 +482,14 @@ fn start_core() -> Result<(OwnBox<Core>, Thread, Thread), Error> {
 /// The core must outlive the thread.
 fn start_assistant(core: &Core) -> Result<Thread, Errno> {
     /// # Safety
-    /// The argument is a `&Assist` that outlives the thread.
+    /// The argument is a `&Core` that outlives the thread.
     unsafe extern "C" fn assist(at: *mut ()) {
         // SAFETY: by the contract.
-        unsafe { &*at.cast::<Assist>() }.serve();
+        let core = unsafe { &*at.cast::<Core>() };
+        core.assist.serve(|| ahead::work(core));
     }
     // SAFETY: the core is dropped after the assistant was joined, in `end`.
-    unsafe { own::spawn(c"uhmm-assistant", STACK, assist, (&raw const core.assist).cast_mut().cast()) }
+    unsafe { own::spawn(c"uhmm-assistant", STACK, assist, core::ptr::from_ref(core).cast_mut().cast()) }
 }
 
 /// On the keeper: opens a device and starts its queue.

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // raw arguments, mappings, and kernels that follow pointers
 
 mod actors;
+mod ahead;
 mod any_memory;
 mod bad_input;
 mod basics;
@@ -33,6 +34,7 @@ mod undeclared;
 
 fn main() {
     let mut tests = vec![];
+    tests.extend(ahead::TESTS);
     tests.extend(basics::TESTS);
     tests.extend(dying::TESTS);
     tests.extend(evict::TESTS);

@@ -1,0 +1,62 @@
+//! Reading ahead: blocks that come home before the CPU touches them.
+//!
+//! When the CPU takes block after block, the monitor would bring each while the toucher sleeps, and sleep while it reads. So the policy may name a run of
+//! blocks that are likely to follow. The assistant brings them one by one; and the monitor, rather than wait for a block that the assistant
+//! has in hand, takes the next. What comes is what a touch would have brought: no page of a running launch, nothing of another device's.
+
+use crate::core::Core;
+use crate::home;
+use crate::monitor::kept;
+use crate::page::Va;
+use crate::policy::Run;
+use crate::sync::*;
+use uhmm_os::BLOCK;
+
+/// The blocks that nobody has taken yet. Its lock is a leaf.
+#[derive(Debug, Default)]
+pub(crate) struct Ahead {
+    run: Mutex<Run>,
+}
+
+impl Ahead {
+    /// These blocks shall come, instead of what is left of earlier ones.
+    pub(crate) fn ask(&self, run: Run) {
+        *self.run.lock() = run;
+    }
+
+    fn take(&self) -> Option<Va> {
+        let mut run = self.run.lock();
+        let va = run.next;
+        run.left = run.left.checked_sub(1)?;
+        run.next = if run.down { va.wrapping_sub(BLOCK) } else { va.wrapping_add(BLOCK) };
+        Some(va)
+    }
+}
+
+/// Brings one block home, if one is left to bring. The caller holds the event lock, or is the one who reads events.
+pub(crate) fn step(core: &Core) -> bool {
+    let Some(va) = core.ahead.take() else { return false };
+    let Some(block) = core.dir.get(va) else { return true };
+    let mut state = block.lock();
+    if state.device == 0 || state.mover != 0 {
+        return true;
+    }
+    let pages = state.private() - kept(core, &state, va);
+    if !pages.is_empty() {
+        let dev = core.device(state.device as usize - 1);
+        if home::bring_home(core, dev, &mut state, va, pages).is_err() {
+            core.ahead.ask(Run::default()); // an event is unread: what it says may concern the rest
+        }
+    }
+    true
+}
+
+/// The assistant's part: until nothing is left.
+pub(crate) fn work(core: &Core) {
+    loop {
+        let _hold = core.space.hold();
+        if !step(core) {
+            return;
+        }
+    }
+}

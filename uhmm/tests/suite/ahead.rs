@@ -1,0 +1,143 @@
+//! Blocks that come home before the CPU touches them, when it takes one after the other.
+
+use crate::harness::*;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+use uhmm::{Device, args, inout};
+
+crate::tests![
+    blocks_of_a_stream_come_before_they_are_touched,
+    a_stream_can_go_down,
+    touches_here_and_there_bring_no_others,
+    a_launch_ends_a_stream,
+    a_stream_beside_launches_and_unmapping,
+];
+
+const BLOCK: usize = 2 << 20;
+const BLOCKS: usize = 24;
+
+/// Whole blocks on the device, each byte the number of its block.
+struct Away {
+    pages: Pages,
+}
+
+impl Away {
+    fn new(dev: &Device) -> Self {
+        let mut pages = Pages::huge(BLOCKS * BLOCK);
+        for (number, block) in pages.slice::<u8>().chunks_mut(BLOCK).enumerate() {
+            block.fill(number as u8 + 1);
+        }
+        let mut away = Away { pages };
+        away.launch(dev);
+        away
+    }
+
+    fn launch(&mut self, dev: &Device) {
+        dev.run(&|_: &uhmm::Ctx<'_>| {}, 1, args![inout(self.pages.slice::<u8>())]).unwrap();
+        assert!((0..BLOCKS).all(|number| !self.is_home(number)));
+    }
+
+    fn at(&self, number: usize) -> *const u8 {
+        self.pages.at(number * BLOCK)
+    }
+
+    fn is_home(&self, number: usize) -> bool {
+        present(self.at(number))
+    }
+
+    fn touch(&self, number: usize) {
+        // SAFETY: mapped while `self` lives; nobody writes.
+        assert_eq!(read(unsafe { &*self.at(number) }), number as u8 + 1);
+    }
+
+    fn comes(&self, number: usize) -> bool {
+        let limit = Instant::now() + Duration::from_secs(10);
+        while !self.is_home(number) && Instant::now() < limit {
+            std::thread::yield_now();
+        }
+        self.is_home(number)
+    }
+}
+
+fn blocks_of_a_stream_come_before_they_are_touched() {
+    let (hmm, dev) = device(256);
+    let away = Away::new(&dev);
+    let before = hmm.stats().cpu_faults;
+    for number in 0..2 {
+        away.touch(number);
+    }
+    assert!(away.comes(2) && away.comes(3), "what follows comes by itself");
+    for number in 2..BLOCKS {
+        away.touch(number);
+    }
+    let faults = hmm.stats().cpu_faults - before;
+    assert!(faults < BLOCKS as u64 * 3 / 4, "{faults} faults for {BLOCKS} blocks");
+}
+
+fn a_stream_can_go_down() {
+    let (_hmm, dev) = device(256);
+    let away = Away::new(&dev);
+    for number in [20, 19] {
+        away.touch(number);
+    }
+    assert!(away.comes(18) && away.comes(17));
+    assert!(!away.is_home(21), "behind the stream nothing moves");
+    (0..BLOCKS).for_each(|number| away.touch(number));
+}
+
+fn touches_here_and_there_bring_no_others() {
+    let (_hmm, dev) = device(256);
+    let away = Away::new(&dev);
+    let touched = [3, 9, 1, 15, 21, 12, 18, 6];
+    for number in touched {
+        away.touch(number);
+    }
+    std::thread::sleep(Duration::from_millis(200)); // for what nobody should have asked for
+    for number in 0..BLOCKS {
+        assert_eq!(away.is_home(number), touched.contains(&number), "block {number}");
+    }
+}
+
+fn a_launch_ends_a_stream() {
+    let (_hmm, dev) = device(256);
+    let mut away = Away::new(&dev);
+    for number in 0..12 {
+        away.touch(number);
+        away.launch(&dev);
+    }
+    away.touch(12);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!((13..BLOCKS).all(|number| !away.is_home(number)), "one touch a launch is no stream");
+}
+
+/// What comes ahead may be launched over, or unmapped, at any moment: nothing is lost, and nobody hangs.
+fn a_stream_beside_launches_and_unmapping() {
+    let (_hmm, dev) = device(256);
+    let end = Instant::now() + seconds(5);
+    let mut turns = 0u32;
+    while Instant::now() < end {
+        let mut away = Away::new(&dev);
+        (0..3 + turns as usize % 5).for_each(|number| away.touch(number));
+        match turns % 3 {
+            0 => {} // unmapped while blocks come
+            1 => {
+                dev.run(&|_: &uhmm::Ctx<'_>| {}, 1, args![inout(away.pages.slice::<u8>())]).unwrap();
+                (0..BLOCKS).for_each(|number| away.touch(number));
+            }
+            _ => {
+                let words = away.pages.atomics::<AtomicU32>();
+                let touch = |number: usize| {
+                    let word = words[number * BLOCK / 4].load(Ordering::Relaxed);
+                    assert_eq!(word, u32::from_ne_bytes([number as u8 + 1; 4]));
+                };
+                std::thread::scope(|scope| {
+                    for thread in 0..2 {
+                        scope.spawn(move || (thread * BLOCKS / 2..BLOCKS).for_each(touch));
+                    }
+                });
+            }
+        }
+        turns += 1;
+    }
+    assert!(turns > 5, "only {turns} turns");
+}
