@@ -123,6 +123,44 @@ pub fn inout<T: Pod>(data: &mut [T]) -> Arg<'_> {
     Arg { raw: slice(data.as_ptr(), data.len(), Access::InOut), borrow: PhantomData }
 }
 
+/// Memory that several launches of one [scope](crate::scope) use, one after the other: each waits for those before it that write what it uses, or use what it
+/// writes. Made by [`Scope::lend`](crate::scope::Scope::lend).
+#[derive(Debug)]
+pub struct Lent<'a, T> {
+    start: *mut T,
+    count: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+impl<T> Clone for Lent<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Lent<'_, T> {}
+
+impl<'a, T: Pod> Lent<'a, T> {
+    pub(crate) fn new(data: &'a mut [T]) -> Self {
+        Lent { start: data.as_mut_ptr(), count: data.len(), borrow: PhantomData }
+    }
+
+    /// As an argument that the kernel only reads.
+    pub fn inp(self) -> Arg<'a> {
+        Arg { raw: slice(self.start, self.count, Access::In), borrow: PhantomData }
+    }
+
+    /// As an argument that the kernel only writes.
+    pub fn out(self) -> Arg<'a> {
+        Arg { raw: slice(self.start, self.count, Access::Out), borrow: PhantomData }
+    }
+
+    /// As an argument that the kernel reads and writes.
+    pub fn inout(self) -> Arg<'a> {
+        Arg { raw: slice(self.start, self.count, Access::InOut), borrow: PhantomData }
+    }
+}
+
 /// A bare pointer, of which nothing is declared: a device with replayable faults fetches what the kernel touches.
 ///
 /// # Safety

@@ -5,24 +5,26 @@
 #![allow(unsafe_code)] // one pointer for the signal handler, and the queue's to its device
 
 use crate::ahead::Ahead;
-use crate::args::{Args, MAX_ARGS, RawArg};
+use crate::args::Args;
 use crate::assist::Assist;
 use crate::bits::Bits;
 use crate::counters::{Counters, Stats};
-use crate::desk::Desk;
+use crate::desk::{Desk, Kind};
 use crate::devmem::DeviceMemory;
 use crate::directory::{Directory, Frame};
 use crate::driver::{DeviceInfo, Dma, Driver};
 use crate::error::Error;
 use crate::fixed;
-use crate::hold::Holds;
+use crate::flight::{Bell, Flights};
 use crate::home;
 use crate::kernel::{Entry, Grid};
-use crate::launch::{self, Ledger, Request};
+use crate::launch::{self, Last, Request};
+use crate::lease::Ending;
 use crate::left;
+use crate::line::{Line, Turns};
 use crate::migrate::Room;
 use crate::own::OwnBox;
-use crate::page::Span;
+use crate::page::{Span, Va};
 use crate::policy::{Declared, Policy};
 use crate::pool::Pool;
 use crate::process::CoreRef;
@@ -33,6 +35,9 @@ use crate::sync::*;
 use crate::table::DeviceTable;
 use crate::twins::Twins;
 use uhmm_os::{BLOCK, Errno, EventFd, PAGE, system, thread};
+
+/// All addresses that a process can have.
+pub(crate) const EVERYTHING: Span = Span { start: 0, end: 1 << 47 };
 
 /// Migrations that can be at work at once without waiting for room.
 const ROOMS: usize = 16;
@@ -62,7 +67,11 @@ pub struct Core {
     pub(crate) dir: Directory,
     pub(crate) pool: Pool,
     pub(crate) policy: OwnBox<dyn Policy>,
+    /// Held while a launch is prepared, and while one is finished.
     pub(crate) prepare: Mutex<()>,
+    pub(crate) turns: Turns,
+    pub(crate) flown: Bell,
+    pub(crate) ending: Ending,
     /// For who looks what threads need when they end: [`crate::fixed`].
     pub(crate) ends: Mutex<()>,
     pub(crate) c_library: Span,
@@ -83,10 +92,13 @@ pub struct Device {
     pub(crate) driver: OwnBox<dyn Driver>,
     pub(crate) mem: DeviceMemory,
     pub(crate) counters: Counters,
-    pub(crate) ledger: Mutex<Ledger>,
+    pub(crate) flights: Flights,
+    /// Where launches wait to be prepared, and for the device.
+    pub(crate) entrance: Line,
+    pub(crate) line: Line,
+    pub(crate) last: Mutex<Last>,
     pub(crate) fetched: Mutex<Fetched>,
     pub(crate) shares: Shares,
-    pub(crate) holds: Holds,
     /// Raised by every change of the device's page table.
     pub(crate) changes: AtomicU64,
     /// The running launch has found the memory full of what may not leave.
@@ -129,6 +141,9 @@ impl Core {
             pool,
             policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
             prepare: Mutex::new(()),
+            turns: Turns::default(),
+            flown: Bell::default(),
+            ending: Ending::default(),
             ends: Mutex::new(()),
             c_library: fixed::c_library(),
             assist: Assist::default(),
@@ -194,13 +209,20 @@ impl Core {
         self.for_each_device(|dev| self.evict_device(dev));
     }
 
-    /// Brings everything home that a device has.
-    pub(crate) fn evict_device(&self, dev: &Device) {
-        while let Some(va) = dev.mem.oldest(&self.dir, |_| true) {
-            if home::send_home(self, dev, va).is_err() {
-                return;
-            }
+    /// As [`evict_device`](Self::evict_device); `send_home` does it, and says whether to go on.
+    pub(crate) fn evict_device_with(&self, dev: &Device, mut send_home: impl FnMut(Va) -> bool) {
+        while dev.oldest_free(self).is_some_and(&mut send_home) {}
+        // Of blocks that leases have a part in, what is left goes.
+        if dev.mem.oldest(&self.dir, |_, _| true).is_some() {
+            self.dir.for_each(EVERYTHING, |_, part| {
+                send_home(part.start);
+            });
         }
+    }
+
+    /// Brings everything home that a device has, but for what leases hold.
+    pub(crate) fn evict_device(&self, dev: &Device) {
+        self.evict_device_with(dev, |va| home::send_home(self, dev, va).is_ok());
     }
 }
 
@@ -214,10 +236,12 @@ impl Device {
             driver,
             mem: DeviceMemory::new(memory).map_err(reserve)?,
             counters: Counters::default(),
-            ledger: Mutex::new(Ledger::new(memory).map_err(reserve)?),
+            flights: Flights::default(),
+            entrance: Line::default(),
+            line: Line::default(),
+            last: Mutex::new(Last::default()),
             fetched: Mutex::new(Fetched::new(memory).map_err(reserve)?),
             shares: Shares::default(),
-            holds: Holds::default(),
             changes: AtomicU64::new(0),
             full: AtomicBool::new(false),
             pin: AtomicU64::new(0),
@@ -250,6 +274,11 @@ impl Device {
         self.pin.store(launch, Ordering::Relaxed);
     }
 
+    /// The least recently used block in which no flight has a part.
+    pub(crate) fn oldest_free(&self, core: &Core) -> Option<Va> {
+        self.mem.oldest(&core.dir, |va, block| !block.keep.load(Ordering::Relaxed) && self.flights.held(va).is_empty())
+    }
+
     pub(crate) fn changed(&self) {
         self.changes.fetch_add(1, Ordering::Release);
     }
@@ -276,7 +305,15 @@ impl DeviceRef {
         DeviceRef { hold, index }
     }
 
-    fn dev(&self) -> &Device {
+    pub(crate) fn core(&self) -> &Core {
+        self.hold.core()
+    }
+
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    pub(crate) fn dev(&self) -> &Device {
         self.hold.core().device(self.index)
     }
 
@@ -287,6 +324,24 @@ impl DeviceRef {
         }
         // SAFETY: queues serve with a Seat.
         let answer = unsafe { self.dev().desk.ask(move |seat: &Seat| job(seat.core, seat.dev())) };
+        answer.ok_or(Error::System("reach the device's queue", Errno::SRCH))
+    }
+
+    /// Has a job done beside launches that is none.
+    pub(crate) fn ask_beside<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> Result<R, Error> + Send) -> Result<R, Error> {
+        self.ask_as(Kind::Beside, move |core, dev, _| job(core, dev))?
+    }
+
+    pub(crate) fn ask_launch<R: Send>(&self, job: impl FnOnce(&Core, &Device, u64) -> R + Send) -> Result<R, Error> {
+        self.ask_as(Kind::Launch, job)
+    }
+
+    fn ask_as<R: Send>(&self, kind: Kind, job: impl FnOnce(&Core, &Device, u64) -> R + Send) -> Result<R, Error> {
+        if self.hold.core().has_worker(thread::gettid()) {
+            return Err(Error::Reentrant);
+        }
+        // SAFETY: queues serve with a Seat.
+        let answer = unsafe { self.dev().desk.ask_as(kind, move |seat: &Seat, number| job(seat.core, seat.dev(), number)) };
         answer.ok_or(Error::System("reach the device's queue", Errno::SRCH))
     }
 
@@ -310,10 +365,8 @@ impl DeviceRef {
     /// # Errors
     /// See [`Error`]; those that are found before the kernel starts leave everything as it was.
     pub fn run(&self, entry: Entry, grid: Grid, args: &Args<'_>) -> Result<(), Error> {
-        let mut raw = [RawArg::Pointer { address: 0 }; MAX_ARGS];
-        raw[..args.raw().len()].copy_from_slice(args.raw());
-        let request = Request { entry, grid, args: raw, count: args.raw().len() };
-        self.ask(move |core, dev| launch::run(core, dev, &request))?
+        let request = Request::new(entry, grid, args.raw());
+        self.ask_launch(move |core, dev, number| launch::run(core, dev, &request, number))?
     }
 
     /// Moves the pages inside a byte range to the device. Pages that cannot move stay.
@@ -390,6 +443,51 @@ impl DeviceRef {
             let fence = dev.driver.copy(&list);
             dev.driver.wait(fence, &list).map_err(|e| Error::Gone { address: e.address })
         })?
+    }
+}
+
+impl DeviceRef {
+    /// Another hold on the device.
+    ///
+    /// # Errors
+    /// [`Error::System`] if address space is refused.
+    pub fn again(&self) -> Result<DeviceRef, Error> {
+        self.hold.enter_device(self.index)
+    }
+
+    /// Leaves a launch to the device's queue, and `then` what is to be done with its result, on the queue's thread and under no lock. It begins after `before`
+    /// has returned, and after what was left there earlier.
+    ///
+    /// # Errors
+    /// [`Error::Reentrant`] from a kernel.
+    ///
+    /// # Safety
+    /// What the kernel and the arguments borrow must stay borrowed until `then` is called, and the device open.
+    pub unsafe fn leave_launch(
+        &self,
+        entry: Entry,
+        grid: Grid,
+        args: &Args<'_>,
+        before: impl FnOnce() + Send,
+        then: impl FnOnce(Result<(), Error>) + Send,
+    ) -> Result<(), Error> {
+        if self.hold.core().has_worker(thread::gettid()) {
+            return Err(Error::Reentrant);
+        }
+        let request = Request::new(entry, grid, args.raw());
+        let job = move |seat: &Seat, number| {
+            before();
+            then(launch::run(seat.core, seat.dev(), &request, number));
+        };
+        // SAFETY: queues serve with a Seat; the rest by the contract.
+        let left = unsafe { self.dev().desk.leave(Kind::Launch, job) };
+        if left { Ok(()) } else { Err(Error::System("reach the device's queue", Errno::SRCH)) }
+    }
+}
+
+impl AsRef<DeviceRef> for DeviceRef {
+    fn as_ref(&self) -> &DeviceRef {
+        self
     }
 }
 

@@ -316,13 +316,13 @@ impl DeviceMemory {
     }
 
     /// The least recently used block that `fits`.
-    pub fn oldest(&self, dir: &Directory, mut fits: impl FnMut(&Block) -> bool) -> Option<Va> {
+    pub fn oldest(&self, dir: &Directory, mut fits: impl FnMut(Va, &Block) -> bool) -> Option<Va> {
         let ends = self.lru.lock();
         let mut at = ends[1];
         while at != 0 {
             let va = at & !1;
             let block = dir.get(va)?;
-            if fits(block) {
+            if fits(va, block) {
                 return Some(va);
             }
             at = link(block, 0).load(Ordering::Relaxed);

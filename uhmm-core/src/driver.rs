@@ -171,6 +171,13 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// The calling thread is going to ask for copies and to wait for them: threads of the driver's that copy had better run on other cores.
     fn stand_by(&self) {}
 
+    /// Where the CPU can use the frame that the device has mapped at process address `va`, while it is mapped. A device that says `None` lets [`copy`](Self::copy)
+    /// use frames that are mapped; for any other they are out of its reach meanwhile.
+    fn mapped(&self, va: usize) -> Option<usize> {
+        let _ = va;
+        None
+    }
+
     /// Starts a batch of copies. The batch and what it names stay as they are until [`wait`](Self::wait) has returned.
     fn copy(&self, batch: &[Dma]) -> Fence;
 

@@ -150,6 +150,30 @@ pub enum Error {
         /// What the device has.
         capacity: usize,
     },
+    /// A lease has memory that a launch or another lease needs.
+    #[error("argument {index} needs memory at {address:#x}, which a lease has on device {device}: release the lease first")]
+    Busy {
+        /// The argument's position.
+        index: usize,
+        /// The address.
+        address: usize,
+        /// The device that the lease is on.
+        device: &'static str,
+    },
+    /// A bare pointer in a lease.
+    #[error("argument {index} is a bare pointer: a lease declares what is used under it with inp, out or inout")]
+    LeasedPointer {
+        /// The argument's position.
+        index: usize,
+    },
+    /// Too many leases at a time.
+    #[error("device {device} has {most} leases and launches under way, and takes no more: release one first")]
+    TooMany {
+        /// The device.
+        device: &'static str,
+        /// The most there can be.
+        most: usize,
+    },
     /// Device memory and a slice of unequal length were to be copied.
     #[error("the buffer holds {buffer} elements, the slice {slice}")]
     Length {

@@ -8,12 +8,12 @@
 //! * a handler that runs when there is no evictor (uhmm has ended; a child of any fork) goes on at once.
 #![allow(unsafe_code)] // statics and a core that are reached by their address
 
-use crate::core::{Core, Seat};
+use crate::core::{Core, EVERYTHING, Seat};
 use crate::error::Error;
 use crate::fork;
 use crate::home;
+use crate::line::{Turn, Who};
 use crate::own;
-use crate::page::Span;
 use crate::process::{self, CoreRef};
 use crate::sync::*;
 use core::time::Duration;
@@ -31,8 +31,6 @@ const LOOKS: u32 = 3 * PATIENCE.as_millis() as u32 / LOOK_MS;
 /// No process has this number, and no thread.
 const NOBODY: u32 = u32::MAX;
 const STACK: usize = 128 << 10;
-/// All addresses of the process.
-const EVERYTHING: Span = Span { start: 0, end: 1 << 47 };
 
 /// Where signal handlers and the evictor meet.
 #[derive(Debug)]
@@ -154,10 +152,10 @@ impl Post {
     }
 
     /// Waits for the running launch, and lets no other begin. `None`: it does not end.
-    fn stop_launches<'a>(&self, core: &'a Core) -> Option<MutexGuard<'a, ()>> {
+    fn stop_launches<'a>(&self, core: &'a Core) -> Option<Turn<'a>> {
         let limit = Instant::now() + PATIENCE;
         loop {
-            if let Some(guard) = core.prepare.try_lock() {
+            if let Some(guard) = core.turns.try_enter(Who::Alone) {
                 return Some(guard);
             }
             // A worker's own launch cannot end while its handler waits. While a thread forks, everything is home.
@@ -179,7 +177,7 @@ impl Post {
                 sent.is_ok()
             };
             if alone {
-                while dev.mem.oldest(&core.dir, |_| true).is_some_and(send_home) {}
+                core.evict_device_with(dev, send_home);
             } else {
                 core.dir.for_each(EVERYTHING, |_, part| {
                     send_home(part.start);
@@ -257,7 +255,7 @@ impl CoreRef {
         // SAFETY: devices stay until the core ends, and this is a hold on it; queues serve with a Seat.
         let asked = unsafe {
             (*desk).ask(|seat: &Seat| {
-                let _no_launch = seat.core.prepare.lock();
+                let _no_launch = seat.core.turns.enter(Who::Alone);
                 seat.core.evict_all();
             })
         };

@@ -7,12 +7,13 @@
 
 use crate::core::{CURRENT, Core, NONE, current};
 use crate::left;
+use crate::line::Who;
 use crate::process::{self, Held};
 use crate::sync::*;
 use uhmm_os::signal::Deferred;
 use uhmm_os::{Errno, system, thread};
 
-/// The core whose `prepare` lock is held over a fork.
+/// The core that is alone over a fork.
 static HELD: AtomicUsize = AtomicUsize::new(0);
 static REGISTERED: AtomicBool = AtomicBool::new(false);
 
@@ -40,7 +41,7 @@ extern "C" fn before() {
     // A handler on this thread that waits for the evictor would wait for one that waits for this. Once `under_way` tells of the fork, the evictor does not wait.
     let _deferred = Deferred::new();
     let asked = held.ask_keeper(|core: &Core| {
-        core::mem::forget(core.prepare.lock());
+        core::mem::forget(core.turns.enter(Who::Alone));
         core.evict_all();
         core.space.left.for_each(|span| left::inherit(span, true));
         core::ptr::from_ref(core) as usize
@@ -60,9 +61,8 @@ extern "C" fn after_in_parent() {
         // SAFETY: the core could not end since `before`, which took this lock and gave its guard up.
         let core = unsafe { &*(core as *const Core) };
         core.space.left.for_each(|span| left::inherit(span, false));
-        // SAFETY: as above.
-        unsafe { core.prepare.force_unlock() };
-        HELD.store(0, Ordering::Release); // as long as `prepare` is held, `under_way` says so
+        core.turns.leave();
+        HELD.store(0, Ordering::Release); // as long as the turn lasts, `under_way` says so
         drop(Held::again());
     }
 }

@@ -10,7 +10,7 @@ use crate::bits::Bits;
 use crate::coherent;
 use crate::core::{Core, Device};
 use crate::counters::count;
-use crate::directory::{BlockGuard, Frame, State};
+use crate::directory::{Block, BlockGuard, Frame, State};
 use crate::driver::{Dma, DmaKind};
 use crate::error::Error;
 use crate::page::{Cause, PageState, Span, Va};
@@ -206,7 +206,7 @@ pub(crate) fn drop_duplicates(core: &Core, dev: &Device, state: &mut State, va: 
     ranges::unprotect(core, va, pages)
 }
 
-/// Brings everything of the block that holds `va` home, whatever it takes; snapshots of a running launch stay.
+/// Brings everything of the block that holds `va` home, whatever it takes; snapshots stay, and so does what a flight holds.
 pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> {
     send_pages_home(core, dev, va, Bits::ALL)
 }
@@ -228,6 +228,7 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
             thread::yield_now();
             continue;
         }
+        let pages = pages - dev.flights.held(va);
         let shared = state.duplicated() & pages;
         let mut result = drop_duplicates(core, dev, &mut state, va, shared);
         if result.is_ok() {
@@ -253,13 +254,15 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
 /// # Errors
 /// [`Error::NoRoom`] if there is none.
 pub(crate) fn evict_one(core: &Core, dev: &Device, force: bool) -> Result<(), Error> {
-    let pin = dev.pin();
-    let mut va = dev.mem.oldest(&core.dir, |block| {
-        // What has to stay for the running launch would be chosen again and again.
-        !block.keep.load(Ordering::Relaxed) && (pin == 0 || block.pin.load(Ordering::Relaxed) != pin)
+    let (pin, oldest) = (dev.pin(), dev.flights.oldest());
+    // What has to stay would be chosen again and again.
+    let may = |va, block: &Block| !block.keep.load(Ordering::Relaxed) && dev.flights.held(va).is_empty();
+    let mut va = dev.mem.oldest(&core.dir, |va, block| {
+        let needed = block.pin.load(Ordering::Relaxed);
+        may(va, block) && needed < oldest && (pin == 0 || needed != pin)
     });
     if va.is_none() && force {
-        va = dev.mem.oldest(&core.dir, |block| !block.keep.load(Ordering::Relaxed));
+        va = dev.mem.oldest(&core.dir, may);
     }
     let Some(va) = va else {
         let info = dev.driver.info();

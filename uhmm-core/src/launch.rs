@@ -1,4 +1,7 @@
-//! The life of a launch: check, prepare, run, finish. It runs on the device's queue thread.
+//! The life of a launch: check, prepare, run, finish. It runs on one of the device's queue threads, as a flight ([`crate::flight`]).
+//!
+//! A launch is prepared while the one before it runs, with one exception: on a device with replayable faults what it overwrites is taken when it is its turn, for
+//! the kernel that runs may follow a pointer there. A lease ([`crate::lease`]) is prepared and finished in the same way, and what runs in between is not ours.
 //!
 //! *Prepare* makes what is declared resident ([`crate::prepare`]): by migration, or by a snapshot while the CPU keeps its page. *Finish* gives parked pages to
 //! the pool, or puts them back if the kernel failed; and of each snapshot writes exactly the bytes back that a written argument covers
@@ -15,13 +18,14 @@ use crate::counters::count;
 use crate::driver::{KernelFault, Launch};
 use crate::error::Error;
 use crate::fixed::Sealed;
-use crate::hold;
+use crate::flight::{self, Conflict, Flight, Purpose};
 use crate::kernel::{Bound, Entry, Grid};
+use crate::line::{Place, Turn, Who};
 use crate::migrate::{Intent, Parked};
 use crate::mode::Mode;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
-use crate::prepare::{prepare, register_ahead};
+use crate::prepare::{Part, prepare, register_ahead};
 use crate::ranges;
 use crate::snapshot;
 use crate::sync::*;
@@ -42,6 +46,14 @@ pub(crate) struct Request {
     pub count: usize,
 }
 
+impl Request {
+    pub(crate) fn new(entry: Entry, grid: Grid, args: &[RawArg]) -> Self {
+        let mut all = [RawArg::Pointer { address: 0 }; MAX_ARGS];
+        all[..args.len()].copy_from_slice(args);
+        Request { entry, grid, args: all, count: args.len() }
+    }
+}
+
 /// What the queue thread remembers, in memory that never migrates.
 #[derive(Debug)]
 pub(crate) struct Ledger {
@@ -52,9 +64,29 @@ pub(crate) struct Ledger {
     pub(crate) bounced_count: usize,
     /// Edge pages that have been sealed for the launch.
     pub(crate) sealed: Sealed,
-    /// The last launch's ranges, and how often the device's pages had changed when it ended.
-    last: [(Va, Va, Option<Access>); MAX_ARGS],
-    last_changes: u64,
+    /// What a lease has declared.
+    pub(crate) args: [RawArg; MAX_ARGS],
+}
+
+/// What the last launch of a device left: its ranges, and how often the device's pages had changed when it ended.
+#[derive(Debug)]
+pub(crate) struct Last {
+    ranges: [(Va, Va, Option<Access>); MAX_ARGS],
+    changes: u64,
+    number: u64,
+}
+
+impl Last {
+    /// The next launch has to prepare.
+    pub(crate) fn forget(&mut self) {
+        self.changes = u64::MAX;
+    }
+}
+
+impl Default for Last {
+    fn default() -> Self {
+        Last { ranges: [(0, 0, None); MAX_ARGS], changes: u64::MAX, number: 0 }
+    }
 }
 
 #[allow(unsafe_code)]
@@ -71,14 +103,8 @@ impl Ledger {
             bounced: OwnSlice::new(c"uhmm ledger", most)?,
             bounced_count: 0,
             sealed: Sealed::new(),
-            last: [(0, 0, None); MAX_ARGS],
-            last_changes: u64::MAX,
+            args: [RawArg::Pointer { address: 0 }; MAX_ARGS],
         })
-    }
-
-    /// The next launch has to prepare.
-    pub(crate) fn forget_last(&mut self) {
-        self.last_changes = u64::MAX;
     }
 
     /// Keeps old pages until the launch has ended.
@@ -98,36 +124,103 @@ impl Ledger {
     }
 }
 
-/// Runs a launch from check to finish.
-pub(crate) fn run(core: &Core, dev: &Device, request: &Request) -> Result<(), Error> {
+/// Runs a launch from check to finish. `number` is its number on the device.
+pub(crate) fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<(), Error> {
+    let place = dev.line.place(number);
+    let entrance = dev.entrance.place(number);
     let args = &request.args[..request.count];
     core.space.settle();
     let groups = check::launch(core, dev, request.grid, args)?;
-    let mut ledger = dev.ledger.lock();
-    let ledger = &mut *ledger;
-    // One launch at a time in the process, whatever its device: two that hold snapshots in each other's blocks would wait for each other.
-    let _one = core.prepare.lock();
+    entrance.wait();
     if dev.driver.info().memory == 0 {
+        let _turn = core.turns.enter(Who::Device(dev.index()));
+        drop(entrance);
+        place.wait();
         return bare(dev, request, groups); // it holds no data
     }
-    dev.full.store(false, Ordering::Relaxed);
-    dev.shares.verify(core, dev);
-    hold::begin(core, dev, args);
-    let prepared = if unchanged(core, dev, ledger, args) { Ok(()) } else { prepare(core, dev, ledger, args) };
-    let mut result = match prepared {
-        Ok(()) => execute(dev, request, groups).map_err(Error::Kernel),
-        Err(e) => Err(e),
-    };
-    hold::end(core, dev);
-    let ended = finish(core, dev, ledger, args, result.is_ok());
-    if result.is_ok() {
-        result = ended;
-    }
+    let (_turn, mut flight) = take_off(core, dev, args, Purpose::Launch)?;
+    drop(entrance);
+    let result = fly(core, dev, request, groups, &mut flight, &place);
+    flight::end(core, dev, &flight);
     counted(dev, result)
 }
 
-/// A launch on a device that holds no data.
-fn bare(dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
+/// Waits for a turn and for what is in the way, and begins a flight.
+///
+/// # Errors
+/// [`Error::Busy`], [`Error::TooMany`].
+pub(crate) fn take_off<'a>(core: &'a Core, dev: &Device, args: &[RawArg], purpose: Purpose) -> Result<(Turn<'a>, Flight), Error> {
+    loop {
+        let bell = core.flown.count();
+        let turn = core.turns.enter(Who::Device(dev.index()));
+        let begun = {
+            let _prepare = core.prepare.lock();
+            flight::begin(core, dev, args, purpose, core.next_launch())
+        };
+        match begun {
+            Ok(flight) => return Ok((turn, flight)),
+            Err(Conflict::Busy(e)) => return Err(e),
+            Err(Conflict::Wait) => {}
+        }
+        drop(turn); // the one who is waited for may need it
+        core.flown.wait(bell);
+    }
+}
+
+/// A launch between its beginning and its end.
+fn fly(core: &Core, dev: &Device, request: &Request, groups: usize, flight: &mut Flight, place: &Place<'_>) -> Result<(), Error> {
+    let args = &request.args[..request.count];
+    let mut ledger = dev.flights.ledger(flight, dev.driver.info().memory).map_err(|e| Error::System("reserve address space", e))?;
+    let Some(ledger) = ledger.as_mut() else { return Err(Error::System("reserve address space", Errno::NOMEM)) };
+    let prepared = make_ready(core, dev, flight, ledger, args, place);
+    place.wait();
+    let result = match prepared {
+        Ok(()) => execute(dev, request, groups).map_err(Error::Kernel),
+        Err(e) => Err(e),
+    };
+    let _prepare = core.prepare.lock();
+    let ended = finish(core, dev, flight, ledger, args, result.is_ok());
+    result.and(ended)
+}
+
+/// Makes everything resident, as early as it may be.
+fn make_ready(
+    core: &Core,
+    dev: &Device,
+    flight: &mut Flight,
+    ledger: &mut Ledger,
+    args: &[RawArg],
+    place: &Place<'_>,
+) -> Result<(), Error> {
+    if !place.is_first() && dev.flights.has_other_launch(flight) {
+        let overwrites = args.iter().filter_map(RawArg::process_range).any(|range| range.2 == Access::Out);
+        let part = if overwrites && flight.fetches(dev) { Part::Read } else { Part::All };
+        {
+            let _prepare = core.prepare.lock();
+            prepare(core, dev, flight, ledger, args, part)?;
+        }
+        place.wait();
+        if part == Part::All {
+            return Ok(());
+        }
+        let _prepare = core.prepare.lock();
+        return prepare(core, dev, flight, ledger, args, Part::Overwritten);
+    }
+    place.wait();
+    let _prepare = core.prepare.lock();
+    dev.full.store(false, Ordering::Relaxed);
+    dev.shares.verify(core, dev);
+    match unchanged(core, dev, args) {
+        Some(number) => {
+            dev.flights.renumber(flight, number);
+            Ok(())
+        }
+        None => prepare(core, dev, flight, ledger, args, Part::All),
+    }
+}
+
+/// A launch for which nothing has to be done.
+pub(crate) fn bare(dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
     counted(dev, execute(dev, request, groups).map_err(Error::Kernel))
 }
 
@@ -149,10 +242,12 @@ fn signature(args: &[RawArg]) -> [(Va, Va, Option<Access>); MAX_ARGS] {
     ranges
 }
 
-/// Whether everything is where the last launch left it. Its pin is kept then.
-fn unchanged(core: &Core, dev: &Device, ledger: &Ledger, args: &[RawArg]) -> bool {
+/// The number of the last launch, if everything is where it left it: its blocks are pinned under that number.
+fn unchanged(core: &Core, dev: &Device, args: &[RawArg]) -> Option<u64> {
     let _hold = core.space.hold(); // an event that was read is followed
-    core.space.mode == Mode::Full && dev.changes.load(Ordering::Acquire) == ledger.last_changes && ledger.last == signature(args)
+    let last = dev.last.lock();
+    let same = core.space.mode == Mode::Full && dev.changes.load(Ordering::Acquire) == last.changes && last.ranges == signature(args);
+    same.then_some(last.number)
 }
 
 fn execute(dev: &Device, request: &Request, groups: usize) -> Result<(), KernelFault> {
@@ -164,7 +259,8 @@ fn execute(dev: &Device, request: &Request, groups: usize) -> Result<(), KernelF
     result
 }
 
-fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<(), Error> {
+/// Ends what [`prepare`] has begun. The caller holds `prepare`.
+pub(crate) fn finish(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<(), Error> {
     for index in 0..core::mem::take(&mut ledger.parked_count) {
         let slot = ledger.parked.at(index);
         #[allow(unsafe_code)]
@@ -181,24 +277,29 @@ fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], succe
         }
         core.pool.put(tray);
     }
-    let ended = snapshot::finish(core, dev, ledger, args, success);
-    ledger.last = signature(args);
-    // A snapshot serves one launch only, so that the next one has to prepare.
-    ledger.last_changes = if success && ended == Ok(0) { dev.changes.load(Ordering::Acquire) } else { u64::MAX };
+    let ended = snapshot::finish(core, dev, flight, ledger, args, success);
+    {
+        let mut last = dev.last.lock();
+        last.ranges = signature(args);
+        last.number = flight.number;
+        // A snapshot serves one launch only, so that the next one has to prepare.
+        let stays = success && ended == Ok(0) && !dev.flights.has_other_launch(flight);
+        last.changes = if stays { dev.changes.load(Ordering::Acquire) } else { u64::MAX };
+    }
     if core.space.mode == Mode::UserModeOnly {
-        unmap_shared(core, dev, args);
+        unmap_shared(core, dev, flight, args);
     }
     ended.map(|_| ()).map_err(|address| Error::Gone { address })
 }
 
 /// Takes copies that stay out of the device's page table: the next launch enters them again when it has looked whether the CPU has written the pages since.
-fn unmap_shared(core: &Core, dev: &Device, args: &[RawArg]) {
+fn unmap_shared(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) {
     for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1) {
         core.dir.for_each(Span::touching(start, end), |block, part| {
             let _hold = core.space.hold();
             let mut state = block.lock();
             if state.device == dev.id() {
-                let shared = state.duplicated();
+                let shared = state.duplicated() - dev.flights.others(flight, part.start);
                 ranges::unmap(core, dev, &mut state, Span::block(part.start).start, shared);
             }
         });
@@ -280,7 +381,8 @@ pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<
     if inside.len() > info.memory && !info.coherent {
         return Err(Error::TooLarge { device: info.name, needed: inside.len(), capacity: info.memory });
     }
-    let _one = core.prepare.lock();
+    let _turn = core.turns.enter(Who::Device(dev.index()));
+    let _prepare = core.prepare.lock();
     dev.driver.stand_by();
     dev.set_pin(core.next_launch());
     dev.changed(); // the last launch's pins are gone

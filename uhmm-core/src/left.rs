@@ -6,6 +6,7 @@
 use crate::bits::Bits;
 use crate::core::Core;
 use crate::error::Error;
+use crate::line::Who;
 use crate::mode::Mode;
 use crate::page::{Span, Va};
 use crate::ranges;
@@ -120,7 +121,7 @@ pub(crate) fn leave(core: &Core, start: Va, end: Va) -> Result<(), Error> {
     if span.is_empty() {
         return Ok(());
     }
-    let _one = core.prepare.lock();
+    let _alone = core.turns.enter(Who::Alone);
     if !core.space.left.add(span) {
         return refuse("too many ranges were asked for");
     }

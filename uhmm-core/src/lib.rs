@@ -10,7 +10,7 @@
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
-//! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
+//! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, [`flight`], [`lease`], `line`, [`scope`] | the life of a launch |
 //! | `coherent` | devices whose memory the CPU uses in place |
 //! | `fixed` | pages that never leave |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
@@ -37,12 +37,14 @@ mod error;
 mod events;
 mod evictor;
 mod fixed;
+pub mod flight;
 mod fork;
-mod hold;
 mod home;
 pub mod kernel;
 mod launch;
+pub mod lease;
 pub mod left;
+mod line;
 pub mod migrate;
 pub mod mode;
 mod monitor;
@@ -55,6 +57,7 @@ mod prepare;
 pub mod process;
 mod ranges;
 mod raw_fork;
+pub mod scope;
 mod shares;
 mod snapshot;
 pub mod space;

@@ -282,7 +282,7 @@ impl Monitor {
                 let dev = core.device(state.device as usize - 1);
                 count(&dev.counters.cpu_faults, 1);
                 // One write releases the block: the next ones would only follow. What a launch must keep stays, but for the page itself.
-                let all = state.duplicated() - (dev.holds.pages(va) - Bits::one(page));
+                let all = state.duplicated() - (dev.flights.held(va) - Bits::one(page));
                 home::drop_duplicates(core, dev, state, va, all)
             }
             PageState::Copying => {
@@ -362,7 +362,7 @@ impl Monitor {
 
 /// Pages whose touch waits for the end of the running launch, but for its workers' own.
 pub(crate) fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
-    state.parked | core.device(state.device as usize - 1).holds.pages(va)
+    state.parked | core.device(state.device as usize - 1).flights.held(va)
 }
 
 /// Fills holes with the zero page. What is there already is left, and its toucher woken.

@@ -10,6 +10,7 @@ use crate::coherent;
 use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::fixed::Sealed;
+use crate::flight::{Flight, Purpose};
 use crate::home;
 use crate::launch::{LARGE, Ledger};
 use crate::migrate::{Ask, BATCH, Intent, Park, Room};
@@ -17,49 +18,82 @@ use crate::mode::Mode;
 use crate::page::{Span, Va};
 use crate::ranges;
 use crate::shares;
+use crate::snapshot;
 use crate::sync::*;
 use core::ops::Range;
 use uhmm_os::{PAGE, tasks};
 
-/// Makes what the arguments declare resident.
+/// Which arguments to prepare.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Part {
+    All,
+    /// Those whose contents count.
+    Read,
+    /// The others, after those.
+    Overwritten,
+}
+
+impl Part {
+    fn has(self, access: Access) -> bool {
+        match self {
+            Part::All => true,
+            Part::Read => access != Access::Out,
+            Part::Overwritten => access == Access::Out,
+        }
+    }
+}
+
+impl Flight {
+    /// A part of an argument as this flight may use it. Without fork events a child could not be given what a lease has taken away.
+    fn sees(&self, core: &Core, piece: Piece) -> Piece {
+        Piece { movable: piece.movable && (self.purpose == Purpose::Launch || core.space.mode == Mode::Full), ..piece }
+    }
+}
+
+/// Makes what the arguments declare resident. The caller holds `prepare`.
 ///
 /// # Errors
 /// Those of migration; [`Error::Gone`] if an argument cannot be reached.
-pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
-    dev.set_pin(core.next_launch());
-    ledger.forget_last();
+pub(crate) fn prepare(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger, args: &[RawArg], part: Part) -> Result<(), Error> {
+    dev.set_pin(flight.number);
+    dev.last.lock().forget();
     let coherent = dev.driver.info().coherent;
     if coherent && core.space.mode != Mode::Full {
         return Ok(()); // it uses everything in place
     }
-    let sealed = open(core, dev, args)?;
-    if !dev.driver.info().replayable_faults {
-        edges_home(core, dev, args)?;
+    if part != Part::Overwritten {
+        ledger.sealed = open(core, dev, flight, args)?;
+        if !flight.fetches(dev) {
+            edges_home(core, dev, args)?;
+        }
+        snapshot::refresh(core, dev, flight, args);
     }
+    let sealed = core::mem::replace(&mut ledger.sealed, Sealed::new());
     let mut wants = [Want::default(); MAX_ARGS];
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
-        *want = Want::of(dev, range);
+        *want = Want::of(dev, flight, range);
     }
     let reads = ranges(args).any(|range| range.2 == Access::In);
-    let plan = Plan { core, dev, args, wants, sealed: &sealed, pins: reads && tasks::has_pinned_pages(), next: AtomicUsize::new(0) };
+    let plan =
+        Plan { core, dev, flight, args, part, wants, sealed: &sealed, pins: reads && tasks::has_pinned_pages(), next: AtomicUsize::new(0) };
     let carried_out = plan.carry_out(ledger);
     ledger.sealed = sealed; // of those that are written snapshots are taken; they leave when the launch has ended
     carried_out?;
     if coherent {
         return Ok(()); // what has not moved is used in place
     }
-    for (start, end, access) in ranges(args) {
-        snapshot_rest(core, dev, ledger, args, Span::touching(start, end), access)?;
+    for (start, end, access) in ranges(args).filter(|range| part.has(range.2)) {
+        snapshot_rest(core, dev, flight, ledger, args, Span::touching(start, end), access)?;
     }
     Ok(())
 }
 
 /// Opens the ranges on the device, watches them as far as they may move, and seals the edges of large ones.
-fn open(core: &Core, dev: &Device, args: &[RawArg]) -> Result<Sealed, Error> {
+fn open(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) -> Result<Sealed, Error> {
     let info = dev.driver.info();
     let mut sealed = Sealed::new();
     // Elsewhere edges are copied at each launch, or used in place.
-    let seals = info.replayable_faults && core.space.mode == Mode::Full && !info.coherent;
+    let seals = flight.fetches(dev) && core.space.mode == Mode::Full && !info.coherent;
     for (start, end, _) in ranges(args) {
         if info.coherent {
             coherent::pin(core, dev, start, end);
@@ -68,6 +102,7 @@ fn open(core: &Core, dev: &Device, args: &[RawArg]) -> Result<Sealed, Error> {
             shares::open(core, dev, start, end);
         }
         check::pieces(core, start, end, |piece| {
+            let piece = flight.sees(core, piece);
             if piece.movable {
                 let whole = Span::touching(piece.start, piece.end);
                 register_ahead(core, Span::inside(start, end).and(whole));
@@ -109,7 +144,9 @@ const MANY: usize = 2 * SHARE;
 struct Plan<'a> {
     core: &'a Core,
     dev: &'a Device,
+    flight: &'a Flight,
     args: &'a [RawArg],
+    part: Part,
     wants: [Want; MAX_ARGS],
     sealed: &'a Sealed,
     /// Some pages of the process may be pinned. Whoever has pinned a page writes to it without a fault, so it must not be duplicated: what is read moves
@@ -158,7 +195,11 @@ impl Plan<'_> {
         // What is copied comes first: then what is only moved is collected while the copies run.
         let order = |access| ranges(self.args).enumerate().filter(move |(_, range)| range.2 == access);
         for (index, (start, end, access)) in order(Access::In).chain(order(Access::InOut)).chain(order(Access::Out)) {
+            if !self.part.has(access) {
+                continue;
+            }
             check::pieces(self.core, start, end, |piece| {
+                let piece = self.flight.sees(self.core, piece);
                 if !piece.movable && self.dev.driver.info().coherent {
                     return Ok(());
                 }
@@ -197,7 +238,7 @@ impl Plan<'_> {
                 Access::Out => Intent::Blank,
                 _ => Intent::Snapshot,
             };
-            return Ask { twins: beyond(self.dev, self.args, part), ..Ask::new(part, part.bits(), intent) };
+            return Ask { twins: beyond(self.dev, self.flight, self.args, part), ..Ask::new(part, part.bits(), intent) };
         }
         // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
         let block = Span::block(part.start);
@@ -214,8 +255,8 @@ impl Plan<'_> {
 }
 
 /// Pages of a part of a block that no argument covers whole: where the kernel can follow pointers, it may write beyond what is declared.
-fn beyond(dev: &Device, args: &[RawArg], part: Span) -> Bits {
-    if !dev.driver.info().replayable_faults {
+fn beyond(dev: &Device, flight: &Flight, args: &[RawArg], part: Span) -> Bits {
+    if !flight.fetches(dev) {
         return Bits::EMPTY;
     }
     ranges(args).fold(part.bits(), |rest, (start, end, _)| rest - Span::inside(start, end).and(part).bits())
@@ -259,11 +300,11 @@ struct Want {
 }
 
 impl Want {
-    fn of(dev: &Device, (start, end, access): (Va, Va, Access)) -> Self {
+    fn of(dev: &Device, flight: &Flight, (start, end, access): (Va, Va, Access)) -> Self {
         let inside = Span::inside(start, end);
         // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
         let info = dev.driver.info();
-        let shared = access == Access::In && end - start >= LARGE && info.replayable_faults && !info.coherent;
+        let shared = access == Access::In && end - start >= LARGE && flight.fetches(dev) && !info.coherent;
         Want { access: Some(access), span: if shared { Span::touching(start, end) } else { inside }, inside }
     }
 }
@@ -281,7 +322,15 @@ fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
 }
 
 /// Takes snapshots of what is not resident by now: edges, and pages that cannot move.
-fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], span: Span, access: Access) -> Result<(), Error> {
+fn snapshot_rest(
+    core: &Core,
+    dev: &Device,
+    flight: &Flight,
+    ledger: &mut Ledger,
+    args: &[RawArg],
+    span: Span,
+    access: Access,
+) -> Result<(), Error> {
     for part in span.blocks() {
         // A thread that touches what lies beside the range brings pages of it home between two looks: look again.
         let mut looks = 0;
@@ -291,7 +340,7 @@ fn snapshot_rest(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]
             }
             looks += 1;
             let want = part.bits() - usable(core, dev, part, access);
-            let ask = Ask { twins: beyond(dev, args, part), ..Ask::new(part, want, Intent::Snapshot) };
+            let ask = Ask { twins: beyond(dev, flight, args, part), ..Ask::new(part, want, Intent::Snapshot) };
             if core.make_block_resident(dev, &ask)?.again {
                 core.space.settle();
             }

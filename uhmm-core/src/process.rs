@@ -7,7 +7,7 @@
 //! * The *monitor* serves CPU faults and follows the program's mapping changes.
 //! * The *assistant* takes part in preparing launches.
 //! * The *evictor*, once somebody asks for it, brings everything home before the action of a signal.
-//! * Each device has a *queue* thread that runs its launches, and whatever threads its driver starts.
+//! * Each device has two *queue* threads: one runs a launch while the other prepares the next, and whatever threads its driver starts.
 //!
 //! # How copies meet
 //! Two pages at fixed addresses, which only uhmm uses. That the first is mapped means that somebody starts, joins or ends the core (a lock that needs
@@ -24,6 +24,8 @@ use crate::driver::{DeviceInfo, Driver};
 use crate::error::Error;
 use crate::evictor::{Evictor, Post};
 use crate::fork;
+use crate::lease;
+use crate::line::Who;
 use crate::mode::Mode;
 use crate::monitor::Monitor;
 use crate::own::{self, OwnBox};
@@ -37,7 +39,7 @@ use uhmm_os::{Errno, PAGE, signal, system};
 /// Devices of one process.
 pub const MAX_DEVICES: usize = 16;
 /// Bytes of the stacks of uhmm's service threads.
-const STACK: usize = 256 << 10;
+const STACK: usize = 1 << 20;
 /// Mapped while somebody starts, joins or ends the core.
 const LOCK: usize = 0x2f00_0000_0000;
 /// Mapped while there is a core.
@@ -83,7 +85,7 @@ struct Running {
     monitor: Thread,
     assistant: Thread,
     evictor: Option<Evictor>,
-    queues: [Option<Thread>; MAX_DEVICES],
+    queues: [Option<[Thread; 2]>; MAX_DEVICES],
     /// Users of the core, those of its devices included, and of each device.
     users: usize,
     device_users: [usize; MAX_DEVICES],
@@ -96,12 +98,12 @@ impl Running {
         (0..MAX_DEVICES).any(|index| self.device_users[index] == 0 && self.queues[index].is_some())
     }
 
-    /// Closes the devices that nobody uses any more. To be called with `prepare` held, so that no launch runs anywhere.
+    /// Closes the devices that nobody uses any more. To be called alone, so that no launch runs anywhere.
     fn close_unused(&mut self) {
         for index in (0..MAX_DEVICES).filter(|&index| self.device_users[index] == 0) {
             let Some(queue) = self.queues[index].take() else { continue };
             self.core.device(index).desk().close();
-            queue.join();
+            queue.into_iter().for_each(Thread::join);
             let core = &raw const *self.core as usize;
             // SAFETY: the keeper serves with (); the core outlives the question.
             unsafe { self.desk.ask(move |(): &()| (*(core as *const Core)).close_device(index)) };
@@ -305,6 +307,20 @@ impl CoreRef {
         found
     }
 
+    /// One user of device `index`, which has one, more.
+    ///
+    /// # Errors
+    /// [`Error::System`] if address space is refused.
+    pub(crate) fn enter_device(&self, index: usize) -> Result<DeviceRef, Error> {
+        let held = lock()?;
+        let running = held.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        running.users += 1;
+        running.device_users[index] += 1;
+        Ok(DeviceRef::new(CoreRef { core: self.core, process: self.process }, index))
+    }
+
     /// One user of device `index` less. The last one closes it.
     pub(crate) fn leave_device(&self, index: usize) {
         if !self.is_ours() {
@@ -321,7 +337,7 @@ impl CoreRef {
 
     /// Closes the devices that nobody uses any more.
     ///
-    /// Nobody waits for a launch while he holds the lock that its kernel may want, for a kernel may open and drop what it likes: so `prepare` comes first, and
+    /// Nobody waits for a launch while he holds the lock that its kernel may want, for a kernel may open and drop what it likes: so the turn comes first, and
     /// is given up again if the lock is not free. A kernel itself leaves this to the next one, for its own launch would be waited for.
     fn close_unused(&self) -> Result<(), Error> {
         let core = self.core();
@@ -345,7 +361,7 @@ impl CoreRef {
             }
             // A handler on this thread that waits for the evictor would wait for one that waits for this.
             let deferred = Deferred::new();
-            no_launch = Some((core.prepare.lock(), deferred));
+            no_launch = Some((core.turns.enter(Who::Alone), deferred));
             asked = try_lock()?;
         }
     }
@@ -486,14 +502,17 @@ fn start_assistant(core: &Core) -> Result<Thread, Errno> {
     unsafe extern "C" fn assist(at: *mut ()) {
         // SAFETY: by the contract.
         let core = unsafe { &*at.cast::<Core>() };
-        core.assist.serve(|| ahead::work(core));
+        core.assist.serve(|| {
+            lease::work(core);
+            ahead::work(core);
+        });
     }
     // SAFETY: the core is dropped after the assistant was joined, in `end`.
     unsafe { own::spawn(c"uhmm-assistant", STACK, assist, core::ptr::from_ref(core).cast_mut().cast()) }
 }
 
 /// On the keeper: opens a device and starts its queue.
-fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> Result<(usize, Thread), Error> {
+fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> Result<(usize, [Thread; 2]), Error> {
     system::pin_library(open as *const () as usize);
     let Some(index) = core.devices.free() else {
         return Err(Error::Device { name: config.name.into(), why: format!("there are {MAX_DEVICES} already") });
@@ -503,34 +522,42 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
     let driver = open(&config, core.space.mode, &others)?;
     let dev = OwnBox::new(c"uhmm device", Device::new(index, driver)?)
         .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
-    let seat = OwnBox::new(c"uhmm seat", Seat { core, dev: (&raw const *dev).cast_mut() })
-        .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?
-        .leak();
-    /// # Safety
-    /// The argument is a leaked `Seat`.
-    unsafe extern "C" fn queue(seat: *mut ()) {
-        // SAFETY: by the contract; the box is this thread's now.
-        let seat = unsafe { OwnBox::<Seat>::reclaim(seat.cast()) };
-        seat.dev().desk().serve(&*seat);
-    }
-    // SAFETY: the device is dropped after its queue was joined, in `close_unused` or `end`.
-    let thread = match unsafe { own::spawn(c"uhmm-queue", STACK, queue, seat.cast()) } {
-        Ok(thread) => thread,
-        Err(e) => {
+    let start = || -> Result<Thread, Error> {
+        let seat = OwnBox::new(c"uhmm seat", Seat { core, dev: (&raw const *dev).cast_mut() })
+            .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?
+            .leak();
+        /// # Safety
+        /// The argument is a leaked `Seat`.
+        unsafe extern "C" fn queue(seat: *mut ()) {
+            // SAFETY: by the contract; the box is this thread's now.
+            let seat = unsafe { OwnBox::<Seat>::reclaim(seat.cast()) };
+            seat.dev().desk().serve(&*seat);
+        }
+        // SAFETY: the device is dropped after its queues were joined: below, in `close_unused`, or in `end`.
+        unsafe { own::spawn(c"uhmm-queue", STACK, queue, seat.cast()) }.map_err(|e| {
             // SAFETY: leaked above, and no thread has it.
             drop(unsafe { OwnBox::reclaim(seat) });
-            return Err(no_thread(e));
+            no_thread(e)
+        })
+    };
+    let first = start()?;
+    let second = match start() {
+        Ok(second) => second,
+        Err(e) => {
+            dev.desk().close();
+            first.join();
+            return Err(e);
         }
     };
     core.devices.set(index, dev);
-    Ok((index, thread))
+    Ok((index, [first, second]))
 }
 
 /// Everything comes home, threads end, memory goes.
 fn end(running: Running) {
     let Running { core, desk, keeper, queues, monitor, assistant, evictor, .. } = running;
     core.for_each_device(|dev| dev.desk().close());
-    queues.into_iter().flatten().for_each(Thread::join);
+    queues.into_iter().flatten().flatten().for_each(Thread::join);
     core.assist.close();
     assistant.join();
     if let Some(evictor) = evictor {
@@ -541,6 +568,7 @@ fn end(running: Running) {
     unsafe {
         desk.ask(move |(): &()| {
             let core = &*(at as *const Core);
+            core.for_each_device(|dev| lease::abandon(core, dev));
             core.evict_all();
             (0..MAX_DEVICES).for_each(|index| drop(core.devices.take(index)));
             let _ = core.stop.signal();

@@ -8,6 +8,7 @@ use crate::core::{Core, Device};
 use crate::devmem::Full;
 use crate::directory::{Frame, State};
 use crate::driver::MapRun;
+use crate::home;
 use crate::page::{Span, Va};
 use crate::pool::Tray;
 use crate::space::Space;
@@ -143,6 +144,16 @@ pub(crate) fn frame_runs(core: &Core, state: &State, bits: Bits, mut f: impl FnM
             }
             f(start..end, first);
             start = end;
+        }
+    }
+}
+
+/// Calls `f` with places in the block, addresses at which the contents of the device's pages there stand, and numbers of pages.
+pub(crate) fn read_frames(core: &Core, dev: &Device, state: &State, va: Va, run: Range<usize>, mut f: impl FnMut(usize, usize, usize)) {
+    for page in run {
+        match dev.driver.mapped(va + page * PAGE).filter(|_| state.win.has(page)) {
+            Some(at) => f(page, at, 1),
+            None => home::with_contents(core, dev, 1, core.dir.frame(state, page), |at| f(page, at, 1)),
         }
     }
 }

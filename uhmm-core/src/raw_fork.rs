@@ -33,6 +33,12 @@ pub(crate) fn fill(core: &Core, child: &Userfaultfd) {
         let away = state.private();
         if !away.is_empty() {
             let dev = core.device(state.device as usize - 1);
+            // Who uses a lease's pages could not fetch them again. What he writes just now is in his own hands.
+            let held = away & dev.flights.held(va);
+            let away = away - held;
+            for run in held.runs() {
+                ranges::read_frames(core, dev, &state, va, run, |at, source, pages| copy(child, va + at * PAGE, source, pages));
+            }
             ranges::unmap(core, dev, &mut state, va, away);
             ranges::frame_runs(core, &state, away, |run, frame| {
                 home::with_contents(core, dev, run.len(), frame, |source| copy(child, va + run.start * PAGE, source, run.len()));

@@ -12,6 +12,7 @@ use crate::counters::count;
 use crate::directory::{Block, BlockGuard, Frame};
 use crate::driver::{Dma, DmaKind};
 use crate::fixed::{self, Sealed};
+use crate::flight::{Flight, Purpose};
 use crate::launch::{LARGE, Ledger};
 use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Span, Va};
@@ -26,15 +27,14 @@ use uhmm_os::{BLOCK, Errno, PAGE, copy, thread};
 ///
 /// # Errors
 /// The first address that was to be written and could not be.
-pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, Va> {
+pub(crate) fn finish(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, Va> {
     let mut result = Ok(0);
     // A kept page goes home when the CPU touches its other bytes: nothing for a device that could not fetch it again.
-    let fetches = dev.driver.info().replayable_faults;
     let mut end = |va, keeps: bool| {
-        if success && keeps && fetches {
-            keep(core, dev, va, args, &ledger.sealed);
+        if success && keeps && flight.fetches(dev) {
+            keep(core, dev, flight, va, args, &ledger.sealed);
         }
-        let ended = end_block(core, dev, va, args, success);
+        let ended = end_block(core, dev, flight, va, args, success);
         result = match (result, ended) {
             (Ok(sum), Ok(pages)) => Ok(sum + pages),
             (Err(address), _) | (_, Err(address)) => Err(address),
@@ -43,9 +43,23 @@ pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Raw
     for index in 0..core::mem::take(&mut ledger.bounced_count) {
         end(ledger.bounced[index], true);
     }
-    // Those that the kernel itself asked for. It has ended: there will be no more.
+    if flight.purpose == Purpose::Launch {
+        // Those that the kernel itself asked for. It has ended: there will be no more.
+        while let Some(va) = dev.fetched.lock().pop() {
+            end(va, false);
+        }
+    }
+    result
+}
+
+/// Ends the snapshots that a kernel has asked for itself, which ran under a lease.
+///
+/// # Errors
+/// As [`finish`].
+pub(crate) fn finish_fetched(core: &Core, dev: &Device, flight: &Flight, success: bool) -> Result<(), Va> {
+    let mut result = Ok(());
     while let Some(va) = dev.fetched.lock().pop() {
-        end(va, false);
+        result = result.and(end_block(core, dev, flight, va, &[], success).map(|_| ()));
     }
     result
 }
@@ -59,7 +73,7 @@ fn written(args: &[RawArg], page: Va) -> impl Iterator<Item = (Range<usize>, usi
 }
 
 /// Lets the pages of large arguments stay on the device.
-fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], sealed: &Sealed) {
+fn keep(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], sealed: &Sealed) {
     let _hold = core.space.hold();
     let _ends = core.ends.lock();
     let Some(block) = core.dir.get(va) else { return };
@@ -67,7 +81,7 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], sealed: &Sealed) {
     if state.mover != 0 {
         return;
     }
-    for page in state.bounced().pages() {
+    for page in (state.bounced() - dev.flights.others(flight, va)).pages() {
         let at = va + page * PAGE;
         let span = Span { start: at, end: at + PAGE };
         let large = written(args, at).any(|(_, len)| len >= LARGE);
@@ -157,14 +171,22 @@ impl Fetched {
     }
 }
 
-/// Takes the block's snapshots off the device, with `success` after what the kernel wrote there has been written to the program: how many pages went.
-fn end_block(core: &Core, dev: &Device, va: Va, args: &[RawArg], success: bool) -> Result<usize, Va> {
-    let Some((block, pages, twins, slot)) = claim(core, dev, va) else { return Ok(0) };
+/// Takes the block's snapshots off the device, with `success` after what the kernel wrote there has been written to the program: how many pages went. Those
+/// that other flights have a part in stay, with twins that know what was written.
+fn end_block(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], success: bool) -> Result<usize, Va> {
+    let others = dev.flights.others(flight, va);
+    let Some((block, pages, twins, slot)) = claim(core, dev, va, others) else { return Ok(0) };
+    let stay = pages & others;
     let mut result = Ok(pages.count());
     if success {
         // No lock is held: the program's pages may fault. What is claimed stays where it is.
-        if let Err(address) = write_declared(core, dev, args, va, pages) {
+        if let Err(address) = write_declared(core, dev, args, va, pages - stay) {
             result = Err(address);
+        }
+        for page in stay.pages() {
+            if let Err(address) = write_shared(core, dev, args, va, page) {
+                result = Err(address);
+            }
         }
         for page in twins.pages() {
             if let Err(address) = write_changes(core, dev, va, page, slot) {
@@ -174,11 +196,12 @@ fn end_block(core: &Core, dev: &Device, va: Va, args: &[RawArg], success: bool) 
     }
     let _hold = core.space.hold();
     let mut state = block.lock();
-    let pages = pages & state.bounced(); // what was unmapped meanwhile has gone already
+    let pages = (pages - stay) & state.bounced(); // what was unmapped meanwhile has gone already
     state.shift(pages, PageState::Bounced, Cause::LaunchEnd, PageState::System);
     state.rdonly -= pages;
     state.mover = 0;
-    core.twins.release(&mut state);
+    core.twins.leave(&mut state, pages);
+    block.keep.store(!state.parked.is_empty() || !state.bounced().is_empty(), Ordering::Relaxed);
     ranges::give_frames(core, dev, &mut state, va, pages);
     if core::mem::take(&mut state.waiters) {
         let _ = core.space.uffd.wake(va, BLOCK);
@@ -186,8 +209,8 @@ fn end_block(core: &Core, dev: &Device, va: Va, args: &[RawArg], success: bool) 
     result
 }
 
-/// Takes the block's snapshots out of the device's page table, and the block for ourselves.
-fn claim<'a>(core: &'a Core, dev: &Device, va: Va) -> Option<(&'a Block, Bits, Bits, u32)> {
+/// Takes the block's snapshots out of the device's page table, but for those that others use there, and the block for ourselves.
+fn claim<'a>(core: &'a Core, dev: &Device, va: Va, others: Bits) -> Option<(&'a Block, Bits, Bits, u32)> {
     loop {
         let hold = core.space.hold();
         let block = core.dir.get(va)?;
@@ -197,13 +220,15 @@ fn claim<'a>(core: &'a Core, dev: &Device, va: Va) -> Option<(&'a Block, Bits, B
             thread::yield_now();
             continue;
         }
-        block.keep.store(false, Ordering::Relaxed);
         let pages = state.bounced();
+        if pages.is_empty() && state.parked.is_empty() {
+            block.keep.store(false, Ordering::Relaxed);
+        }
         if pages.is_empty() {
             core.twins.release(&mut state);
             return None;
         }
-        ranges::unmap(core, dev, &mut state, va, pages);
+        ranges::unmap(core, dev, &mut state, va, pages - others);
         state.mover = core.next_mover();
         return Some((block, pages, state.twins & pages, state.twin));
     }
@@ -263,15 +288,7 @@ fn count_bytes(dev: &Device, bytes: usize) {
 
 /// Writes what differs from the page's twin into the program's page.
 fn write_changes(core: &Core, dev: &Device, va: Va, page: usize, slot: u32) -> Result<(), Va> {
-    let frame = {
-        let block = core.dir.get(va).ok_or(va)?;
-        let state = block.lock();
-        if !state.bounced().has(page) {
-            return Ok(()); // unmapped meanwhile
-        }
-        core.dir.frame(&state, page)
-    };
-    let now = read_frame(dev, frame);
+    let Some(now) = read_page(core, dev, va, page) else { return Ok(()) };
     let mut result = Ok(());
     twins::changes(core.twins.of(slot, page), &now, |range| {
         let at = va + page * PAGE + range.start;
@@ -281,5 +298,97 @@ fn write_changes(core: &Core, dev: &Device, va: Va, page: usize, slot: u32) -> R
             Err(address) => result = Err(address),
         }
     });
+    // If the page stays for others, these bytes are no changes of theirs.
+    core.twins.set(slot, page, &now, 0..PAGE);
     result
+}
+
+/// What a snapshot holds, wherever it is; `None` if the page was unmapped meanwhile. The block is the caller's.
+fn read_page(core: &Core, dev: &Device, va: Va, page: usize) -> Option<[u8; PAGE]> {
+    let (frame, mapped) = {
+        let state = core.dir.get(va)?.lock();
+        if !state.bounced().has(page) {
+            return None;
+        }
+        (core.dir.frame(&state, page), state.win.has(page))
+    };
+    let Some(at) = dev.driver.mapped(va + page * PAGE).filter(|_| mapped) else { return Some(read_frame(dev, frame)) };
+    let mut now = [0u8; PAGE];
+    // SAFETY: the device's page, which stays mapped while the block is ours, is plain memory; a byte that its user writes just now is one that he may.
+    unsafe { copy::guarded(now.as_mut_ptr(), at as *const u8, PAGE) }.is_ok().then_some(now)
+}
+
+/// Writes the bytes of a page that written arguments cover to the program, from a snapshot that stays for others.
+fn write_shared(core: &Core, dev: &Device, args: &[RawArg], va: Va, page: usize) -> Result<(), Va> {
+    let at = va + page * PAGE;
+    let Some(now) = read_page(core, dev, va, page) else { return Ok(()) };
+    let slot = core.dir.get(va).map_or(0, |block| block.lock().twin);
+    for (range, _) in written(args, at) {
+        // SAFETY: the launch has borrowed these bytes for writing; what was unmapped all the same is an error, not a crash.
+        unsafe { copy::guarded((at + range.start) as *mut u8, now[range.start..].as_ptr(), range.len()) }?;
+        count_bytes(dev, range.len());
+        core.twins.set(slot, page, &now, range);
+    }
+    Ok(())
+}
+
+/// Brings the bytes of arguments up to date in snapshots that other flights have taken of their pages. The caller holds `prepare`.
+pub(crate) fn refresh(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) {
+    for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1) {
+        core.dir.for_each(Span::touching(start, end), |block, part| {
+            let va = Span::block(part.start).start;
+            let Some(pages) = claim_snapshots(core, dev, flight, block, part) else { return };
+            for page in pages.pages() {
+                refresh_page(core, dev, va, page, start, end);
+            }
+            let _hold = core.space.hold();
+            let mut state = block.lock();
+            state.mover = 0;
+            if core::mem::take(&mut state.waiters) {
+                let _ = core.space.uffd.wake(va, BLOCK);
+            }
+        });
+    }
+}
+
+/// Takes a block whose part has snapshots for ourselves.
+fn claim_snapshots(core: &Core, dev: &Device, flight: &Flight, block: &Block, part: Span) -> Option<Bits> {
+    loop {
+        let hold = core.space.hold();
+        let mut state = block.lock();
+        let pages = state.bounced() & part.bits();
+        if pages.is_empty() || state.device != dev.id() || !flight.is_beside(dev) {
+            return None;
+        }
+        if state.mover == 0 {
+            state.mover = core.next_mover();
+            return Some(pages);
+        }
+        drop((state, hold));
+        thread::yield_now();
+    }
+}
+
+/// Writes the bytes of `start..end` on one page into its snapshot. What cannot be read is found when the argument is prepared.
+fn refresh_page(core: &Core, dev: &Device, va: Va, page: usize, start: Va, end: Va) {
+    let at = va + page * PAGE;
+    let (from, to) = (start.max(at), end.min(at + PAGE));
+    let Some((frame, mapped, slot)) = core.dir.get(va).and_then(|block| {
+        let state = block.lock();
+        state.bounced().has(page).then(|| (core.dir.frame(&state, page), state.win.has(page), state.twin))
+    }) else {
+        return;
+    };
+    if let Some(window) = dev.driver.mapped(at).filter(|_| mapped) {
+        // SAFETY: the argument's bytes, which the launch has borrowed, go to the device's page, where nobody else uses them.
+        let _ = unsafe { copy::guarded((window + (from - at)) as *mut u8, from as *const u8, to - from) };
+    } else {
+        let dma = [Dma { kind: DmaKind::GuardedToDevice, host: from, frame, offset: from - at, len: to - from }];
+        let fence = dev.driver.copy(&dma);
+        let _ = dev.driver.wait(fence, &dma); // as above
+    }
+    count(&dev.counters.bytes_to_device, to - from);
+    if let Some(now) = read_page(core, dev, va, page) {
+        core.twins.set(slot, page, &now, from - at..to - at);
+    }
 }

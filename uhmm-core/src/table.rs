@@ -6,12 +6,13 @@
 //!
 //! # Rules
 //! * An entry is set and cleared under the lock over the core's beginning and end ([`crate::process`]).
-//! * A device is closed when it has no user any more, with the launches' `prepare` lock held, so that no launch runs anywhere, and its queue joined.
+//! * A device is closed when it has no user any more, when it is the closer's turn alone ([`crate::line`]), so that no launch runs anywhere, and its queues joined.
 //! * Its pages go home before its entry is cleared. So whoever holds the lock of a block that the device has pages of, or `prepare`, may keep a
 //!   reference to the device without being a visitor.
 #![allow(unsafe_code)] // devices that stay until their last visitor has left
 
 use crate::core::{Core, Device};
+use crate::lease;
 use crate::own::OwnBox;
 use crate::process::MAX_DEVICES;
 use crate::sync::*;
@@ -99,8 +100,9 @@ impl DeviceTable {
 }
 
 impl Core {
-    /// On the keeper, while the one who asks holds `prepare`: closes a device whose queue was joined. Everything it has comes home; its threads, memory and addresses go.
+    /// On the keeper, while the one who asks is alone: closes a device whose queue was joined. Everything it has comes home; its threads, memory and addresses go.
     pub(crate) fn close_device(&self, index: usize) {
+        lease::abandon(self, self.device(index));
         self.evict_device(self.device(index));
         drop(self.devices.take(index));
     }

@@ -90,6 +90,27 @@ impl Twins {
         unsafe { &*((self.memory.start() + slot as usize * BLOCK + page * PAGE) as *const [u8; PAGE]) }
     }
 
+    /// These bytes of the page are no changes any more. The block is the caller's; without a slot, or a twin of the page, nobody reads them.
+    pub(crate) fn set(&self, slot: u32, page: usize, now: &[u8; PAGE], range: Range<usize>) {
+        if slot == 0 {
+            return;
+        }
+        let twin = (self.memory.start() + slot as usize * BLOCK + page * PAGE + range.start) as *mut u8;
+        #[allow(unsafe_code)]
+        // SAFETY: inside the slot, which belongs to the caller's block; nobody else reads or writes it meanwhile.
+        unsafe {
+            twin.copy_from_nonoverlapping(now[range.clone()].as_ptr(), range.len())
+        };
+    }
+
+    /// The twins of these pages go, and with the last snapshot the slot.
+    pub(crate) fn leave(&self, state: &mut State, pages: Bits) {
+        state.twins -= pages;
+        if state.bounced().is_empty() {
+            self.release(state);
+        }
+    }
+
     /// Gives the block's slot back.
     pub(crate) fn release(&self, state: &mut State) {
         let slot = core::mem::take(&mut state.twin);

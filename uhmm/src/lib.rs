@@ -29,16 +29,19 @@
 
 mod buffer;
 mod host;
+mod lease;
 
 pub use buffer::Buffer;
 pub use host::Host;
+pub use lease::{Fence, Lease, Signal, fence};
 pub use uhmm_core::Error;
 pub use uhmm_core::args;
-pub use uhmm_core::args::{Access, Arg, Args, IntoArg, MAX_ARGS, inout, inp, out, ptr, val};
+pub use uhmm_core::args::{Access, Arg, Args, IntoArg, Lent, MAX_ARGS, inout, inp, out, ptr, val};
 pub use uhmm_core::counters::Stats;
 pub use uhmm_core::driver::{DeviceInfo, KernelFault};
 pub use uhmm_core::kernel::{Ctx, Grid, Kernel, LOCAL_BYTES, Out};
 pub use uhmm_core::mode::Mode;
+pub use uhmm_core::scope::{Event, Launched, Queue, Scope, scope};
 
 use bytemuck::Pod;
 use uhmm_core::kernel::Entry;
@@ -182,6 +185,12 @@ impl SoftBuilder<'_> {
 #[derive(Debug)]
 pub struct Device {
     dev: DeviceRef,
+}
+
+impl AsRef<DeviceRef> for Device {
+    fn as_ref(&self) -> &DeviceRef {
+        &self.dev
+    }
 }
 
 impl Device {

@@ -127,6 +127,10 @@ unsafe impl Driver for Soft {
         Some(self.memory.address(frame))
     }
 
+    fn mapped(&self, va: usize) -> Option<usize> {
+        Some(va ^ self.info.mask)
+    }
+
     fn address(&self, frame: Frame) -> usize {
         self.memory.address(frame)
     }

@@ -289,7 +289,12 @@ impl Core {
             return Ok(Look::Wait);
         }
         if state.device != 0 && state.device != dev.id() {
-            return Ok(if state.bounced().is_empty() { Look::Elsewhere(state.device as usize - 1) } else { Look::Wait });
+            let other = state.device as usize - 1;
+            return Ok(match self.device(other).flights.held(part.start).is_empty() {
+                false => Look::Refused, // a lease has pages of it there
+                true if state.bounced().is_empty() => Look::Elsewhere(other),
+                true => Look::Wait,
+            });
         }
         if pinned {
             block.pin.store(dev.pin(), Ordering::Relaxed);

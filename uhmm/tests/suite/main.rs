@@ -20,6 +20,7 @@ mod harness;
 mod kernel_access;
 mod kernel_faults;
 mod kernel_futex;
+mod leases;
 mod lifecycle;
 mod mapping_races;
 mod mappings;
@@ -42,6 +43,7 @@ fn main() {
     tests.extend(kernel_access::TESTS);
     tests.extend(kernel_faults::TESTS);
     tests.extend(kernel_futex::TESTS);
+    tests.extend(leases::TESTS);
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(closing::TESTS);

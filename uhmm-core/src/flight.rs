@@ -1,0 +1,355 @@
+//! What is under way on a device: launches from their preparation to their end, and leases from [`acquire`](crate::lease) to release.
+//!
+//! Each has a *flight*: what it declares, and a ledger of what is to be done when it ends. Flights of one device share its memory, so they must agree:
+//!
+//! * Bytes that one of them writes are no other's. Who comes later waits for the launch that has them, or for the fence of a lease that was released; a lease that
+//!   was not is in the hands of the program, which may be the one who asks: that is [`Error::Busy`].
+//! * A page at the edges of two of them is one snapshot. Who comes later brings his bytes of it up to date; who ends first writes his bytes back and leaves
+//!   the page to the other ([`Flights::others`]).
+//! * A block is on one device. A lease keeps it there; see above for who wants it elsewhere.
+//!
+//! A flight that *holds* keeps the whole pages that it declares on the device: nobody could fetch them again for who uses them there. Such are all leases,
+//! and the launches of devices without replayable faults. The CPU's touch of such a page waits for the flight's end; nothing else makes it leave. The pages
+//! at the edges, which hold other data too, are never shared with such a flight, or kept for it: it gets a snapshot of them ([`crate::prepare`]).
+
+use crate::args::{Access, MAX_ARGS, RawArg};
+use crate::bits::Bits;
+use crate::core::{Core, Device};
+use crate::error::Error;
+use crate::launch::Ledger;
+use crate::page::{Span, Va};
+use crate::sync::*;
+use uhmm_os::{BLOCK, Errno};
+
+/// Flights of one device at a time.
+pub const MAX_FLIGHTS: usize = 64;
+
+/// What a flight is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Purpose {
+    /// A launch: it ends by itself.
+    Launch,
+    /// A lease: it ends when the program says so.
+    Lease,
+    /// A lease that was released: it ends when its fence is signalled.
+    Released,
+}
+
+/// A flight as others see it.
+#[derive(Clone, Copy, Debug)]
+struct Brief {
+    number: u64,
+    purpose: Purpose,
+    holds: bool,
+    /// First byte, one past the last, and what for.
+    ranges: [(Va, Va, Option<Access>); MAX_ARGS],
+}
+
+impl Brief {
+    fn ranges(&self) -> impl Iterator<Item = (Va, Va, Access)> {
+        self.ranges.iter().filter_map(|&(start, end, access)| Some((start, end, access?)))
+    }
+}
+
+/// The flights of one device. Its locks are leaves.
+#[derive(Debug)]
+pub(crate) struct Flights {
+    list: Mutex<[Option<Brief>; MAX_FLIGHTS]>,
+    /// Whether one of them holds, for who only passes.
+    any: AtomicBool,
+    ledgers: [Mutex<Option<Ledger>>; MAX_FLIGHTS],
+}
+
+/// A flight of a device. Whoever has it ends it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Flight {
+    pub(crate) index: usize,
+    pub(crate) number: u64,
+    pub(crate) purpose: Purpose,
+    pub(crate) holds: bool,
+}
+
+impl Flight {
+    /// None that is under way: all of these are others.
+    pub(crate) fn none() -> Self {
+        Flight { index: MAX_FLIGHTS, number: 0, purpose: Purpose::Launch, holds: false }
+    }
+
+    /// Whether another flight is under way on the device.
+    pub(crate) fn is_beside(&self, dev: &Device) -> bool {
+        dev.flights.list.lock().iter().enumerate().any(|(index, brief)| index != self.index && brief.is_some())
+    }
+
+    /// Whether who uses the pages can fetch them again.
+    pub(crate) fn fetches(&self, dev: &Device) -> bool {
+        !self.holds && dev.driver.info().replayable_faults
+    }
+}
+
+/// What stands in the way of a new flight.
+#[derive(Debug)]
+pub(crate) enum Conflict {
+    /// It will end by itself.
+    Wait,
+    /// It will not, or nothing more can be under way.
+    Busy(Error),
+}
+
+impl Default for Flights {
+    fn default() -> Self {
+        Flights { list: Mutex::new([None; MAX_FLIGHTS]), any: AtomicBool::new(false), ledgers: [const { Mutex::new(None) }; MAX_FLIGHTS] }
+    }
+}
+
+impl Flights {
+    /// The ledger of a flight, made if it is the first of its place.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn ledger(&self, flight: &Flight, memory: usize) -> Result<MutexGuard<'_, Option<Ledger>>, Errno> {
+        let mut ledger = self.ledgers[flight.index].lock();
+        if ledger.is_none() {
+            *ledger = Some(Ledger::new(memory)?);
+        }
+        Ok(ledger)
+    }
+
+    /// Pages of the block at `va`, which the caller has locked, that a flight holds.
+    pub(crate) fn held(&self, va: Va) -> Bits {
+        if !self.any.load(Ordering::Acquire) {
+            return Bits::EMPTY;
+        }
+        let block = Span::block(va);
+        let list = self.list.lock();
+        let holding = list.iter().flatten().filter(|brief| brief.holds).flat_map(Brief::ranges);
+        holding.fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::inside(start, end).and(block).bits())
+    }
+
+    /// Pages of the block at `va` that other flights than `flight` declare, in whole or in part.
+    pub(crate) fn others(&self, flight: &Flight, va: Va) -> Bits {
+        let block = Span::block(va);
+        let list = self.list.lock();
+        let others = list.iter().enumerate().filter(|(index, _)| *index != flight.index).filter_map(|(_, brief)| brief.as_ref());
+        others.flat_map(Brief::ranges).fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::touching(start, end).and(block).bits())
+    }
+
+    /// Whether a launch besides `flight` is under way.
+    pub(crate) fn has_other_launch(&self, flight: &Flight) -> bool {
+        let list = self.list.lock();
+        list.iter().enumerate().any(|(index, brief)| index != flight.index && brief.is_some_and(|brief| brief.purpose == Purpose::Launch))
+    }
+
+    /// The smallest number of those under way: blocks that were needed since must stay.
+    pub(crate) fn oldest(&self) -> u64 {
+        self.list.lock().iter().flatten().map(|brief| brief.number).min().unwrap_or(u64::MAX)
+    }
+
+    /// Takes a lease, once, to end it.
+    pub(crate) fn claim(&self, index: usize, number: u64) -> Option<Flight> {
+        let mut list = self.list.lock();
+        let brief = list[index].as_mut().filter(|brief| brief.number == number && brief.purpose != Purpose::Launch)?;
+        let flight = Flight { index, number, purpose: brief.purpose, holds: brief.holds };
+        brief.purpose = Purpose::Launch; // from now on it ends by itself
+        Some(flight)
+    }
+
+    /// Takes any lease that is left.
+    pub(crate) fn any_lease(&self) -> Option<Flight> {
+        let leases = |list: &[Option<Brief>; MAX_FLIGHTS]| {
+            let lease = |brief: &Option<Brief>| brief.filter(|brief| brief.purpose != Purpose::Launch);
+            list.iter().enumerate().find_map(|(index, brief)| Some((index, lease(brief)?.number)))
+        };
+        let at = leases(&self.list.lock());
+        at.and_then(|(index, number)| self.claim(index, number))
+    }
+
+    /// Whether that flight has not ended.
+    pub(crate) fn is_under_way(&self, index: usize, number: u64) -> bool {
+        self.list.lock()[index].is_some_and(|brief| brief.number == number)
+    }
+
+    /// The lease ends with its fence now.
+    pub(crate) fn released(&self, index: usize, number: u64) {
+        if let Some(brief) = self.list.lock()[index].as_mut().filter(|brief| brief.number == number && brief.purpose == Purpose::Lease) {
+            brief.purpose = Purpose::Released;
+        }
+    }
+
+    /// The flight goes on under the number of an earlier one, whose blocks are all it needs.
+    pub(crate) fn renumber(&self, flight: &mut Flight, number: u64) {
+        if let Some(brief) = &mut self.list.lock()[flight.index] {
+            (brief.number, flight.number) = (number, number);
+        }
+    }
+}
+
+fn of(args: &[RawArg]) -> [(Va, Va, Option<Access>); MAX_ARGS] {
+    let mut ranges = [(0, 0, None); MAX_ARGS];
+    let declared = args.iter().enumerate().filter_map(|(index, arg)| Some((index, arg.process_range()?)));
+    for (index, (start, end, access)) in declared.filter(|(_, range)| range.0 < range.1) {
+        ranges[index] = (start, end, Some(access));
+    }
+    ranges
+}
+
+/// Begins a flight. The caller holds `prepare`.
+///
+/// # Errors
+/// What stands in the way.
+pub(crate) fn begin(core: &Core, dev: &Device, args: &[RawArg], purpose: Purpose, number: u64) -> Result<Flight, Conflict> {
+    let mine = of(args);
+    let mut conflict = None;
+    core.for_each_device(|other| {
+        let list = other.flights.list.lock();
+        for brief in list.iter().flatten() {
+            let Some((index, address)) = meets(&mine, brief, other.id() == dev.id()) else { continue };
+            let busy = Conflict::Busy(Error::Busy { index, address, device: other.driver.info().name });
+            match (brief.purpose, &conflict) {
+                (Purpose::Lease, _) => conflict = Some(busy),
+                (_, None) => conflict = Some(Conflict::Wait),
+                _ => {}
+            }
+        }
+    });
+    if let Some(conflict) = conflict {
+        return Err(conflict);
+    }
+    let info = dev.driver.info();
+    // A coherent device's pages are used in place by both sides: nothing has to stay.
+    let holds = !info.coherent && (purpose == Purpose::Lease || !info.replayable_faults);
+    let index = {
+        let mut list = dev.flights.list.lock();
+        let Some(index) = list.iter().position(Option::is_none) else {
+            return Err(Conflict::Busy(Error::TooMany { device: info.name, most: MAX_FLIGHTS }));
+        };
+        list[index] = Some(Brief { number, purpose, holds, ranges: mine });
+        index
+    };
+    let flight = Flight { index, number, purpose, holds };
+    if holds {
+        dev.flights.any.store(true, Ordering::Release);
+        // From here on no page comes home but to the device's own workers. Who looked before has finished when his block's lock is free.
+        each_block(core, &mine, |_, _| {});
+    }
+    Ok(flight)
+}
+
+/// The argument and the address at which a new flight meets one that is under way.
+fn meets(mine: &[(Va, Va, Option<Access>); MAX_ARGS], other: &Brief, same: bool) -> Option<(usize, Va)> {
+    for (index, &(start, end, access)) in mine.iter().enumerate() {
+        let Some(access) = access else { continue };
+        for (from, to, theirs) in other.ranges() {
+            let shared = if same {
+                ((access.writes() || theirs.writes()) && start.max(from) < end.min(to)).then(|| start.max(from))
+            } else {
+                // On another device: blocks must not meet.
+                let (from, to) = (from / BLOCK * BLOCK, to.next_multiple_of(BLOCK));
+                (start.max(from) < end.min(to)).then(|| start.max(from))
+            };
+            if let Some(address) = shared {
+                return Some((index, address));
+            }
+        }
+    }
+    None
+}
+
+/// The flight has ended: who waited for its pages, or for its place, goes on.
+pub(crate) fn end(core: &Core, dev: &Device, flight: &Flight) {
+    let ended = {
+        let mut list = dev.flights.list.lock();
+        let ended = list[flight.index].take();
+        dev.flights.any.store(list.iter().flatten().any(|brief| brief.holds), Ordering::Release);
+        ended
+    };
+    if let Some(brief) = ended.filter(|brief| brief.holds) {
+        each_block(core, &brief.ranges, |va, waiters| {
+            if core::mem::take(waiters) {
+                let _ = core.space.uffd.wake(va, BLOCK);
+            }
+        });
+    }
+    core.flown.ring();
+}
+
+/// Locks every block that is declared, one after the other.
+fn each_block(core: &Core, ranges: &[(Va, Va, Option<Access>); MAX_ARGS], mut f: impl FnMut(Va, &mut bool)) {
+    for &(start, end, _) in ranges.iter().filter(|range| range.2.is_some()) {
+        core.dir.for_each(Span::inside(start, end), |block, part| {
+            let mut state = block.lock();
+            // A mover wakes by itself.
+            if state.mover == 0 {
+                f(Span::block(part.start).start, &mut state.waiters);
+            }
+        });
+    }
+}
+
+/// Rings when a flight has ended.
+#[derive(Debug, Default)]
+pub(crate) struct Bell {
+    rung: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Bell {
+    /// How often it has rung: to be asked before looking at what one may have to wait for.
+    pub(crate) fn count(&self) -> u64 {
+        *self.rung.lock()
+    }
+
+    /// Waits until it rings again.
+    pub(crate) fn wait(&self, count: u64) {
+        let mut rung = self.rung.lock();
+        while *rung == count {
+            rung = self.changed.wait(rung);
+        }
+    }
+
+    fn ring(&self) {
+        *self.rung.lock() += 1;
+        self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uhmm_os::PAGE;
+
+    fn brief(ranges: &[(Va, Va, Access)], holds: bool) -> Brief {
+        let mut all = [(0, 0, None); MAX_ARGS];
+        for (slot, &(start, end, access)) in all.iter_mut().zip(ranges) {
+            *slot = (start, end, Some(access));
+        }
+        Brief { number: 7, purpose: Purpose::Launch, holds, ranges: all }
+    }
+
+    #[test]
+    fn whole_pages_of_who_holds_are_held() {
+        let flights = Flights::default();
+        let at = 5 * BLOCK;
+        flights.list.lock()[0] = Some(brief(&[(at + 1, at + 3 * PAGE, Access::In), (at + 7 * PAGE, at + 2 * BLOCK, Access::Out)], true));
+        flights.list.lock()[1] = Some(brief(&[(at, at + 5 * PAGE, Access::Out)], false));
+        assert!(flights.held(at).is_empty(), "nobody holds");
+        flights.any.store(true, Ordering::Release);
+        assert!(flights.held(at) == (Bits::range(1..3) | Bits::range(7..512)));
+        assert!(flights.held(at + BLOCK + 123) == Bits::ALL);
+        assert!(flights.held(at + 2 * BLOCK).is_empty());
+        let flight = Flight { index: 1, number: 7, purpose: Purpose::Launch, holds: false };
+        assert!(flights.others(&flight, at) == (Bits::range(0..3) | Bits::range(7..512)), "edges too");
+    }
+
+    #[test]
+    fn what_one_writes_is_no_others() {
+        let at = 5 * BLOCK;
+        let reads = brief(&[(at, at + 100, Access::In)], false).ranges;
+        let writes = brief(&[(at + 99, at + 200, Access::Out)], false).ranges;
+        let other = brief(&[(at + 50, at + 150, Access::In)], false);
+        assert_eq!(meets(&reads, &other, true), None, "two that read");
+        assert_eq!(meets(&writes, &other, true), Some((0, at + 99)));
+        assert_eq!(meets(&reads, &brief(&[(at + 100, at + 101, Access::Out)], false), true), None, "neighbours on one page");
+        assert_eq!(meets(&reads, &brief(&[(at + 2000, at + 2001, Access::In)], false), false), Some((0, at)), "one block, two devices");
+        assert_eq!(meets(&reads, &brief(&[(at + BLOCK, at + BLOCK + 1, Access::Out)], false), false), None);
+    }
+}

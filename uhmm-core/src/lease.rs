@@ -1,0 +1,169 @@
+//! Leases: memory stays resident on a device for somebody who launches there by himself.
+//!
+//! A lease is a flight without a launch ([`crate::flight`]): prepared as a launch is, held until it is released, and finished as a launch is that went well. Who uses the
+//! pages under it cannot fetch them again, so nothing but its end makes them leave.
+//!
+//! The assistant ends leases: the device's own threads may all be waiting for just that.
+
+use crate::args::{MAX_ARGS, RawArg};
+use crate::check;
+use crate::core::{Core, Device, DeviceRef};
+use crate::error::Error;
+use crate::flight::{self, Flight, MAX_FLIGHTS, Purpose};
+use crate::kernel::{Entry, Grid};
+use crate::launch::{self, Request, take_off};
+use crate::prepare::{Part, prepare};
+use crate::process::MAX_DEVICES;
+use crate::snapshot;
+use crate::sync::*;
+use uhmm_os::Errno;
+
+/// A lease of a device, for whoever keeps the device open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaseId {
+    index: usize,
+    number: u64,
+}
+
+/// Leases that are to end. Its lock is a leaf.
+#[derive(Debug)]
+pub(crate) struct Ending {
+    list: Mutex<([(usize, LeaseId); MAX_FLIGHTS * MAX_DEVICES], usize)>,
+}
+
+impl Default for Ending {
+    fn default() -> Self {
+        Ending { list: Mutex::new(([(0, LeaseId { index: 0, number: 0 }); MAX_FLIGHTS * MAX_DEVICES], 0)) }
+    }
+}
+
+impl Ending {
+    fn push(&self, device: usize, lease: LeaseId) {
+        let mut list = self.list.lock();
+        let count = list.1;
+        // Each is here once: there are no more than have room.
+        list.0[count] = (device, lease);
+        list.1 += 1;
+    }
+
+    fn pop(&self) -> Option<(usize, LeaseId)> {
+        let mut list = self.list.lock();
+        list.1 = list.1.checked_sub(1)?;
+        Some(list.0[list.1])
+    }
+}
+
+/// The assistant's part: ends what is to end.
+pub(crate) fn work(core: &Core) {
+    while let Some((device, lease)) = core.ending.pop() {
+        // Who asked waits, and keeps the device open.
+        let dev = core.device(device);
+        if let Some(flight) = dev.flights.claim(lease.index, lease.number) {
+            let _turn = core.turns.join(device);
+            finish(core, dev, &flight, true);
+        }
+    }
+}
+
+fn acquire(core: &Core, dev: &Device, args: &[RawArg]) -> Result<LeaseId, Error> {
+    core.space.settle();
+    if let Some(index) = args.iter().position(|arg| matches!(arg, RawArg::Pointer { .. })) {
+        return Err(Error::LeasedPointer { index });
+    }
+    check::launch(core, dev, Grid::from(1), args)?;
+    let (_turn, flight) = take_off(core, dev, args, Purpose::Lease)?;
+    let lease = LeaseId { index: flight.index, number: flight.number };
+    let info = dev.driver.info();
+    if info.memory == 0 {
+        return Ok(lease); // it holds no data
+    }
+    let prepared = (|| {
+        let mut ledger = dev.flights.ledger(&flight, info.memory).map_err(|e| Error::System("reserve address space", e))?;
+        let ledger = ledger.as_mut().ok_or(Error::System("reserve address space", Errno::NOMEM))?;
+        ledger.args = [RawArg::Pointer { address: 0 }; MAX_ARGS];
+        ledger.args[..args.len()].copy_from_slice(args);
+        let _prepare = core.prepare.lock();
+        dev.full.store(false, Ordering::Relaxed);
+        dev.shares.verify(core, dev);
+        prepare(core, dev, &flight, ledger, args, Part::All)
+    })();
+    if let Err(e) = prepared {
+        finish(core, dev, &flight, false);
+        return Err(e);
+    }
+    Ok(lease)
+}
+
+/// Ends a lease, which is the caller's. Without `success` nothing is written to the program.
+fn finish(core: &Core, dev: &Device, flight: &Flight, success: bool) {
+    if let Ok(mut ledger) = dev.flights.ledger(flight, dev.driver.info().memory)
+        && let Some(ledger) = ledger.as_mut()
+    {
+        let args = ledger.args;
+        let _prepare = core.prepare.lock();
+        // What cannot be written to was unmapped by who had leased it.
+        let _ = launch::finish(core, dev, flight, ledger, &args, success);
+    }
+    flight::end(core, dev, flight);
+}
+
+/// Ends leases whose owners forgot them, when the device is closed. What they had declared may be somebody else's by now: nothing is written there.
+pub(crate) fn abandon(core: &Core, dev: &Device) {
+    while let Some(flight) = dev.flights.any_lease() {
+        finish(core, dev, &flight, false);
+    }
+}
+
+/// Runs a kernel under a lease: everything is there.
+fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<(), Error> {
+    let place = dev.line.place(number);
+    let entrance = dev.entrance.place(number);
+    let groups = request.grid.groups().filter(|&n| n > 0).ok_or(Error::Grid(request.grid.size))?;
+    entrance.wait();
+    let _turn = core.turns.enter(crate::line::Who::Device(dev.index()));
+    drop(entrance);
+    place.wait();
+    let result = launch::bare(dev, request, groups);
+    let _prepare = core.prepare.lock();
+    let ended = snapshot::finish_fetched(core, dev, &Flight::none(), result.is_ok());
+    result.and(ended.map_err(|address| Error::Gone { address }))
+}
+
+impl DeviceRef {
+    /// Makes what the arguments declare resident, until [`release`](Self::release). What they borrow must stay borrowed until then.
+    ///
+    /// # Errors
+    /// Those of a launch before its kernel runs; [`Error::Busy`], [`Error::TooMany`], [`Error::LeasedPointer`].
+    pub fn acquire(&self, args: &[RawArg]) -> Result<LeaseId, Error> {
+        self.ask_beside(|core, dev| acquire(core, dev, args))
+    }
+
+    /// The lease will end by itself soon: who needs its memory waits for that.
+    pub fn will_release(&self, lease: LeaseId) {
+        self.dev().flights.released(lease.index, lease.number);
+    }
+
+    /// Ends a lease, once: what was written under it is the program's again when this returns.
+    pub fn release(&self, lease: LeaseId) {
+        let core = self.core();
+        self.will_release(lease);
+        core.ending.push(self.index(), lease);
+        core.assist.nudge();
+        loop {
+            let bell = core.flown.count();
+            if !self.dev().flights.is_under_way(lease.index, lease.number) {
+                return;
+            }
+            core.flown.wait(bell);
+        }
+    }
+
+    /// Runs a kernel over a lease's arguments, and waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Grid`], [`Error::Kernel`], [`Error::Reentrant`].
+    pub fn run_leased(&self, entry: Entry, grid: Grid, args: &[RawArg]) -> Result<(), Error> {
+        let request = Request::new(entry, grid, args);
+        self.ask_launch(move |core, dev, number| run(core, dev, &request, number))?
+    }
+}

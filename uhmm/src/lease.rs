@@ -1,0 +1,164 @@
+//! Leases: memory that stays on a device for who launches there by himself.
+
+use crate::Device;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use uhmm_core::args::{Args, RawArg};
+use uhmm_core::kernel::{Entry, Grid, Kernel};
+use uhmm_core::lease::LeaseId;
+use uhmm_core::{DeviceRef, Error};
+
+/// Memory that is resident on a device until this is released or dropped. Made by [`Device::acquire`].
+///
+/// The CPU may read what is only read under a lease. Its touch of what is written waits for the end; so does a launch, on any device, that needs what a released
+/// lease has. Forgetting a lease keeps its memory from the CPU until the device is closed.
+#[derive(Debug)]
+pub struct Lease<'a> {
+    dev: &'a Device,
+    id: LeaseId,
+    args: Args<'a>,
+}
+
+impl Device {
+    /// Makes what the arguments declare resident, for who uses it on the device by himself: a queue of his own, a vendor's library.
+    ///
+    /// A [`run`](Self::run) is such a lease, a launch under it, and its release.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// use uhmm::{Uhmm, args, fence, inout};
+    /// let hmm = Uhmm::new()?;
+    /// let dev = hmm.device("soft")?;
+    /// let mut data = vec![1u64; 1 << 16];
+    /// let lease = dev.acquire(args![inout(&mut data)])?;
+    /// let at = lease.addr(0) as *mut u64;
+    /// // SAFETY: what is leased is resident at the device's address, and nobody else uses it until the lease ends.
+    /// unsafe { *at += 1 };
+    /// let (done, signal) = fence();
+    /// lease.release(done); // whoever works there signals when he is done
+    /// signal.done();
+    /// assert_eq!(data[0], 2);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those that [`run`](Self::run) finds before its kernel starts; [`Error::Busy`] if a lease has what this one needs; [`Error::TooMany`]; a bare pointer
+    /// declares nothing ([`Error::LeasedPointer`]).
+    pub fn acquire<'a>(&'a self, args: Args<'a>) -> Result<Lease<'a>, Error> {
+        let id = self.dev.acquire(args.raw())?;
+        Ok(Lease { dev: self, id, args })
+    }
+}
+
+impl Lease<'_> {
+    /// Where the device has argument `index`: valid there until the lease ends.
+    ///
+    /// # Panics
+    /// If there is no such argument, or it is a value.
+    pub fn addr(&self, index: usize) -> usize {
+        let mask = self.dev.info().mask;
+        match self.args.raw().get(index) {
+            Some(RawArg::Slice { start, device: None, .. }) => start ^ mask,
+            Some(RawArg::Slice { start, .. }) => *start,
+            Some(_) => panic!("argument {index} is a value: it has no address"),
+            None => panic!("there is no argument {index}: the lease has {}", self.args.raw().len()),
+        }
+    }
+
+    /// Runs a kernel over the leased arguments, and waits for its end. Nothing is moved before or after.
+    ///
+    /// # Errors
+    /// [`Error::Grid`]; [`Error::Kernel`]: what it wrote until then stays.
+    pub fn run<K: Kernel>(&self, kernel: &K, grid: impl Into<Grid>) -> Result<(), Error> {
+        self.dev.dev.run_leased(Entry::new(kernel), grid.into(), self.args.raw())
+    }
+
+    /// Gives the memory back once `fence` is signalled. This returns at once; what is written on the device until then must stay allocated.
+    pub fn release(self, fence: Fence) {
+        let mut state = fence.state();
+        if !state.done
+            && let Ok(dev) = self.dev.dev.again()
+        {
+            dev.will_release(self.id);
+            state.leases.push((dev, self.id));
+            core::mem::forget(self);
+            return;
+        }
+        drop(state);
+        fence.wait(); // then by dropping it
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        self.dev.dev.release(self.id);
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    done: bool,
+    leases: Vec<(DeviceRef, LeaseId)>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// Tells when work that uhmm has not launched is done; see [`Lease::release`]. Its clones are one fence.
+#[derive(Clone, Debug)]
+pub struct Fence {
+    shared: Arc<Shared>,
+}
+
+/// Signals a [`Fence`]. Dropping it does so too, so that nobody waits for who has gone.
+#[derive(Debug)]
+pub struct Signal {
+    shared: Arc<Shared>,
+}
+
+/// A new fence and its signal.
+pub fn fence() -> (Fence, Signal) {
+    let shared = Arc::new(Shared::default());
+    (Fence { shared: shared.clone() }, Signal { shared })
+}
+
+impl Fence {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it was signalled.
+    pub fn is_done(&self) -> bool {
+        self.state().done
+    }
+
+    /// Waits until it is.
+    pub fn wait(&self) {
+        let mut state = self.state();
+        while !state.done {
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Signal {
+    /// The work is done. Leases that were released with the fence end now: when this returns their memory is the CPU's again.
+    pub fn done(self) {}
+}
+
+impl Drop for Signal {
+    fn drop(&mut self) {
+        let leases = {
+            let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.done = true;
+            core::mem::take(&mut state.leases)
+        };
+        self.shared.changed.notify_all();
+        for (dev, id) in leases {
+            dev.release(id);
+        }
+    }
+}
