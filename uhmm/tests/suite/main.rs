@@ -30,6 +30,7 @@ mod own_memory;
 mod profiles;
 mod races;
 mod raw_fork;
+mod scopes;
 mod stories;
 mod undeclared;
 
@@ -44,6 +45,7 @@ fn main() {
     tests.extend(kernel_faults::TESTS);
     tests.extend(kernel_futex::TESTS);
     tests.extend(leases::TESTS);
+    tests.extend(scopes::TESTS);
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(closing::TESTS);

@@ -29,6 +29,7 @@ const fn lesser(name: &'static str, run: fn()) -> Test {
 /// What is about pages that stay on a device, or about the process's userfaultfd itself: true in full mode only.
 const FULL_ONLY: &[&str] = &[
     "ahead::",
+    "scopes::the_next_launch_is_prepared_while_one_runs",
     "leases::nothing_but_its_end_makes_a_lease_leave",
     "basics::pages_leave_and_come_back",
     "basics::huge_pages_leave_and_come_back_huge",
