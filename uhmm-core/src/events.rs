@@ -9,6 +9,7 @@ use crate::core::Core;
 use crate::counters::count;
 use crate::directory::{Block, State};
 use crate::home;
+use crate::mirror::Reason;
 use crate::mode::Mode;
 use crate::monitor::Change;
 use crate::notifier;
@@ -28,6 +29,9 @@ pub(crate) trait Later {
     fn unmapped(&self, part: Span) -> Bits;
 }
 
+/// All addresses of a process.
+const EVERYTHING: Span = Span { start: 0, end: 1 << 47 };
+
 /// Follows one event.
 pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
     match *change {
@@ -36,9 +40,11 @@ pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
             #[allow(unsafe_code)]
             // SAFETY: the descriptor came with the event, which is followed once.
             let child = unsafe { Userfaultfd::from_fork(fd) };
+            core.space.mirrors.invalidate(EVERYTHING, Reason::Fork);
             raw_fork::fill(core, &child);
         }
         Change::Remove(span) => {
+            core.space.mirrors.invalidate(span, Reason::Discard);
             core.dir.for_each(span, |block, part| {
                 invalidate(core, block, part, false);
                 drop_now(core, block, part, later);
@@ -49,6 +55,7 @@ pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
 }
 
 fn unmapped(core: &Core, span: Span) {
+    core.space.mirrors.invalidate(span, Reason::Unmap);
     core.space.left.remove(span);
     core.dir.for_each(span, |block, part| invalidate(core, block, part, true));
     // Addresses of the device for blocks that have no mapping left.
@@ -85,14 +92,16 @@ fn drop_now(core: &Core, block: &Block, part: Span, later: &mut dyn Later) {
     }
     loop {
         let state = block.lock();
-        let watched = mine & (state.reg - state.busy() - later.unmapped(part));
+        // A mirror watches what no migration has registered yet.
+        let known = if core.space.mirrors.meet(part) { part.bits() } else { state.reg };
+        let watched = mine & (known - state.busy() - later.unmapped(part));
         let Ok(present) = core.space.present(part) else { return };
         let pages = present.pages & watched;
         if pages.is_empty() {
             return;
         }
         let Some(mut tray) = core.pool.take_empty(Size::Small, pages) else { return };
-        let (moved, end) = ranges::move_out(&core.space, va, pages, &tray, false);
+        let (moved, end) = ranges::take_out(&core.space, va, pages, &tray, false);
         tray.full |= moved;
         core.pool.put(tray);
         match end {
@@ -159,6 +168,7 @@ fn rescue(core: &Core, state: &State, moving: Bits, target: Va, later: &mut dyn 
 /// The program's pages are at `to` now. What a device has of them comes home there, whatever the new alignment.
 fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
     let old = Span { start: from, end: from + len };
+    core.space.mirrors.invalidate(old, Reason::Remap { to });
     core.space.left.remove(old);
     core.dir.for_each(old, |block, part| {
         notifier::invalidate(block);
@@ -202,7 +212,8 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
             let mut state = block.lock();
             let moved_from = from.wrapping_add(part.start.wrapping_sub(to));
             let was = core.dir.get(moved_from).is_some();
-            if was {
+            // Of what a mirror watches only the changes are announced: registered here, all of it is as its bit says.
+            if was && (!core.space.mirrors.any() || core.space.register(part).is_ok()) {
                 state.reg |= part.bits();
             }
         }

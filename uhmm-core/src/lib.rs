@@ -8,6 +8,7 @@
 //! | [`page`], [`directory`] | where every page is: states, transitions, the radix tree |
 //! | [`space`], [`notifier`] | the process's address space, its events, and how to look at it safely |
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
+//! | [`mirror`] | devices that use memory where it is: looks, notifiers, a page table for models |
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
@@ -44,6 +45,7 @@ pub mod kernel;
 mod launch;
 pub mod left;
 pub mod migrate;
+pub mod mirror;
 pub mod mode;
 mod monitor;
 pub mod notifier;

@@ -189,8 +189,10 @@ impl Monitor {
             }
             {
                 let _alone = core.space.hold_alone();
+                core.space.mirrors.turn();
                 self.read(core);
                 self.follow(core);
+                core.space.mirrors.turn();
             }
             let asked = self.waiting;
             self.serve_all(core);

@@ -23,6 +23,7 @@ mod kernel_futex;
 mod lifecycle;
 mod mapping_races;
 mod mappings;
+mod mirror;
 mod modes;
 mod nothing_declared;
 mod own_memory;
@@ -50,6 +51,7 @@ fn main() {
     tests.extend(profiles::TESTS);
     tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);
+    tests.extend(mirror::TESTS);
     tests.extend(modes::TESTS);
     tests.extend(nothing_declared::TESTS);
     tests.extend(mapping_races::TESTS);

@@ -80,6 +80,7 @@ const NOT_IN_NONE: &[&str] = &[
     "kernel_faults::a_wild_pointer",
     "kernel_faults::a_write_to_read_only",
     "modes::what_was_only_read",
+    "mirror::",
 ];
 
 /// Whether a test is also run in this lesser mode.
