@@ -203,7 +203,8 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
         }
         state.reg -= bits;
     });
-    // The new place is watched as the old one was.
+    // The new place is watched as the old one was. A look that came before this did not know.
+    core.space.mirrors.invalidate(Span { start: to, end: to + len }, Reason::Unmap);
     let mut at = to & !(BLOCK - 1);
     while at < to + len {
         if let Ok(block) = core.dir.get_or_make(at) {

@@ -121,8 +121,14 @@ impl Space {
     /// As [`register`](Self::register); `EAGAIN` if an event is unread.
     pub fn watch(&self, span: Span, mut f: impl FnMut(Span)) -> Result<(), Errno> {
         // What is watched for missing pages a mirror must not write: see `mirror`'s walk.rs.
-        self.mirrors.invalidate(span, Reason::Migrate);
-        self.register(span)?;
+        if self.mirrors.any() {
+            self.mirrors.begin(span, Reason::Migrate);
+            let done = self.register(span);
+            self.mirrors.end(span);
+            done?;
+        } else {
+            self.register(span)?;
+        }
         let mut at = span.start;
         while at < span.end {
             let Some(vma) = self.maps.find(at)? else { break };

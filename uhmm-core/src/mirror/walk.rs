@@ -189,8 +189,9 @@ impl Job<'_> {
         let first = part.start % uhmm_os::BLOCK / PAGE;
         let mut written = Bits::EMPTY;
         wants.iter().enumerate().filter(|(_, want)| **want == Want::Write).for_each(|(page, _)| written.set(first + page));
-        let kept = written & state.reg & !(state.private() | state.duplicated());
-        for run in kept.runs() {
+        // Whatever the directory says: what was registered while an event was unread is not noted there.
+        let freed = written - (state.private() | state.duplicated());
+        for run in freed.runs() {
             let span = ranges::pages(Span::block(part.start), run.clone());
             if self.core.space.uffd.unregister(span.start, span.len()).is_err() {
                 return false; // it has just been unmapped, or lies in several mappings of which one is another's

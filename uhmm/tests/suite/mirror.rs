@@ -168,7 +168,7 @@ fn every_change_is_told_with_its_reason() {
     unsafe { room.move_to(0, 2 * PAGE, memory.at(6 * PAGE)) };
     std::mem::forget(room); // it went with that
     fault_in(&mirror, &Request::write());
-    assert_eq!(told(&mirror), [], "what comes is new, and was in no entry");
+    assert_eq!(told(&mirror), [(6, 2, Reason::Unmap)], "something else has taken the place");
     // A child.
     in_a_child(|| true);
     let notes = told(&mirror);

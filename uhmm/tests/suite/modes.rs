@@ -88,7 +88,7 @@ pub fn runs_in(name: &str, mode: Mode) -> bool {
     let listed = |list: &[&str]| list.iter().any(|prefix| name.starts_with(prefix));
     // Races and stories are about full mode's machinery, and take their time.
     let not_here = mode == Mode::None && listed(NOT_IN_NONE);
-    !(listed(FULL_ONLY) || listed(&["races::", "stories::", "mapping_races::"]) || not_here)
+    !(listed(FULL_ONLY) || listed(&["races::", "stories::", "mapping_races::", "mirror_races::"]) || not_here)
 }
 
 /// The command, run by an ordinary user: as root, by nobody, who can reach a copy of this binary.
