@@ -5,9 +5,9 @@
 //! the directory changes.
 
 use crate::bits::Bits;
-use crate::core::Core;
+use crate::core::{Core, Device};
 use crate::counters::count;
-use crate::directory::{Block, State};
+use crate::directory::{Block, BlockGuard, State};
 use crate::home;
 use crate::mirror::Reason;
 use crate::mode::Mode;
@@ -27,6 +27,9 @@ pub(crate) trait Later {
 
     /// Pages of `part`, which lies in one block, of which one of them that was read says that their mapping has gone: what is there now is another one's.
     fn unmapped(&self, part: Span) -> Bits;
+
+    /// Where the page is, as far as was read, that was at `va` when what is followed happened. `None`: it was unmapped.
+    fn now_at(&self, va: Va) -> Option<Va>;
 }
 
 /// All addresses of a process.
@@ -157,9 +160,25 @@ fn rescue(core: &Core, state: &State, moving: Bits, target: Va, later: &mut dyn 
         return;
     }
     for page in (moving & state.taken).pages() {
-        // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread.
-        while home::copy_page(core, target + page * PAGE, state.tray + page * PAGE) == Err(Errno::AGAIN) {
+        // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread; by then it may have moved on.
+        while let Some(at) = later.now_at(target + page * PAGE)
+            && home::copy_page(core, at, state.tray + page * PAGE) == Err(Errno::AGAIN)
+        {
             later.read();
+            thread::yield_now();
+        }
+    }
+}
+
+/// The new place of private pages is gone too: its event was read, and stands in the queue. What was moved on is brought to where it is by now, page by page.
+fn move_on(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, bits: Bits, target: Va, later: &mut dyn Later) {
+    for page in (bits & state.private()).pages() {
+        let offset = page * PAGE;
+        while let Some(at) = later.now_at(target.wrapping_add(offset)) {
+            match home::bring_home_to(core, dev, state, va, Bits::one(page), at.wrapping_sub(offset)) {
+                Err(Errno::AGAIN) => later.read(),
+                _ => break,
+            }
             thread::yield_now();
         }
     }
@@ -184,7 +203,10 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
                     Ok(_) => break,
                     // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread.
                     Err(Errno::AGAIN) => later.read(),
-                    Err(_) => break, // the new place is gone too: its event stands in the queue
+                    Err(_) => {
+                        move_on(core, dev, &mut state, va, bits, target, later);
+                        break;
+                    }
                 }
                 thread::yield_now();
             }
