@@ -77,6 +77,8 @@ fn announced(start: Va, len: usize, reason: Reason, change: impl FnOnce() -> Res
     let asked = held.ask_keeper(|core: &Core| {
         core.space.mirrors.begin(span, reason);
         let made = make();
+        // The call returns when its event is read. Once it is followed too, what it tells is known to be about this change.
+        drop(core.space.hold());
         core.space.mirrors.end(span);
         made
     });

@@ -215,29 +215,37 @@ unsafe extern "C" fn serve(head: *mut ()) {
 
 impl<N: Notifier> Mirror<N> {
     /// The notifier.
+    ///
+    /// # Panics
+    /// As every function of a mirror in a forked child, which has no mirror: its uhmm is to be opened again.
     pub fn notifier(&self) -> &N {
-        &self.inner.notifier
+        &self.inner().notifier
     }
 
     /// The mirrored pages.
     pub fn span(&self) -> Span {
-        self.inner.head.watch.span
+        self.inner().head.watch.span
     }
 
     fn core(&self) -> &Core {
         self.hold.core()
     }
 
+    /// What is not in a forked child: neither the memory nor the thread.
+    fn inner(&self) -> &Inner<N> {
+        self.core();
+        &self.inner
+    }
+
     fn ask<R: Send>(&self, job: impl FnOnce(&Core) -> R + Send) -> Option<R> {
-        self.core(); // a child of a fork has no such thread
         // SAFETY: the thread serves with the core.
-        unsafe { self.inner.head.desk.ask(job) }
+        unsafe { self.inner().head.desk.ask(job) }
     }
 
     /// The number to compare later. Waits while a change of the range is being made, or followed.
     pub fn read_begin(&self) -> u64 {
         self.core().space.mirrors.epoch();
-        self.inner.head.watch.seq.load(Ordering::SeqCst)
+        self.inner().head.watch.seq.load(Ordering::SeqCst)
     }
 
     /// Whether anything of the range was invalidated since [`read_begin`](Self::read_begin), or since the look that gave `seq`: what was looked up then must not
@@ -246,7 +254,7 @@ impl<N: Notifier> Mirror<N> {
     /// It takes two loads, and waits while the monitor follows a change. A device with a lock of its own asks with the lock held, which its notifier takes too.
     pub fn read_retry(&self, seq: u64) -> bool {
         self.core().space.mirrors.epoch();
-        self.inner.head.watch.seq.load(Ordering::SeqCst) != seq
+        self.inner().head.watch.seq.load(Ordering::SeqCst) != seq
     }
 
     /// As [`read_retry`](Self::read_retry), but also for a change that has begun and not returned: whatever the answer is about was done before any change that is
@@ -299,7 +307,7 @@ impl<N: Notifier> Mirror<N> {
         }
         let mut entries = vec![Entry::default(); span.len() / PAGE];
         let out = &mut entries[..];
-        let watch = &self.inner.head.watch;
+        let watch = &self.inner().head.watch;
         let asked = self.ask(move |core| Job { core, watch, span, request }.run(out, budget));
         let (seq, rounds) = asked.unwrap_or(Err(Fault::System(Errno::SRCH)))?;
         Ok(Pages { span, seq, rounds, entries })
@@ -310,7 +318,7 @@ impl<N: HasTable> Mirror<N> {
     /// Enters pages that were looked up into the device's page table: those that may be read or written. False if they were invalidated since (some may be entered,
     /// as far as they are valid): look again.
     pub fn enter(&self, pages: &Pages) -> bool {
-        let seq = &self.inner.head.watch.seq;
+        let seq = &self.inner().head.watch.seq;
         self.notifier().table().enter(pages, || seq.load(Ordering::SeqCst) == pages.seq)
     }
 

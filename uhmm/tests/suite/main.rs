@@ -24,6 +24,7 @@ mod lifecycle;
 mod mapping_races;
 mod mappings;
 mod mirror;
+mod mirror_looks;
 mod mirror_races;
 mod modes;
 mod nothing_declared;
@@ -53,6 +54,7 @@ fn main() {
     tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);
     tests.extend(mirror::TESTS);
+    tests.extend(mirror_looks::TESTS);
     tests.extend(mirror_races::TESTS);
     tests.extend(modes::TESTS);
     tests.extend(nothing_declared::TESTS);
