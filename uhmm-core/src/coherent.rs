@@ -20,6 +20,7 @@ use crate::directory::{BlockGuard, State};
 use crate::driver::{Dma, DmaKind, Frame};
 use crate::fixed;
 use crate::home;
+use crate::mirror::Reason;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
@@ -39,6 +40,7 @@ const LOOKS: usize = 4;
 /// `EAGAIN` if an event is unread: let it be read, and try the others again.
 pub(crate) fn enter(core: &Core, dev: &Device, state: &mut State, va: Va, pages: Bits) -> Result<(), Errno> {
     dev.changed();
+    core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate);
     let (mut entered, mut result) = (Bits::EMPTY, Ok(()));
     ranges::frame_runs(core, state, pages & state.private(), |run, frame| {
         if result.is_ok()

@@ -26,6 +26,12 @@ pub enum Error {
         /// Why.
         why: &'static str,
     },
+    /// A range cannot be mirrored.
+    #[error("cannot mirror the range: {why}")]
+    Mirror {
+        /// Why.
+        why: &'static str,
+    },
     /// No device of that name.
     #[error("no such device: {name:?} (there is: {known})")]
     NoDevice {

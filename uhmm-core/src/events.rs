@@ -5,10 +5,11 @@
 //! the directory changes.
 
 use crate::bits::Bits;
-use crate::core::Core;
+use crate::core::{Core, Device};
 use crate::counters::count;
-use crate::directory::{Block, State};
+use crate::directory::{Block, BlockGuard, State};
 use crate::home;
+use crate::mirror::Reason;
 use crate::mode::Mode;
 use crate::monitor::Change;
 use crate::notifier;
@@ -26,7 +27,13 @@ pub(crate) trait Later {
 
     /// Pages of `part`, which lies in one block, of which one of them that was read says that their mapping has gone: what is there now is another one's.
     fn unmapped(&self, part: Span) -> Bits;
+
+    /// Where the page is, as far as was read, that was at `va` when what is followed happened. `None`: it was unmapped.
+    fn now_at(&self, va: Va) -> Option<Va>;
 }
+
+/// All addresses of a process.
+const EVERYTHING: Span = Span { start: 0, end: 1 << 47 };
 
 /// Follows one event.
 pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
@@ -36,9 +43,11 @@ pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
             #[allow(unsafe_code)]
             // SAFETY: the descriptor came with the event, which is followed once.
             let child = unsafe { Userfaultfd::from_fork(fd) };
+            core.space.mirrors.invalidate(EVERYTHING, Reason::Fork);
             raw_fork::fill(core, &child);
         }
         Change::Remove(span) => {
+            core.space.mirrors.invalidate(span, Reason::Discard);
             core.dir.for_each(span, |block, part| {
                 invalidate(core, block, part, false);
                 drop_now(core, block, part, later);
@@ -49,6 +58,7 @@ pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
 }
 
 fn unmapped(core: &Core, span: Span) {
+    core.space.mirrors.invalidate(span, Reason::Unmap);
     core.space.left.remove(span);
     core.dir.for_each(span, |block, part| invalidate(core, block, part, true));
     // Addresses of the device for blocks that have no mapping left.
@@ -85,14 +95,16 @@ fn drop_now(core: &Core, block: &Block, part: Span, later: &mut dyn Later) {
     }
     loop {
         let state = block.lock();
-        let watched = mine & (state.reg - state.busy() - later.unmapped(part));
+        // A mirror watches what no migration has registered yet.
+        let known = if core.space.mirrors.meet(part) { part.bits() } else { state.reg };
+        let watched = mine & (known - state.busy() - later.unmapped(part));
         let Ok(present) = core.space.present(part) else { return };
         let pages = present.pages & watched;
         if pages.is_empty() {
             return;
         }
         let Some(mut tray) = core.pool.take_empty(Size::Small, pages) else { return };
-        let (moved, end) = ranges::move_out(&core.space, va, pages, &tray, false);
+        let (moved, end) = ranges::take_out(&core.space, va, pages, &tray, false);
         tray.full |= moved;
         core.pool.put(tray);
         match end {
@@ -148,9 +160,25 @@ fn rescue(core: &Core, state: &State, moving: Bits, target: Va, later: &mut dyn 
         return;
     }
     for page in (moving & state.taken).pages() {
-        // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread.
-        while home::copy_page(core, target + page * PAGE, state.tray + page * PAGE) == Err(Errno::AGAIN) {
+        // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread; by then it may have moved on.
+        while let Some(at) = later.now_at(target + page * PAGE)
+            && home::copy_page(core, at, state.tray + page * PAGE) == Err(Errno::AGAIN)
+        {
             later.read();
+            thread::yield_now();
+        }
+    }
+}
+
+/// The new place of private pages is gone too: its event was read, and stands in the queue. What was moved on is brought to where it is by now, page by page.
+fn move_on(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, bits: Bits, target: Va, later: &mut dyn Later) {
+    for page in (bits & state.private()).pages() {
+        let offset = page * PAGE;
+        while let Some(at) = later.now_at(target.wrapping_add(offset)) {
+            match home::bring_home_to(core, dev, state, va, Bits::one(page), at.wrapping_sub(offset)) {
+                Err(Errno::AGAIN) => later.read(),
+                _ => break,
+            }
             thread::yield_now();
         }
     }
@@ -159,6 +187,7 @@ fn rescue(core: &Core, state: &State, moving: Bits, target: Va, later: &mut dyn 
 /// The program's pages are at `to` now. What a device has of them comes home there, whatever the new alignment.
 fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
     let old = Span { start: from, end: from + len };
+    core.space.mirrors.invalidate(old, Reason::Remap { to });
     core.space.left.remove(old);
     core.dir.for_each(old, |block, part| {
         notifier::invalidate(block);
@@ -174,7 +203,10 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
                     Ok(_) => break,
                     // The kernel refuses until the one who changed the mapping has woken, and while anything else is unread.
                     Err(Errno::AGAIN) => later.read(),
-                    Err(_) => break, // the new place is gone too: its event stands in the queue
+                    Err(_) => {
+                        move_on(core, dev, &mut state, va, bits, target, later);
+                        break;
+                    }
                 }
                 thread::yield_now();
             }
@@ -193,7 +225,8 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
         }
         state.reg -= bits;
     });
-    // The new place is watched as the old one was.
+    // The new place is watched as the old one was. A look that came before this did not know.
+    core.space.mirrors.invalidate(Span { start: to, end: to + len }, Reason::Unmap);
     let mut at = to & !(BLOCK - 1);
     while at < to + len {
         if let Ok(block) = core.dir.get_or_make(at) {
@@ -202,7 +235,8 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
             let mut state = block.lock();
             let moved_from = from.wrapping_add(part.start.wrapping_sub(to));
             let was = core.dir.get(moved_from).is_some();
-            if was {
+            // Of what a mirror watches only the changes are announced: registered here, all of it is as its bit says.
+            if was && (!core.space.mirrors.any() || core.space.register(part).is_ok()) {
                 state.reg |= part.bits();
             }
         }

@@ -199,6 +199,9 @@ fn release(core: &Core, state: &mut BlockGuard<'_>, block: Span, pages: Bits) {
             }
         }
         state.reg -= Bits::range(run);
+        if core.space.mirrors.meet(span) {
+            let _ = core.space.watch_events(span); // an error: it has been unmapped, and a mirror was told
+        }
     }
 }
 

@@ -8,6 +8,8 @@
 use crate::core::{CURRENT, Core, NONE, current};
 use crate::left;
 use crate::line::Who;
+use crate::mirror::Reason;
+use crate::page::Span;
 use crate::process::{self, Held};
 use crate::sync::*;
 use uhmm_os::signal::Deferred;
@@ -43,6 +45,7 @@ extern "C" fn before() {
     let asked = held.ask_keeper(|core: &Core| {
         core::mem::forget(core.turns.enter(Who::Alone));
         core.evict_all();
+        core.space.mirrors.invalidate(Span { start: 0, end: 1 << 47 }, Reason::Fork);
         core.space.left.for_each(|span| left::inherit(span, true));
         core::ptr::from_ref(core) as usize
     });

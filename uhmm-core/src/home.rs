@@ -13,6 +13,7 @@ use crate::counters::count;
 use crate::directory::{Block, BlockGuard, Frame, State};
 use crate::driver::{Dma, DmaKind};
 use crate::error::Error;
+use crate::mirror::Reason;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::Size;
 use crate::ranges;
@@ -42,6 +43,7 @@ pub(crate) fn bring_home_to(core: &Core, dev: &Device, state: &mut BlockGuard<'_
     if core.space.uffd.event_pending() {
         return Err(Errno::AGAIN);
     }
+    core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate);
     ranges::unmap(core, dev, state, va, pages);
     let (arrived, result) =
         if pages.count() <= COPY_UP_TO { copy_home(core, dev, state, pages, to) } else { move_home(core, dev, state, pages, to) };

@@ -8,6 +8,7 @@
 //! | [`page`], [`directory`] | where every page is: states, transitions, the radix tree |
 //! | [`space`], [`notifier`] | the process's address space, its events, and how to look at it safely |
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
+//! | [`mirror`] | devices that use memory where it is: looks, notifiers, a page table for models |
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, [`flight`], [`lease`], `line`, [`scope`] | the life of a launch |
@@ -46,6 +47,7 @@ pub mod lease;
 pub mod left;
 mod line;
 pub mod migrate;
+pub mod mirror;
 pub mod mode;
 mod monitor;
 pub mod notifier;

@@ -147,6 +147,16 @@ impl events::Later for Rest<'_> {
             Change::Remove(_) | Change::Fork(_) => pages,
         })
     }
+
+    fn now_at(&self, va: Va) -> Option<Va> {
+        let mut later = self.monitor.changes[self.monitor.followed..self.monitor.read].iter().flatten();
+        let holds = |span: Span, at: Va| span.start <= at && at < span.end;
+        later.try_fold(va, |at, change| match *change {
+            Change::Unmap(gone) if holds(gone, at) => None,
+            Change::Remap { from, to } if holds(from, at) => Some(to + (at - from.start)),
+            _ => Some(at),
+        })
+    }
 }
 
 enum Served {
@@ -189,8 +199,10 @@ impl Monitor {
             }
             {
                 let _alone = core.space.hold_alone();
+                core.space.mirrors.turn();
                 self.read(core);
                 self.follow(core);
+                core.space.mirrors.turn();
             }
             let asked = self.waiting;
             self.serve_all(core);

@@ -13,9 +13,12 @@ use uhmm_os::mem::{self, Mapping, Prot, Reserve};
 use uhmm_os::thread::{self, Thread};
 use uhmm_os::{BLOCK, Errno};
 
+/// The addresses that such memory has, unless they are all taken.
+pub(crate) const PLACE: crate::page::Span = crate::page::Span { start: 0x2000_0000_0000, end: 0x3000_0000_0000 };
+
 /// Where the next mapping is tried. Addresses with bits 46 to 44 equal to 010 are neither a usual place of a program's mappings nor one
 /// that a device's window can fall on. Not zero, so that it lies in `.data`.
-static NEXT: AtomicUsize = AtomicUsize::new(0x2000_0000_0000);
+static NEXT: AtomicUsize = AtomicUsize::new(PLACE.start);
 
 /// Maps `len` bytes of zeroed memory, aligned to a block, without reserving swap for it.
 ///

@@ -249,7 +249,7 @@ impl CoreRef {
         unsafe { &*self.core }
     }
 
-    fn is_ours(&self) -> bool {
+    pub(crate) fn is_ours(&self) -> bool {
         self.process == std::process::id()
     }
 

@@ -9,6 +9,7 @@ use crate::devmem::Full;
 use crate::directory::{Frame, State};
 use crate::driver::MapRun;
 use crate::home;
+use crate::mirror::Reason;
 use crate::page::{Span, Va};
 use crate::pool::Tray;
 use crate::space::Space;
@@ -44,8 +45,14 @@ pub(crate) fn hull(block: Span, bits: Bits) -> Span {
     pages(block, first..end)
 }
 
-/// Moves pages of the block at `va` into the same slots of a tray, which are empty. With `hasty`, stops at the first page that is refused.
+/// Moves pages of the block at `va` into the same slots of a tray, which are empty. With `hasty`, stops at the first page that is refused. Mirrors are told first.
 pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bool) -> (Bits, MoveEnd) {
+    space.mirrors.invalidate(hull(Span::block(va), bits), Reason::Migrate);
+    take_out(space, va, bits, tray, hasty)
+}
+
+/// As [`move_out`], of what mirrors were told of before.
+pub(crate) fn take_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bool) -> (Bits, MoveEnd) {
     let mut moved = Bits::EMPTY;
     let mut end = MoveEnd::All;
     for run in bits.runs() {

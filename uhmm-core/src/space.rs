@@ -9,11 +9,13 @@
 
 use crate::bits::Bits;
 use crate::left::Left;
+use crate::mirror::Reason;
+use crate::mirror::registry::Mirrors;
 use crate::mode::Mode;
 use crate::page::{Span, Va};
 use crate::sync::*;
 use uhmm_os::maps::{Maps, Vma};
-use uhmm_os::pagemap::{Category, Pagemap, Region, ScanArgs};
+use uhmm_os::pagemap::{Category, Entry, Pagemap, Region, ScanArgs};
 use uhmm_os::uffd::{Features, RegisterMode, Userfaultfd};
 use uhmm_os::{Errno, thread};
 
@@ -33,6 +35,8 @@ pub struct Present {
     pub pages: Bits,
     /// Pages that are the zero page.
     pub zero: Bits,
+    /// Pages that are mapped by a whole block.
+    pub huge_pages: Bits,
     /// All of them are one huge page.
     pub huge: bool,
 }
@@ -48,6 +52,8 @@ pub struct Space {
     pub maps: Maps,
     /// Ranges that may stay on devices in user-mode-only mode.
     pub left: Left,
+    /// Who is told of changes.
+    pub(crate) mirrors: Mirrors,
     pagemap: Pagemap,
     events: RwLock<()>,
     /// How many find an event unread whenever they look: see [`Refusals`].
@@ -65,6 +71,7 @@ impl Space {
             uffd,
             mode,
             left: Left::default(),
+            mirrors: Mirrors::default(),
             maps: Maps::open().map_err(|e| crate::Error::System("open /proc/self/maps", e))?,
             pagemap: Pagemap::open().map_err(|e| crate::Error::System("open /proc/self/pagemap", e))?,
             events: RwLock::new(()),
@@ -113,7 +120,15 @@ impl Space {
     /// # Errors
     /// As [`register`](Self::register); `EAGAIN` if an event is unread.
     pub fn watch(&self, span: Span, mut f: impl FnMut(Span)) -> Result<(), Errno> {
-        self.register(span)?;
+        // What is watched for missing pages a mirror must not write: see `mirror`'s walk.rs.
+        if self.mirrors.any() {
+            self.mirrors.begin(span, Reason::Migrate);
+            let done = self.register(span);
+            self.mirrors.end(span);
+            done?;
+        } else {
+            self.register(span)?;
+        }
         let mut at = span.start;
         while at < span.end {
             let Some(vma) = self.maps.find(at)? else { break };
@@ -127,6 +142,19 @@ impl Space {
             }
         }
         Ok(())
+    }
+
+    /// Has the changes of private anonymous memory announced. What is watched for more than that already stays so.
+    ///
+    /// # Errors
+    /// As [`register`](Self::register).
+    pub(crate) fn watch_events(&self, span: Span) -> Result<(), Errno> {
+        self.uffd.register(span.start, span.len(), RegisterMode::WP)
+    }
+
+    /// What the page table says of pages from `start` on: how many it tells of.
+    pub(crate) fn page_entries(&self, start: Va, entries: &mut [Entry]) -> Result<usize, Errno> {
+        self.pagemap.entries(start, entries)
     }
 
     /// Which pages of `span`, which lies in one block, exist on the CPU's side.
@@ -145,7 +173,11 @@ impl Space {
                 if region.categories.contains(Category::PFNZERO) {
                     found.zero |= bits;
                 }
-                found.huge &= region.categories.contains(Category::HUGE);
+                if region.categories.contains(Category::HUGE) {
+                    found.huge_pages |= bits;
+                } else {
+                    found.huge = false;
+                }
             }
             if scan.walk_end <= at {
                 break;

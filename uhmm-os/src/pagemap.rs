@@ -14,9 +14,11 @@ use rustix::fs::{Mode, OFlags};
 const SCAN: u32 = iowr::<abi::pm_scan_arg>(b'f', 16);
 /// Page entries that the fallback reads at once, into its stack frame.
 const CHUNK: usize = 256;
+/// Page entries that are told at once.
+const MOST: usize = 512;
 
 /// One page's entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
     /// It is in memory and mapped here.
     pub present: bool,
@@ -210,6 +212,20 @@ impl Pagemap {
             8 => Ok(Entry::from_raw(u64::from_ne_bytes(raw))),
             _ => Err(Errno::INVAL),
         }
+    }
+
+    /// The entries of pages from the one that holds `va` on, at most 512, and how many were told. *Fault path.*
+    ///
+    /// # Errors
+    /// Those of read(2).
+    pub fn entries(&self, va: usize, entries: &mut [Entry]) -> Result<usize, Errno> {
+        let mut raw = [[0u8; 8]; MOST];
+        let wanted = entries.len().min(MOST);
+        let read = pread(self.fd.as_fd(), raw[..wanted].as_flattened_mut(), (va / PAGE * 8) as u64)? / 8;
+        for (entry, raw) in entries.iter_mut().zip(&raw[..read]) {
+            *entry = Entry::from_raw(u64::from_ne_bytes(*raw));
+        }
+        Ok(read)
     }
 
     /// Looks for pages in `start..end` that match, and reports them in order, neighbours with equal categories as one region.

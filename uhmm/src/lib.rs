@@ -40,6 +40,7 @@ pub use uhmm_core::args::{Access, Arg, Args, IntoArg, Lent, MAX_ARGS, inout, inp
 pub use uhmm_core::counters::Stats;
 pub use uhmm_core::driver::{DeviceInfo, KernelFault};
 pub use uhmm_core::kernel::{Ctx, Grid, Kernel, LOCAL_BYTES, Out};
+pub use uhmm_core::mirror::{self, Mirror, Notifier};
 pub use uhmm_core::mode::Mode;
 pub use uhmm_core::scope::{Event, Launched, Queue, Scope, scope};
 
@@ -119,6 +120,15 @@ impl Uhmm {
     /// [`Error::Signal`] for SIGKILL, SIGSTOP and what is no signal; [`Error::System`] if a thread is refused; [`Error::Reentrant`] from a kernel.
     pub fn evict_on_signal(&self, signal: i32) -> Result<(), Error> {
         self.core.evict_on_signal(signal)
+    }
+
+    /// Mirrors a range of addresses, for a device that uses memory where it is: what it may do with each page can be looked up and asked for, and `notifier` is
+    /// told of every change before the device could act on what is no longer so. Nothing migrates. See [`mirror`](mod@mirror), and the example `mirror_only`.
+    ///
+    /// # Errors
+    /// [`Error::Mirror`] in [`Mode::None`], for an empty range or one that holds uhmm's own memory, and if there are 256 mirrors already; [`Error::System`].
+    pub fn mirror<N: Notifier>(&self, range: std::ops::Range<usize>, notifier: N) -> Result<Mirror<N>, Error> {
+        self.core.mirror(range, notifier)
     }
 
     /// The devices that are open in this process.

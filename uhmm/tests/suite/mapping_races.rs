@@ -18,6 +18,7 @@ crate::tests![
     changes_during_kernels_on_other_ranges,
     changes_of_the_very_range_of_a_running_kernel,
     mappings_that_come_and_go_are_never_taken_unwatched,
+    pages_that_are_moved_on_at_once_keep_their_contents,
 ];
 
 const PAGE: usize = 4096;
@@ -540,4 +541,34 @@ fn mappings_that_come_and_go_are_never_taken_unwatched() {
         }
         stop.store(true, Ordering::Relaxed);
     });
+}
+
+/// The story: a page that was on a device was moved to another address by mremap, and from there on before the first of these moves was followed. It was brought
+/// to where it was no more, which failed, and was lost: the program read zeroes.
+fn pages_that_are_moved_on_at_once_keep_their_contents() {
+    const LEN: usize = 24;
+    let (_hmm, dev) = device(16);
+    let mut memory = Pages::new(LEN * PAGE);
+    let aside = Pages::new(LEN * PAGE);
+    memory.slice::<u8>().fill(7);
+    let end = Instant::now() + seconds(5);
+    let mut rounds = 0;
+    while Instant::now() < end {
+        dev.prefetch(memory.slice::<u8>()).unwrap();
+        // SAFETY: nobody uses either place meanwhile.
+        unsafe {
+            for page in 0..LEN {
+                memory.move_to(page * PAGE, PAGE, aside.at(page * PAGE));
+                if rounds % 2 == 0 {
+                    aside.move_to(page * PAGE, PAGE, memory.at(page * PAGE));
+                }
+            }
+            for page in (0..LEN).filter(|_| rounds % 2 == 1) {
+                aside.move_to(page * PAGE, PAGE, memory.at(page * PAGE));
+            }
+        }
+        let wrong = memory.slice::<u8>().iter().position(|&x| x != 7);
+        assert_eq!(wrong, None, "round {rounds}");
+        rounds += 1;
+    }
 }

@@ -19,6 +19,7 @@ pub const LESSER: &[Test] = &[
     lesser("suite::modes::a_forked_child_sees_the_contents", a_forked_child_sees_the_contents),
     lesser("suite::modes::undeclared_memory", undeclared_memory),
     lesser("suite::modes::what_is_left_on_the_device", what_is_left_on_the_device),
+    lesser("suite::modes::a_mirror_needs_userfaultfd", a_mirror_needs_userfaultfd),
     lesser("suite::modes::more_than_the_device_holds", more_than_the_device_holds),
 ];
 
@@ -71,6 +72,7 @@ const FULL_ONLY: &[&str] = &[
     "coherent_races::",
     "nothing_declared::",
     "profiles::null",
+    "mirror_looks::pages_o",
 ];
 
 /// What follows pointers that are not declared, which needs userfaultfd.
@@ -82,6 +84,8 @@ const NOT_IN_NONE: &[&str] = &[
     "kernel_faults::a_wild_pointer",
     "kernel_faults::a_write_to_read_only",
     "modes::what_was_only_read",
+    "mirror::",
+    "mirror_looks::",
 ];
 
 /// Whether a test is also run in this lesser mode.
@@ -89,7 +93,7 @@ pub fn runs_in(name: &str, mode: Mode) -> bool {
     let listed = |list: &[&str]| list.iter().any(|prefix| name.starts_with(prefix));
     // Races and stories are about full mode's machinery, and take their time.
     let not_here = mode == Mode::None && listed(NOT_IN_NONE);
-    !(listed(FULL_ONLY) || listed(&["races::", "stories::", "mapping_races::"]) || not_here)
+    !(listed(FULL_ONLY) || listed(&["races::", "stories::", "mapping_races::", "mirror_races::"]) || not_here)
 }
 
 /// The command, run by an ordinary user: as root, by nobody, who can reach a copy of this binary.
@@ -299,4 +303,22 @@ fn more_than_the_device_holds() {
 struct Node {
     value: u64,
     next: Option<Box<Node>>,
+}
+
+fn a_mirror_needs_userfaultfd() {
+    let hmm = Uhmm::new().unwrap();
+    let memory = Pages::new(4096);
+    let start = memory.start() as usize;
+    let table = uhmm::mirror::PageTable::new(start..start + 4096).unwrap();
+    match hmm.mirror(start..start + 4096, table) {
+        Ok(mirror) => {
+            assert_eq!(hmm.mode(), Mode::UserModeOnly);
+            let pages = mirror.snapshot(start..start + 4096, std::time::Duration::from_secs(1)).unwrap();
+            assert!(pages.entries[0].is_watched());
+        }
+        Err(refused) => {
+            assert_eq!(hmm.mode(), Mode::None);
+            assert!(refused.to_string().contains("userfaultfd"), "{refused}");
+        }
+    }
 }
