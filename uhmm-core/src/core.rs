@@ -23,7 +23,7 @@ use crate::left;
 use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::Span;
-use crate::policy::{Declared, Policy};
+use crate::policy::Policies;
 use crate::pool::Pool;
 use crate::process::CoreRef;
 use crate::shares::Shares;
@@ -61,7 +61,7 @@ pub struct Core {
     pub(crate) space: Space,
     pub(crate) dir: Directory,
     pub(crate) pool: Pool,
-    pub(crate) policy: OwnBox<dyn Policy>,
+    pub(crate) policies: Policies,
     pub(crate) prepare: Mutex<()>,
     /// For who looks what threads need when they end: [`crate::fixed`].
     pub(crate) ends: Mutex<()>,
@@ -127,7 +127,7 @@ impl Core {
         let core = Core {
             dir: Directory::new((2 * blocks).max(1024)).map_err(reserve)?,
             pool,
-            policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
+            policies: Policies::new().map_err(reserve)?,
             prepare: Mutex::new(()),
             ends: Mutex::new(()),
             c_library: fixed::c_library(),
@@ -276,11 +276,15 @@ impl DeviceRef {
         DeviceRef { hold, index }
     }
 
+    pub(crate) fn hold(&self) -> &CoreRef {
+        &self.hold
+    }
+
     fn dev(&self) -> &Device {
         self.hold.core().device(self.index)
     }
 
-    fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> R + Send) -> Result<R, Error> {
+    pub(crate) fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> R + Send) -> Result<R, Error> {
         // A worker would wait for the end of its own launch.
         if self.hold.core().has_worker(thread::gettid()) {
             return Err(Error::Reentrant);

@@ -14,6 +14,7 @@ use crate::directory::{BlockGuard, Frame, State};
 use crate::driver::{Dma, DmaKind};
 use crate::error::Error;
 use crate::page::{Cause, PageState, Span, Va};
+use crate::policy;
 use crate::pool::Size;
 use crate::ranges;
 use crate::space::Refusals;
@@ -247,24 +248,27 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
     }
 }
 
-/// Makes room: sends the least recently used block home that no running launch has declared; with `force`, failing that, one that it has but
+/// Makes room: sends a block home that no running launch has declared, the least recently used one or another if the policy says so; with `force`, failing that, one that it has but
 /// can bear to lose, since the device will fault on it.
 ///
 /// # Errors
 /// [`Error::NoRoom`] if there is none.
 pub(crate) fn evict_one(core: &Core, dev: &Device, force: bool) -> Result<(), Error> {
     let pin = dev.pin();
-    let mut va = dev.mem.oldest(&core.dir, |block| {
+    let mut va = policy::leaving(core, dev, |block| {
         // What has to stay for the running launch would be chosen again and again.
         !block.keep.load(Ordering::Relaxed) && (pin == 0 || block.pin.load(Ordering::Relaxed) != pin)
     });
     if va.is_none() && force {
-        va = dev.mem.oldest(&core.dir, |block| !block.keep.load(Ordering::Relaxed));
+        va = policy::leaving(core, dev, |block| !block.keep.load(Ordering::Relaxed));
     }
     let Some(va) = va else {
         let info = dev.driver.info();
         return Err(Error::NoRoom { device: info.name, needed: uhmm_os::BLOCK, capacity: info.memory });
     };
     count(&dev.counters.evictions, 1);
+    if let Some(block) = core.dir.get(va) {
+        policy::one_more(&block.past.evictions);
+    }
     send_home(core, dev, va)
 }

@@ -4,11 +4,11 @@
 //! |---|---|
 //! | [`kernel`], [`mod@args`] | what runs on a device, and what it is given |
 //! | [`driver`] | what a device must do |
-//! | [`policy`] | what decides how much moves |
+//! | [`policy`], `advice` | what decides how much moves; what the program says about ranges |
 //! | [`page`], [`directory`] | where every page is: states, transitions, the radix tree |
 //! | [`space`], [`notifier`] | the process's address space, its events, and how to look at it safely |
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
-//! | [`migrate`], `home` | moving pages to a device and back |
+//! | [`migrate`], `home`, `share` | moving pages to a device and back; the CPU gets copies of what a device keeps |
 //! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
 //! | `coherent` | devices whose memory the CPU uses in place |
@@ -18,6 +18,7 @@
 //! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
+mod advice;
 mod ahead;
 pub mod args;
 mod assist;
@@ -55,6 +56,7 @@ mod prepare;
 pub mod process;
 mod ranges;
 mod raw_fork;
+mod share;
 mod shares;
 mod snapshot;
 pub mod space;

@@ -71,7 +71,10 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], sealed: &Sealed) {
         let at = va + page * PAGE;
         let span = Span { start: at, end: at + PAGE };
         let large = written(args, at).any(|(_, len)| len >= LARGE);
-        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| core.space.moves(&vma, at).0) {
+        if !large
+            || core.policies.marks.stay(span).has(page)
+            || !core.space.mapping(at).ok().flatten().is_some_and(|vma| core.space.moves(&vma, at).0)
+        {
             continue;
         }
         if !state.reg.has(page) {

@@ -102,6 +102,7 @@ impl Core {
     /// On the keeper, while the one who asks holds `prepare`: closes a device whose queue was joined. Everything it has comes home; its threads, memory and addresses go.
     pub(crate) fn close_device(&self, index: usize) {
         self.evict_device(self.device(index));
+        self.policies.forget_device(index as u32 + 1);
         drop(self.devices.take(index));
     }
 }

@@ -28,6 +28,7 @@ const fn lesser(name: &'static str, run: fn()) -> Test {
 
 /// What is about pages that stay on a device, or about the process's userfaultfd itself: true in full mode only.
 const FULL_ONLY: &[&str] = &[
+    "advice::",
     "ahead::",
     "basics::pages_leave_and_come_back",
     "basics::huge_pages_leave_and_come_back_huge",
@@ -57,6 +58,7 @@ const FULL_ONLY: &[&str] = &[
     "kernel_access::",
     "kernel_futex::",
     "own_memory::",
+    "policies::",
     "closing::",
     "coherent::the_cpu_uses",
     "coherent::pages_have_been",
