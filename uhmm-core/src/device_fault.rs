@@ -171,7 +171,7 @@ impl Touch<'_> {
         if self.is_served(&state) {
             drop(state);
             if ask.intent == Intent::Move {
-                self.follow(&vma, ask.want);
+                self.follow(vma.end, ask.want);
             }
             return Ok(true);
         }
@@ -243,15 +243,15 @@ impl Touch<'_> {
         Ask { beside: want, last: self.fetch.pin, ..Ask::new(part, want, Intent::Move) }
     }
 
-    /// The page has come: the rest of what the policy wants. Nothing depends on it, so it is tried once.
-    fn follow(&mut self, vma: &Vma, came: Bits) {
+    /// The page has come: the rest of what the policy wants, up to the end of the mapping. Nothing depends on it, so it is tried once.
+    fn follow(&mut self, end: Va, came: Bits) {
         let Fetch { duplicate, ahead, .. } = std::mem::take(&mut self.fetch);
         if duplicate {
             self.give_back(Span::block(self.va).start, came);
         }
         for number in 1..=ahead {
             let va = Span::block(self.va).start + number * BLOCK;
-            if va >= vma.end || !self.bring_next(vma, va, duplicate) {
+            if va >= end || !self.bring_next(va, duplicate) {
                 return;
             }
         }
@@ -269,20 +269,19 @@ impl Touch<'_> {
     }
 
     /// Brings a block that is likely to be touched next, if there is room. False if that leads nowhere.
-    fn bring_next(&self, vma: &Vma, va: Va, duplicate: bool) -> bool {
+    fn bring_next(&self, va: Va, duplicate: bool) -> bool {
         let (core, dev) = (self.core, self.dev);
-        let part = Span::block(va).and(Span { start: vma.start, end: vma.end });
         let Ok(block) = core.dir.get_or_make(va) else { return false };
         let seq = notifier::read_begin(block);
-        if dev.mem.used() + 2 * BLOCK > dev.driver.info().memory || !core.space.moves(vma, va).0 {
+        if dev.mem.used() + 2 * BLOCK > dev.driver.info().memory {
             return false;
         }
-        // The mapping may be another one since it was looked up.
-        match core.space.mapping(va) {
-            Ok(Some(now)) if (now.start, now.end) == (vma.start, vma.end) && core.space.moves(&now, va).0 => {}
-            _ => return false,
+        let Ok(Some(vma)) = core.space.mapping(va) else { return false };
+        if !core.space.moves(&vma, va).0 {
+            return false;
         }
-        let stays = fixed::pages(core, part) | fixed::stacks(vma, part) | core.policies.marks.stay(part);
+        let part = Span::block(va).and(Span { start: vma.start, end: vma.end });
+        let stays = fixed::pages(core, part) | fixed::stacks(&vma, part) | core.policies.marks.stay(part);
         let present = core.space.present(part).map(|present| present.pages).unwrap_or_default();
         let want = (present & part.bits()) - stays;
         if want.is_empty() {

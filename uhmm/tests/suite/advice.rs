@@ -149,7 +149,7 @@ fn what_is_mostly_read_is_read_by_both() {
     let data = &mut pages.slice::<u8>()[100 * PAGE..400 * PAGE];
     hmm.advise(data, Advice::ReadMostly).unwrap();
     dev.prefetch(data).unwrap();
-    assert_eq!((read(&data[5 * PAGE]), pages_present(data), pages_on_device(&dev, data)), (105, 16, 300));
+    assert_eq!((read(&data[5 * PAGE]), pages_present(data), pages_on_device(&dev, data)), (105, 12, 300));
     assert!(right(pages.slice(), 0));
     // In huge pages, whole.
     let mut huge = Pages::huge(BLOCK);
