@@ -71,6 +71,8 @@ pub struct Core {
     pub(crate) twins: Twins,
     pub(crate) devices: DeviceTable,
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
+    /// Threads that are making pages the program's own.
+    populating: [AtomicU32; ROOMS],
     next_mover: AtomicU32,
     next_launch: AtomicU64,
     pub(crate) stop: EventFd,
@@ -136,6 +138,7 @@ impl Core {
             twins: Twins::new(blocks).map_err(reserve)?,
             devices: DeviceTable::default(),
             rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,
+            populating: Default::default(),
             next_mover: AtomicU32::new(1),
             next_launch: AtomicU64::new(1),
             stop: EventFd::new().map_err(|e| Error::System("open an eventfd", e))?,
@@ -163,6 +166,25 @@ impl Core {
     pub(crate) fn room(&self) -> MutexGuard<'_, Room> {
         let free = self.rooms.iter().find_map(|room| room.try_lock());
         free.unwrap_or_else(|| self.rooms[thread::gettid() as usize % ROOMS].lock())
+    }
+
+    /// Does something on behalf of the mechanism that touches the program's pages: if they are on a device by now, a worker that does this has not used a process address.
+    pub(crate) fn populate(&self, work: impl FnOnce()) {
+        let tid = thread::gettid();
+        let free = || self.populating.iter().find(|slot| slot.compare_exchange(0, tid, Ordering::AcqRel, Ordering::Relaxed).is_ok());
+        let slot = loop {
+            match free() {
+                Some(slot) => break slot,
+                None => thread::yield_now(),
+            }
+        };
+        work();
+        slot.store(0, Ordering::Release);
+    }
+
+    /// Whether a thread's touch is such a one.
+    pub(crate) fn populates(&self, tid: u32) -> bool {
+        self.populating.iter().any(|slot| slot.load(Ordering::Acquire) == tid)
     }
 
     pub(crate) fn next_mover(&self) -> u32 {

@@ -171,7 +171,7 @@ impl Touch<'_> {
         if self.is_served(&state) {
             drop(state);
             if ask.intent == Intent::Move {
-                self.follow(vma.end, ask.want);
+                self.follow(ask.want);
             }
             return Ok(true);
         }
@@ -243,15 +243,23 @@ impl Touch<'_> {
         Ask { beside: want, last: self.fetch.pin, ..Ask::new(part, want, Intent::Move) }
     }
 
-    /// The page has come: the rest of what the policy wants, up to the end of the mapping. Nothing depends on it, so it is tried once.
-    fn follow(&mut self, end: Va, came: Bits) {
+    /// The page has come: the rest of what the policy wants. Nothing depends on it, so it is tried once.
+    fn follow(&mut self, came: Bits) {
         let Fetch { duplicate, ahead, .. } = std::mem::take(&mut self.fetch);
         if duplicate {
             self.give_back(Span::block(self.va).start, came);
         }
+        // Up to where memory of one kind goes on without a gap: the kernel would call it one mapping if no part of it were watched.
+        let mut end = self.va;
         for number in 1..=ahead {
             let va = Span::block(self.va).start + number * BLOCK;
-            if va >= end || !self.bring_next(va, duplicate) {
+            while let Ok(Some(vma)) = self.core.space.mapping(end)
+                && end <= va
+                && self.core.space.moves(&vma, end).0
+            {
+                end = vma.end;
+            }
+            if end <= va || !self.bring_next(va, duplicate) {
                 return;
             }
         }

@@ -269,7 +269,10 @@ impl Monitor {
             core.for_each_device(|dev| {
                 if dev.driver.owns_thread(fault.tid) {
                     fault.worker = true;
-                    dev.driver.host_touch(fault.tid, fault.address);
+                    // Another worker may have taken the page while this one was making it the program's own.
+                    if !core.populates(fault.tid) {
+                        dev.driver.host_touch(fault.tid, fault.address);
+                    }
                 }
             });
         }

@@ -244,9 +244,11 @@ impl Core {
                 Look::Populate(pages) => {
                     populated = true;
                     for run in pages.runs().map(|run| ranges::pages(Span::block(ask.part.start), run)) {
-                        #[allow(unsafe_code)]
-                        // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
-                        let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
+                        self.populate(|| {
+                            #[allow(unsafe_code)]
+                            // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
+                            let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
+                        });
                     }
                 }
                 Look::Done | Look::Refused | Look::Taken { .. } => unreachable!("handled above"),

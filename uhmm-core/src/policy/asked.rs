@@ -45,7 +45,7 @@ impl Wishes {
         // In the lesser modes nothing stays but what was left there: there is nothing to decide.
         if core.space.mode == Mode::Full {
             let history = core.dir.get(part.start).map(|block| block.past.now()).unwrap_or_default();
-            let declared = Declaration { device: dev.id(), part, access, bytes, advice, history };
+            let declared = Declaration { device: dev.id(), part, access, coherent: info.coherent, bytes, advice, history };
             let policy = core.policies.of(said, dev.id());
             answer = ask(|| policy.launch(&declared));
         }

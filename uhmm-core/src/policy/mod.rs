@@ -70,6 +70,8 @@ pub struct Declaration {
     pub part: Span,
     /// What the kernel does with them.
     pub access: Access,
+    /// The CPU uses the device's memory in place: nothing is on both sides, and what is to be there moves.
+    pub coherent: bool,
     /// Bytes of the whole argument.
     pub bytes: usize,
     /// What the program has advised for them: the same for all.
@@ -131,7 +133,7 @@ pub struct Fetch {
     pub duplicate: bool,
     /// The block goes last when the device is full; see [`Prepare::pin`].
     pub pin: bool,
-    /// Blocks behind this one, of the same mapping, that are brought as well, before the kernel goes on: at most [`MOST_AHEAD`], as far as there is room.
+    /// Blocks behind this one that are brought as well, as far as memory goes on that can move, before the kernel goes on: at most [`MOST_AHEAD`], as far as there is room.
     pub ahead: usize,
 }
 

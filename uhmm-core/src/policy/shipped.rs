@@ -31,7 +31,7 @@ pub struct NeverMigrate;
 
 impl Policy for NeverMigrate {
     fn launch(&self, declared: &Declaration) -> Prepare {
-        let place = if declared.access == Access::In { Placement::Duplicate } else { Placement::Map };
+        let place = if declared.access == Access::In && !declared.coherent { Placement::Duplicate } else { Placement::Map };
         Prepare { place, pin: false }
     }
 
