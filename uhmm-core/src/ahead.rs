@@ -9,6 +9,7 @@ use crate::home;
 use crate::monitor::kept;
 use crate::page::Va;
 use crate::policy::Run;
+use crate::share;
 use crate::sync::*;
 use uhmm_os::BLOCK;
 
@@ -24,18 +25,18 @@ impl Ahead {
         *self.run.lock() = run;
     }
 
-    fn take(&self) -> Option<Va> {
+    fn take(&self) -> Option<(Va, bool)> {
         let mut run = self.run.lock();
         let va = run.next;
         run.left = run.left.checked_sub(1)?;
         run.next = if run.down { va.wrapping_sub(BLOCK) } else { va.wrapping_add(BLOCK) };
-        Some(va)
+        Some((va, run.duplicate))
     }
 }
 
 /// Brings one block home, if one is left to bring. The caller holds the event lock, or is the one who reads events.
 pub(crate) fn step(core: &Core) -> bool {
-    let Some(va) = core.ahead.take() else { return false };
+    let Some((va, duplicate)) = core.ahead.take() else { return false };
     let Some(block) = core.dir.get(va) else { return true };
     let mut state = block.lock();
     if state.device == 0 || state.mover != 0 {
@@ -44,7 +45,9 @@ pub(crate) fn step(core: &Core) -> bool {
     let pages = state.private() - kept(core, &state, va);
     if !pages.is_empty() {
         let dev = core.device(state.device as usize - 1);
-        if home::bring_home(core, dev, &mut state, va, pages).is_err() {
+        let came =
+            if duplicate { share::share(core, dev, &mut state, va, pages) } else { home::bring_home(core, dev, &mut state, va, pages) };
+        if came.is_err() {
             core.ahead.ask(Run::default()); // an event is unread: what it says may concern the rest
         }
     }

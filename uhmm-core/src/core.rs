@@ -25,7 +25,7 @@ use crate::line::{Line, Turns};
 use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::{Span, Va};
-use crate::policy::{Declared, Policy};
+use crate::policy::Policies;
 use crate::pool::Pool;
 use crate::process::CoreRef;
 use crate::shares::Shares;
@@ -66,7 +66,7 @@ pub struct Core {
     pub(crate) space: Space,
     pub(crate) dir: Directory,
     pub(crate) pool: Pool,
-    pub(crate) policy: OwnBox<dyn Policy>,
+    pub(crate) policies: Policies,
     /// Held while a launch is prepared, and while one is finished.
     pub(crate) prepare: Mutex<()>,
     pub(crate) turns: Turns,
@@ -80,6 +80,8 @@ pub struct Core {
     pub(crate) twins: Twins,
     pub(crate) devices: DeviceTable,
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
+    /// Threads that are making pages the program's own.
+    populating: [AtomicU32; ROOMS],
     next_mover: AtomicU32,
     next_launch: AtomicU64,
     pub(crate) stop: EventFd,
@@ -139,7 +141,7 @@ impl Core {
         let core = Core {
             dir: Directory::new((2 * blocks).max(1024)).map_err(reserve)?,
             pool,
-            policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
+            policies: Policies::new().map_err(reserve)?,
             prepare: Mutex::new(()),
             turns: Turns::default(),
             flown: Bell::default(),
@@ -151,6 +153,7 @@ impl Core {
             twins: Twins::new(blocks).map_err(reserve)?,
             devices: DeviceTable::default(),
             rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,
+            populating: Default::default(),
             next_mover: AtomicU32::new(1),
             next_launch: AtomicU64::new(1),
             stop: EventFd::new().map_err(|e| Error::System("open an eventfd", e))?,
@@ -178,6 +181,25 @@ impl Core {
     pub(crate) fn room(&self) -> MutexGuard<'_, Room> {
         let free = self.rooms.iter().find_map(|room| room.try_lock());
         free.unwrap_or_else(|| self.rooms[thread::gettid() as usize % ROOMS].lock())
+    }
+
+    /// Does something on behalf of the mechanism that touches the program's pages: if they are on a device by now, a worker that does this has not used a process address.
+    pub(crate) fn populate(&self, work: impl FnOnce()) {
+        let tid = thread::gettid();
+        let free = || self.populating.iter().find(|slot| slot.compare_exchange(0, tid, Ordering::AcqRel, Ordering::Relaxed).is_ok());
+        let slot = loop {
+            match free() {
+                Some(slot) => break slot,
+                None => thread::yield_now(),
+            }
+        };
+        work();
+        slot.store(0, Ordering::Release);
+    }
+
+    /// Whether a thread's touch is such a one.
+    pub(crate) fn populates(&self, tid: u32) -> bool {
+        self.populating.iter().any(|slot| slot.load(Ordering::Acquire) == tid)
     }
 
     pub(crate) fn next_mover(&self) -> u32 {
@@ -305,6 +327,10 @@ impl DeviceRef {
         DeviceRef { hold, index }
     }
 
+    pub(crate) fn hold(&self) -> &CoreRef {
+        &self.hold
+    }
+
     pub(crate) fn core(&self) -> &Core {
         self.hold.core()
     }
@@ -317,7 +343,7 @@ impl DeviceRef {
         self.hold.core().device(self.index)
     }
 
-    fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> R + Send) -> Result<R, Error> {
+    pub(crate) fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> R + Send) -> Result<R, Error> {
         // A worker would wait for the end of its own launch.
         if self.hold.core().has_worker(thread::gettid()) {
             return Err(Error::Reentrant);

@@ -14,7 +14,7 @@ use core::cell::UnsafeCell;
 use core::mem::{MaybeUninit, align_of, size_of};
 
 /// Bytes of a piece of work, and of its result.
-const ROOM: usize = 2048;
+const ROOM: usize = 8192;
 /// Pieces of work that can lie here at once; who comes later waits.
 const ROOMS: usize = 16;
 

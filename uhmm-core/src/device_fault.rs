@@ -13,10 +13,12 @@ use crate::error::Error;
 use crate::fixed;
 use crate::migrate::{Ask, Intent};
 use crate::mode::Mode;
+use crate::monitor::kept;
 use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
-use crate::policy;
+use crate::policy::{self, Fetch};
 use crate::ranges;
+use crate::share;
 use uhmm_os::maps::Vma;
 use uhmm_os::signal::FaultInfo;
 use uhmm_os::{BLOCK, PAGE, copy, tasks, thread};
@@ -93,6 +95,8 @@ struct Touch<'a> {
     alone: bool,
     /// How often the kernel has refused to move it.
     refusals: usize,
+    /// What the policy wants to come.
+    fetch: Fetch,
 }
 
 /// Makes the page at `va` accessible to the device.
@@ -105,7 +109,7 @@ pub(crate) fn serve(core: &Core, dev: &Device, va: Va, write: bool) -> Result<()
     if !dev.driver.info().replayable_faults && !refetched(core, dev, va, write) {
         return Err(KernelFault::NotDeclared { address: va, write });
     }
-    let mut touch = Touch { core, dev, va, write, stays: false, alone: false, refusals: 0 };
+    let mut touch = Touch { core, dev, va, write, stays: false, alone: false, refusals: 0, fetch: Fetch::default() };
     for _ in 0..LOOKS {
         if touch.look()? {
             return Ok(());
@@ -165,6 +169,10 @@ impl Touch<'_> {
         };
         let state = block.lock();
         if self.is_served(&state) {
+            drop(state);
+            if ask.intent == Intent::Move {
+                self.follow(ask.want);
+            }
             return Ok(true);
         }
         if refused && !state.resident().has(page) && !notifier::read_retry(block, seq) {
@@ -204,8 +212,17 @@ impl Touch<'_> {
         if here {
             // Here, but not mapped, or not for writing. What both have becomes the device's alone: entering a page read-only takes two steps while kernels
             // run, and a write between them would be lost.
-            let intent = if core.space.mode == Mode::Full { Intent::Move } else { Intent::Snapshot };
+            let moves = core.space.mode == Mode::Full && !core.policies.marks.stay(part).has(page);
+            let intent = if moves { Intent::Move } else { Intent::Snapshot };
             return Ask { twins: one, ..Ask::new(part, one, intent) };
+        }
+        // What was advised to stay is a copy as what cannot move, and no neighbour with it that moves.
+        let stay = core.policies.marks.stay(part);
+        if stay.has(page) {
+            let want = leaf(part, page, fetched) & stay;
+            let want = if self.alone { one } else { want };
+            self.stays = true;
+            return Ask { twins: want, ..Ask::new(part, want, Intent::Snapshot) };
         }
         self.stays |= !moves;
         let needed = if self.stays { Bits::EMPTY } else { fixed::pages(core, part) };
@@ -217,11 +234,73 @@ impl Touch<'_> {
         }
         // The kernel's own captures lie on a stack too: only what it touches there through the window is fetched.
         let left = if core.space.mode == Mode::Full { Bits::ALL } else { core.space.left.bits(part) };
-        let candidates = (part.bits() & left) - needed - (fixed::stacks(vma, part) - one);
-        let ask = policy::DeviceFault { page, write: self.write, candidates };
-        let want = (core.policy.device_fault(&ask) & present_or(core, part, page)) & candidates | one;
+        let candidates = (part.bits() & left) - needed - stay - (fixed::stacks(vma, part) - one);
+        if let Some(block) = core.dir.get(self.va) {
+            self.fetch = policy::device_fault(core, self.dev, block, self.va, self.write, candidates);
+        }
+        let want = (self.fetch.pages & present_or(core, part, page)) & candidates | one;
         let want = if self.alone { one } else { want };
-        Ask { beside: want, ..Ask::new(part, want, Intent::Move) }
+        Ask { beside: want, last: self.fetch.pin, ..Ask::new(part, want, Intent::Move) }
+    }
+
+    /// The page has come: the rest of what the policy wants. Nothing depends on it, so it is tried once.
+    fn follow(&mut self, came: Bits) {
+        let Fetch { duplicate, ahead, .. } = std::mem::take(&mut self.fetch);
+        if duplicate {
+            self.give_back(Span::block(self.va).start, came);
+        }
+        // Up to where memory of one kind goes on without a gap: the kernel would call it one mapping if no part of it were watched.
+        let mut end = self.va;
+        for number in 1..=ahead {
+            let va = Span::block(self.va).start + number * BLOCK;
+            while let Ok(Some(vma)) = self.core.space.mapping(end)
+                && end <= va
+                && self.core.space.moves(&vma, end).0
+            {
+                end = vma.end;
+            }
+            if end <= va || !self.bring_next(va, duplicate) {
+                return;
+            }
+        }
+    }
+
+    /// Gives the CPU copies of pages that the device has.
+    fn give_back(&self, va: Va, pages: Bits) {
+        let _hold = self.core.space.hold();
+        let Some(block) = self.core.dir.get(va) else { return };
+        let mut state = block.lock();
+        if state.device == self.dev.id() && state.mover == 0 {
+            let pages = pages - kept(self.core, &state, va);
+            let _ = share::share(self.core, self.dev, &mut state, va, pages); // else both sides fault for it
+        }
+    }
+
+    /// Brings a block that is likely to be touched next, if there is room. False if that leads nowhere.
+    fn bring_next(&self, va: Va, duplicate: bool) -> bool {
+        let (core, dev) = (self.core, self.dev);
+        let Ok(block) = core.dir.get_or_make(va) else { return false };
+        let seq = notifier::read_begin(block);
+        if dev.mem.used() + 2 * BLOCK > dev.driver.info().memory {
+            return false;
+        }
+        let Ok(Some(vma)) = core.space.mapping(va) else { return false };
+        if !core.space.moves(&vma, va).0 {
+            return false;
+        }
+        let part = Span::block(va).and(Span { start: vma.start, end: vma.end });
+        let stays = fixed::pages(core, part) | fixed::stacks(&vma, part) | core.policies.marks.stay(part);
+        let present = core.space.present(part).map(|present| present.pages).unwrap_or_default();
+        let want = (present & part.bits()) - stays;
+        if want.is_empty() {
+            return true;
+        }
+        let ask = Ask { beside: want, pinned: false, seq: Some(seq), ..Ask::new(part, want, Intent::Move) };
+        let came = core.make_block_resident(dev, &ask).is_ok_and(|outcome| !outcome.again);
+        if came && duplicate {
+            self.give_back(va, want);
+        }
+        came
     }
 }
 

@@ -317,17 +317,23 @@ impl DeviceMemory {
 
     /// The least recently used block that `fits`.
     pub fn oldest(&self, dir: &Directory, mut fits: impl FnMut(Va, &Block) -> bool) -> Option<Va> {
+        let mut found = None;
+        self.oldest_first(dir, |va, block| {
+            found = fits(va, block).then_some(va);
+            found.is_none()
+        });
+        found
+    }
+
+    /// Calls `f` with every block, the least recently used first, as long as it says to go on.
+    pub(crate) fn oldest_first(&self, dir: &Directory, mut f: impl FnMut(Va, &Block) -> bool) {
         let ends = self.lru.lock();
         let mut at = ends[1];
-        while at != 0 {
-            let va = at & !1;
-            let block = dir.get(va)?;
-            if fits(va, block) {
-                return Some(va);
-            }
+        while let Some(block) = dir.get(at & !1).filter(|_| at != 0)
+            && f(at & !1, block)
+        {
             at = link(block, 0).load(Ordering::Relaxed);
         }
-        None
     }
 
     fn unlink(ends: &mut [usize; 2], dir: &Directory, va: Va) {

@@ -15,6 +15,7 @@
 use crate::bits::{Bits, PAGES};
 use crate::own::{self, OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va, allowed};
+use crate::policy::Past;
 use crate::sync::*;
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
@@ -159,6 +160,10 @@ pub struct Block {
     pub(crate) keep: AtomicBool,
     /// Neighbours in the device's least-recently-used list: block addresses, guarded by that list's lock.
     pub(crate) links: [AtomicUsize; 2],
+    /// What has happened to it, for policies.
+    pub(crate) past: Past,
+    /// A policy wants it to leave a full device last.
+    pub(crate) last: AtomicBool,
     state: UnsafeCell<State>,
 }
 
@@ -190,6 +195,13 @@ impl Block {
 #[derive(Debug)]
 pub struct BlockGuard<'a> {
     block: &'a Block,
+}
+
+impl<'a> BlockGuard<'a> {
+    /// The block.
+    pub(crate) fn block(&self) -> &'a Block {
+        self.block
+    }
 }
 
 impl Deref for BlockGuard<'_> {

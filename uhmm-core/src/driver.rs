@@ -219,6 +219,13 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// Makes mapped runs writable.
     fn allow_writes(&self, batch: &[MapRun]);
 
+    /// Takes the right to write from a mapped run, acknowledged: where the CPU can read its pages, or `None` if the device cannot do that without taking them out of its page
+    /// table. A device that gives that right back (`allow_writes`), or takes the run out (`unmap`), has the same pages as before.
+    fn protect(&self, run: MapRun) -> Option<usize> {
+        let _ = run;
+        None
+    }
+
     /// Takes runs out of the device's page table, acknowledged.
     fn unmap(&self, batch: &[MapRun]);
 

@@ -32,6 +32,22 @@ pub enum Error {
         /// Why.
         why: &'static str,
     },
+    /// As many policies as can be were set in this process.
+    #[error(
+        "{most} policies have been set in this process, and each is kept until uhmm ends: change a policy by atomics in its value instead of replacing it"
+    )]
+    TooManyPolicies {
+        /// How many.
+        most: usize,
+    },
+    /// Too many ranges have advice or a policy of their own.
+    #[error(
+        "too many ranges have advice or a policy of their own: say it for larger ranges than the one at {address:#x}, or take advice back"
+    )]
+    TooManyRanges {
+        /// Where the range starts.
+        address: usize,
+    },
     /// No device of that name.
     #[error("no such device: {name:?} (there is: {known})")]
     NoDevice {

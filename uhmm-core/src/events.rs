@@ -60,6 +60,7 @@ pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
 fn unmapped(core: &Core, span: Span) {
     core.space.mirrors.invalidate(span, Reason::Unmap);
     core.space.left.remove(span);
+    core.policies.marks.remove(span);
     core.dir.for_each(span, |block, part| invalidate(core, block, part, true));
     // Addresses of the device for blocks that have no mapping left.
     for part in [span.start, span.end.saturating_sub(1)] {
@@ -189,6 +190,7 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
     let old = Span { start: from, end: from + len };
     core.space.mirrors.invalidate(old, Reason::Remap { to });
     core.space.left.remove(old);
+    core.policies.marks.moved(old, to);
     core.dir.for_each(old, |block, part| {
         notifier::invalidate(block);
         let va = Span::block(part.start).start;

@@ -15,6 +15,7 @@ use crate::driver::{Dma, DmaKind};
 use crate::error::Error;
 use crate::mirror::Reason;
 use crate::page::{Cause, PageState, Span, Va};
+use crate::policy;
 use crate::pool::Size;
 use crate::ranges;
 use crate::space::Refusals;
@@ -250,7 +251,7 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
     }
 }
 
-/// Makes room: sends the least recently used block home that no running launch has declared; with `force`, failing that, one that it has but
+/// Makes room: sends a block home that no running launch has declared, the least recently used one or another if the policy says so; with `force`, failing that, one that it has but
 /// can bear to lose, since the device will fault on it.
 ///
 /// # Errors
@@ -259,17 +260,20 @@ pub(crate) fn evict_one(core: &Core, dev: &Device, force: bool) -> Result<(), Er
     let (pin, oldest) = (dev.pin(), dev.flights.oldest());
     // What has to stay would be chosen again and again.
     let may = |va, block: &Block| !block.keep.load(Ordering::Relaxed) && dev.flights.held(va).is_empty();
-    let mut va = dev.mem.oldest(&core.dir, |va, block| {
+    let mut va = policy::leaving(core, dev, |va, block| {
         let needed = block.pin.load(Ordering::Relaxed);
         may(va, block) && needed < oldest && (pin == 0 || needed != pin)
     });
     if va.is_none() && force {
-        va = dev.mem.oldest(&core.dir, may);
+        va = policy::leaving(core, dev, may);
     }
     let Some(va) = va else {
         let info = dev.driver.info();
         return Err(Error::NoRoom { device: info.name, needed: uhmm_os::BLOCK, capacity: info.memory });
     };
     count(&dev.counters.evictions, 1);
+    if let Some(block) = core.dir.get(va) {
+        policy::one_more(&block.past.evictions);
+    }
     send_home(core, dev, va)
 }

@@ -4,12 +4,12 @@
 //! |---|---|
 //! | [`kernel`], [`mod@args`] | what runs on a device, and what it is given |
 //! | [`driver`] | what a device must do |
-//! | [`policy`] | what decides how much moves |
+//! | [`policy`], `advice` | what decides how much moves; what the program says about ranges |
 //! | [`page`], [`directory`] | where every page is: states, transitions, the radix tree |
 //! | [`space`], [`notifier`] | the process's address space, its events, and how to look at it safely |
 //! | [`devmem`], [`pool`] | device memory; the host pages that migrations pass through |
 //! | [`mirror`] | devices that use memory where it is: looks, notifiers, a page table for models |
-//! | [`migrate`], `home` | moving pages to a device and back |
+//! | [`migrate`], `home`, `share` | moving pages to a device and back; the CPU gets copies of what a device keeps |
 //! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, [`flight`], [`lease`], `line`, [`scope`] | the life of a launch |
 //! | `coherent` | devices whose memory the CPU uses in place |
@@ -19,6 +19,7 @@
 //! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
 //! | [`own`], `sync`, `desk`, `assist` | memory that never migrates; locks that touch nothing else; how work reaches uhmm's threads |
 
+mod advice;
 mod ahead;
 pub mod args;
 mod assist;
@@ -60,6 +61,7 @@ pub mod process;
 mod ranges;
 mod raw_fork;
 pub mod scope;
+mod share;
 mod shares;
 mod snapshot;
 pub mod space;

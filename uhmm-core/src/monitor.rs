@@ -14,8 +14,9 @@ use crate::events;
 use crate::home;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
-use crate::policy::{CpuFault, Run};
+use crate::policy::{self, CpuFault, Run};
 use crate::ranges;
+use crate::share;
 use std::os::fd::RawFd;
 use uhmm_os::EventFd;
 use uhmm_os::uffd::{Event, MsgBuf};
@@ -119,13 +120,13 @@ impl Stream {
     }
 
     /// The block at `va` came home whole; says which `ahead` of it shall follow.
-    fn add(&mut self, va: Va, launch: u64, ahead: usize) -> Run {
+    fn add(&mut self, va: Va, launch: u64, ahead: usize, duplicate: bool) -> Run {
         let (blocks, down) = (self.before(va, launch), va < self.from);
         // What was asked for and has not come is asked for again.
         let next = if down { va.wrapping_sub(BLOCK) } else { va + BLOCK };
         let to = if down { va.saturating_sub(ahead * BLOCK) } else { va.saturating_add(ahead * BLOCK) };
         *self = Stream { from: va, to, blocks: blocks.saturating_add(1), launch };
-        Run { next, down, left: ahead }
+        Run { next, down, left: ahead, duplicate }
     }
 }
 
@@ -280,7 +281,10 @@ impl Monitor {
             core.for_each_device(|dev| {
                 if dev.driver.owns_thread(fault.tid) {
                     fault.worker = true;
-                    dev.driver.host_touch(fault.tid, fault.address);
+                    // Another worker may have taken the page while this one was making it the program's own.
+                    if !core.populates(fault.tid) {
+                        dev.driver.host_touch(fault.tid, fault.address);
+                    }
                 }
             });
         }
@@ -293,6 +297,7 @@ impl Monitor {
             PageState::Duplicated => {
                 let dev = core.device(state.device as usize - 1);
                 count(&dev.counters.cpu_faults, 1);
+                policy::one_more(&state.block().past.cpu_faults);
                 // One write releases the block: the next ones would only follow. What a launch must keep stays, but for the page itself.
                 let all = state.duplicated() - (dev.flights.held(va) - Bits::one(page));
                 home::drop_duplicates(core, dev, state, va, all)
@@ -342,26 +347,39 @@ impl Monitor {
         // A worker that waited for the end of its own launch would wait for ever.
         let own = if fault.worker { state.parked & Bits::one(page) } else { Bits::EMPTY };
         let away = state.private() - (kept(core, state, va) - Bits::one(page));
+        let past = &state.block().past;
         let ask = CpuFault {
+            device: dev.id(),
+            address: fault.address,
             page,
             write: fault.write,
+            thread: fault.tid,
+            worker: fault.worker,
             away,
             faults_in_block: u32::from(state.touches),
             stream: self.stream.before(va, core.last_launch()),
             huge: state.huge,
+            advice: Default::default(),
+            history: past.now(),
         };
-        let pages = (core.policy.cpu_fault(&ask) | Bits::one(page)) & away;
+        let answer = policy::cpu_fault(core, ask);
+        let pages = (answer.pages | Bits::one(page)) & away;
+        policy::one_more(&past.cpu_faults);
         state.touches = state.touches.saturating_add(1);
         count(&dev.counters.cpu_faults, 1);
-        let ahead = core.policy.ahead(&ask);
         if pages == away {
-            let run = self.stream.add(va, core.last_launch(), ahead);
+            let run = self.stream.add(va, core.last_launch(), answer.ahead, answer.duplicate);
             if run.left > 0 {
                 core.ahead.ask(run);
                 core.assist.nudge();
             }
         }
-        match home::bring_home(core, dev, state, va, pages) {
+        let came = if answer.duplicate && !fault.worker {
+            share::share(core, dev, state, va, pages)
+        } else {
+            home::bring_home(core, dev, state, va, pages)
+        };
+        match came {
             Ok(arrived) if arrived.has(page) => {
                 self.place.follow(fault.tid);
                 state.spoiled |= own;
@@ -407,17 +425,17 @@ mod tests {
         let at = |number: usize| 100 * BLOCK + number * BLOCK;
         let mut stream = Stream::default();
         assert_eq!(stream.before(at(0), 1), 0);
-        stream.add(at(0), 1, 0);
+        stream.add(at(0), 1, 0, false);
         assert_eq!((stream.before(at(1), 1), stream.before(at(0), 1), stream.before(at(2), 1)), (1, 0, 0));
         assert_eq!(stream.before(at(1), 2), 0, "a launch was in between");
-        let run = stream.add(at(1), 1, 4);
+        let run = stream.add(at(1), 1, 4, false);
         assert_eq!((run.next, run.left, run.down), (at(2), 4, false));
         // Up to the last that was asked for, and the one after it.
         assert!((2..=6).all(|next| stream.before(at(next), 1) == 2));
         assert_eq!(stream.before(at(7), 1), 0);
-        stream.add(at(9), 1, 0);
+        stream.add(at(9), 1, 0, false);
         assert_eq!(stream.before(at(8), 1), 1, "another stream began");
-        let run = stream.add(at(8), 1, 2);
+        let run = stream.add(at(8), 1, 2, false);
         assert_eq!((run.next, run.left, run.down), (at(7), 2, true));
         assert_eq!((stream.before(at(6), 1), stream.before(at(5), 1), stream.before(at(4), 1)), (2, 2, 0));
     }

@@ -191,3 +191,5 @@ unsafe impl Zeroed for u64 {}
 unsafe impl Zeroed for usize {}
 // SAFETY: the empty set.
 unsafe impl Zeroed for crate::bits::Bits {}
+// SAFETY: a plain number.
+unsafe impl Zeroed for crate::sync::AtomicU64 {}

@@ -103,6 +103,8 @@ pub enum Cause {
     Return,
     /// The CPU writes a page that both have.
     CpuWrite,
+    /// The CPU reads what a device has, which keeps its copy; or a device has read what it may share with the CPU.
+    Share,
     /// The device writes, or is about to write, a page that both have.
     DeviceWrite,
     /// A launch needs a snapshot of a page that stays.
@@ -135,6 +137,7 @@ pub const TRANSITIONS: &[(PageState, Cause, PageState)] = &[
     (Copying, CpuWrite, System),
     (Copying, Unmap, System),
     (Private, Return, System),
+    (Private, Share, Duplicated),
     (Private, Unmap, System),
     (Duplicated, Return, System),
     (Duplicated, CpuWrite, System),

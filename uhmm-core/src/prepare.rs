@@ -3,6 +3,7 @@
 //! `inp` is duplicated, `inout` moves, `out` moves without an upload while its old pages are parked; then what did not move, and the pages that hold other data
 //! too, get a snapshot ([`crate::snapshot`]). Pages of arguments from [`LARGE`] bytes on that are only read are shared whole, edges included.
 
+use crate::advice;
 use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::bits::Bits;
 use crate::check::{self, Piece};
@@ -16,6 +17,7 @@ use crate::launch::{LARGE, Ledger};
 use crate::migrate::{Ask, BATCH, Intent, Park, Room};
 use crate::mode::Mode;
 use crate::page::{Span, Va};
+use crate::policy::Wishes;
 use crate::ranges;
 use crate::shares;
 use crate::snapshot;
@@ -76,14 +78,16 @@ pub(crate) fn prepare(core: &Core, dev: &Device, flight: &Flight, ledger: &mut L
     let reads = ranges(args).any(|range| range.2 == Access::In);
     let plan =
         Plan { core, dev, flight, args, part, wants, sealed: &sealed, pins: reads && tasks::has_pinned_pages(), next: AtomicUsize::new(0) };
+    let pins = plan.pins;
     let carried_out = plan.carry_out(ledger);
     ledger.sealed = sealed; // of those that are written snapshots are taken; they leave when the launch has ended
     carried_out?;
     if coherent {
         return Ok(()); // what has not moved is used in place
     }
-    for (start, end, access) in ranges(args).filter(|range| part.has(range.2)) {
-        snapshot_rest(core, dev, flight, ledger, args, Span::touching(start, end), access)?;
+    advice::bring_accessed(core, dev, pins);
+    for range in ranges(args).filter(|range| part.has(range.2)) {
+        snapshot_rest(core, dev, flight, ledger, args, range)?;
     }
     Ok(())
 }
@@ -215,7 +219,12 @@ impl Plan<'_> {
                         share = self.take_share();
                     }
                     if share.contains(&at) {
-                        again |= self.core.block_resident(self.dev, room, &self.ask(access, part, piece), park)?;
+                        let ask = self.ask(access, part, piece);
+                        again |= if piece.movable {
+                            self.as_wished(room, (access, end - start), &ask, park)?
+                        } else {
+                            self.core.block_resident(self.dev, room, &ask, park)?
+                        };
                     }
                     at += 1;
                 }
@@ -228,6 +237,22 @@ impl Plan<'_> {
     fn take_share(&self) -> Range<usize> {
         let first = self.next.fetch_add(SHARE, Ordering::Relaxed);
         first..first + SHARE
+    }
+
+    /// Has pages that can move where the policy wants those that an argument of so many bytes declares.
+    fn as_wished(&self, room: &mut Room, (access, bytes): (Access, usize), ask: &Ask<'_>, park: Park<'_>) -> Result<bool, Error> {
+        let wishes = Wishes::of(self.core, self.dev, self.flight.fetches(self.dev), access, bytes, ask.part);
+        let shares = if self.pins { Intent::Move } else { Intent::Duplicate };
+        // A coherent device writes in place whatever happens then: there is nothing to park for a kernel that fails.
+        let moves = if access == Access::Out && !self.dev.driver.info().coherent { Intent::Discard } else { Intent::Move };
+        let mut again = false;
+        for (pages, intent) in [(wishes.duplicates & ask.want, shares), (wishes.moves & ask.want, moves)] {
+            if !pages.is_empty() {
+                let ask = Ask { want: pages, beside: ask.beside & pages, intent, last: wishes.pin, ..*ask };
+                again |= self.core.block_resident(self.dev, room, &ask, park)?;
+            }
+        }
+        Ok(again)
     }
 
     /// What argument `index` wants of a part of a block.
@@ -247,10 +272,7 @@ impl Plan<'_> {
         let whole = all && self.core.space.mode == Mode::Full; // else neighbours may be of another kind
         let (part, want) = if whole { (block, Bits::ALL) } else { (part, part.bits()) };
         let beside = alike().fold(want, |rest, other| rest - other.inside.and(block).bits());
-        // A coherent device writes in place whatever happens then: there is nothing to park for a kernel that fails.
-        let moves = (self.pins && access == Access::In) || self.dev.driver.info().coherent;
-        let intent = if moves { Intent::Move } else { intent(access) };
-        Ask { beside, sealed: Some(self.sealed), ..Ask::new(part, want, intent) }
+        Ask { beside, sealed: Some(self.sealed), ..Ask::new(part, want, Intent::Move) }
     }
 }
 
@@ -265,14 +287,6 @@ fn beyond(dev: &Device, flight: &Flight, args: &[RawArg], part: Span) -> Bits {
 /// The non-empty process ranges of arguments.
 fn ranges(args: &[RawArg]) -> impl Iterator<Item = (Va, Va, Access)> {
     args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1)
-}
-
-fn intent(access: Access) -> Intent {
-    match access {
-        Access::In => Intent::Duplicate,
-        Access::Out => Intent::Discard,
-        Access::InOut => Intent::Move,
-    }
 }
 
 /// Watches a large range by one call, where it is not watched at all yet, instead of block by block.
@@ -328,18 +342,23 @@ fn snapshot_rest(
     flight: &Flight,
     ledger: &mut Ledger,
     args: &[RawArg],
-    span: Span,
-    access: Access,
+    range: (Va, Va, Access),
 ) -> Result<(), Error> {
+    let (start, end, access) = range;
+    let (span, inside) = (Span::touching(start, end), Span::inside(start, end));
     for part in span.blocks() {
+        let mut left = Bits::EMPTY; // to the kernel's touch
+        if usable(core, dev, part, access) != part.bits() {
+            left = Wishes::of(core, dev, flight.fetches(dev), access, end - start, part).left_to_touch(access) & inside.and(part).bits();
+        }
         // A thread that touches what lies beside the range brings pages of it home between two looks: look again.
         let mut looks = 0;
-        while let Some(page) = (part.bits() - usable(core, dev, part, access)).next(0) {
+        while let Some(page) = (part.bits() - usable(core, dev, part, access) - left).next(0) {
             if looks == 100 {
                 return Err(Error::Gone { address: Span::block(part.start).start + page * PAGE });
             }
             looks += 1;
-            let want = part.bits() - usable(core, dev, part, access);
+            let want = part.bits() - usable(core, dev, part, access) - left;
             let ask = Ask { twins: beyond(dev, flight, args, part), ..Ask::new(part, want, Intent::Snapshot) };
             if core.make_block_resident(dev, &ask)?.again {
                 core.space.settle();

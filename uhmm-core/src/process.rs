@@ -249,6 +249,34 @@ impl CoreRef {
         unsafe { &*self.core }
     }
 
+    /// A hold on one of the open devices, if there is any.
+    ///
+    /// # Errors
+    /// [`Error::System`] if address space is refused.
+    pub(crate) fn any_device(&self) -> Result<Option<DeviceRef>, Error> {
+        let held = lock()?;
+        let running = held.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        Ok((0..MAX_DEVICES).find(|&index| running.device_users[index] > 0).map(|index| {
+            running.users += 1;
+            running.device_users[index] += 1;
+            DeviceRef::new(CoreRef { core: self.core, process: self.process }, index)
+        }))
+    }
+
+    /// Another hold on the same core.
+    ///
+    /// # Errors
+    /// [`Error::System`] if address space is refused.
+    pub(crate) fn again(&self) -> Result<Self, Error> {
+        let held = lock()?;
+        let running = held.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
+        // SAFETY: the lock is held, so this is the only reference.
+        unsafe { (*running).users += 1 };
+        Ok(CoreRef { core: self.core, process: self.process })
+    }
+
     pub(crate) fn is_ours(&self) -> bool {
         self.process == std::process::id()
     }

@@ -16,6 +16,7 @@ use crate::flight::{Flight, Purpose};
 use crate::launch::{LARGE, Ledger};
 use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Span, Va};
+use crate::policy::Wishes;
 use crate::pool::Size;
 use crate::ranges::{self, MoveEnd};
 use crate::sync::*;
@@ -84,8 +85,12 @@ fn keep(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], sea
     for page in (state.bounced() - dev.flights.others(flight, va)).pages() {
         let at = va + page * PAGE;
         let span = Span { start: at, end: at + PAGE };
-        let large = written(args, at).any(|(_, len)| len >= LARGE);
-        if !large || !core.space.mapping(at).ok().flatten().is_some_and(|vma| core.space.moves(&vma, at).0) {
+        // It joins its argument if that has moved.
+        let joins = args.iter().filter_map(RawArg::process_range).any(|(start, end, access)| {
+            let large = access.writes() && end - start >= LARGE && start < span.end && span.start < end;
+            large && Wishes::of(core, dev, flight.fetches(dev), access, end - start, span).moves.has(page)
+        });
+        if !joins || !core.space.mapping(at).ok().flatten().is_some_and(|vma| core.space.moves(&vma, at).0) {
             continue;
         }
         if !state.reg.has(page) {

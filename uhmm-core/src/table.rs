@@ -104,6 +104,7 @@ impl Core {
     pub(crate) fn close_device(&self, index: usize) {
         lease::abandon(self, self.device(index));
         self.evict_device(self.device(index));
+        self.policies.forget_device(index as u32 + 1);
         drop(self.devices.take(index));
     }
 }

@@ -42,7 +42,28 @@ pub use uhmm_core::driver::{DeviceInfo, KernelFault};
 pub use uhmm_core::kernel::{Ctx, Grid, Kernel, LOCAL_BYTES, Out};
 pub use uhmm_core::mirror::{self, Mirror, Notifier};
 pub use uhmm_core::mode::Mode;
+pub use uhmm_core::policy::{Advice, Location};
 pub use uhmm_core::scope::{Event, Launched, Queue, Scope, scope};
+
+/// What decides what moves, and when: [`Policy`](policy::Policy), those that come with uhmm, and what they are asked.
+///
+/// ```no_run
+/// use uhmm::policy::{Declared, OnDemand, Recording};
+/// use uhmm::Uhmm;
+///
+/// # fn main() -> Result<(), uhmm::Error> {
+/// let hmm = Uhmm::new()?;
+/// let dev = hmm.device("soft")?;
+/// let table = vec![0u32; 1 << 24];
+/// hmm.set_policy_for(&table, OnDemand)?; // kernels touch little of it
+/// let recording = dev.set_policy(Recording::new(Declared, 1000)?)?; // everything else
+/// # drop(recording);
+/// # Ok(())
+/// # }
+/// ```
+pub mod policy {
+    pub use uhmm_core::policy::*;
+}
 
 use bytemuck::Pod;
 use uhmm_core::kernel::Entry;
@@ -129,6 +150,53 @@ impl Uhmm {
     /// [`Error::Mirror`] in [`Mode::None`], for an empty range or one that holds uhmm's own memory, and if there are 256 mirrors already; [`Error::System`].
     pub fn mirror<N: Notifier>(&self, range: std::ops::Range<usize>, notifier: N) -> Result<Mirror<N>, Error> {
         self.core.mirror(range, notifier)
+    }
+
+    /// Sets the policy for all memory and all devices that have none of their own. Until then it is [`Declared`](policy::Declared).
+    ///
+    /// It takes effect at once, also for what is running. The answer gives access to the policy in its place; dropping it changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::TooManyPolicies`] after [`MOST_POLICIES`](policy::MOST_POLICIES) of them; [`Error::Reentrant`] from a kernel.
+    pub fn set_policy<P: policy::Policy + 'static>(&self, policy: P) -> Result<policy::InForce<P>, Error> {
+        self.core.set_policy(policy)
+    }
+
+    /// Sets the policy for the whole pages of `data`, as long as they are mapped. It is asked before those of the device and the process; which block leaves a full device it is not asked.
+    ///
+    /// # Errors
+    /// As [`set_policy`](Self::set_policy); [`Error::TooManyRanges`].
+    pub fn set_policy_for<T: Pod, P: policy::Policy + 'static>(&self, data: &[T], policy: P) -> Result<policy::InForce<P>, Error> {
+        let range = data.as_ptr_range();
+        self.core.set_policy_for(range.start as usize, range.end as usize, policy)
+    }
+
+    /// Says something about the whole pages of `data`, for as long as they are mapped: see [`Advice`]. It waits for the running launch.
+    ///
+    /// It costs nothing where memory cannot move or nothing stays on a device, and is forgotten there.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// # let hmm = uhmm::Uhmm::new()?;
+    /// let weights = vec![0f32; 1 << 20];
+    /// hmm.advise(&weights, uhmm::Advice::ReadMostly)?; // what the CPU reads of it stays on the device too
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::TooManyRanges`] after [`MOST_RANGES`](policy::MOST_RANGES) of them; [`Error::Reentrant`] from a kernel.
+    pub fn advise<T: Pod>(&self, data: &[T], advice: Advice) -> Result<(), Error> {
+        let range = data.as_ptr_range();
+        self.core.advise(range.start as usize, range.end as usize, advice)
+    }
+
+    /// As [`advise`](Self::advise), for a range of addresses, whatever lies there.
+    ///
+    /// # Errors
+    /// As [`advise`](Self::advise).
+    pub fn advise_range(&self, start: usize, bytes: usize, advice: Advice) -> Result<(), Error> {
+        self.core.advise(start, start.saturating_add(bytes), advice)
     }
 
     /// The devices that are open in this process.
@@ -261,6 +329,19 @@ impl Device {
     /// [`Error::NoRoom`].
     pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<'_, T>, Error> {
         Buffer::new(&self.dev, len)
+    }
+
+    /// Sets the policy for this device, as long as it is open. It is asked before the process's, and after those of ranges.
+    ///
+    /// # Errors
+    /// As [`Uhmm::set_policy`].
+    pub fn set_policy<P: policy::Policy + 'static>(&self, policy: P) -> Result<policy::InForce<P>, Error> {
+        self.dev.set_policy(policy)
+    }
+
+    /// Its number, as policies and [`Advice`] name it: 1 or more, and another device's when this one is closed.
+    pub fn id(&self) -> u32 {
+        self.dev.id()
     }
 
     /// The device's name.

@@ -171,6 +171,10 @@ unsafe impl Driver for Soft {
         self.window.allow_writes(&self.uffd, batch);
     }
 
+    fn protect(&self, run: MapRun) -> Option<usize> {
+        self.window.protect(&self.uffd, run)
+    }
+
     fn unmap(&self, batch: &[MapRun]) {
         self.window.unmap(&self.uffd, &self.memory, batch);
     }

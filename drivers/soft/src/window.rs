@@ -200,6 +200,13 @@ impl Window {
         }
     }
 
+    /// Takes the right to write from mapped pages: where they can be read.
+    pub fn protect(&self, uffd: &Userfaultfd, run: MapRun) -> Option<usize> {
+        let at = self.at(run.va);
+        // SAFETY: the window is ours, and contents do not change. The kernel has flushed every core's view of the pages when it returns.
+        (self.watched && unsafe { uffd.write_protect(at, run.pages * PAGE, true) }.is_ok()).then_some(at)
+    }
+
     /// Puts a page of zeroes where the window has none. `None` if that cannot be.
     pub fn put_scratch(&self, uffd: &Userfaultfd, page: usize) -> Option<Scratch> {
         if !self.watched {

@@ -25,6 +25,7 @@ use crate::home;
 use crate::mode::Mode;
 use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
+use crate::policy;
 use crate::pool::Size;
 use crate::ranges::{self, MoveEnd};
 use crate::space::{Present, Refusals};
@@ -107,12 +108,25 @@ pub(crate) struct Ask<'a> {
     pub twins: Bits,
     /// Snapshots of what the process may only read.
     pub rdonly: Bits,
+    /// The policy wants the block to leave a full device last.
+    pub last: bool,
 }
 
 impl Ask<'_> {
     /// Of a launch's declared pages.
     pub(crate) fn new(part: Span, want: Bits, intent: Intent) -> Self {
-        Ask { part, want, intent, beside: Bits::EMPTY, sealed: None, pinned: true, seq: None, twins: Bits::EMPTY, rdonly: Bits::EMPTY }
+        Ask {
+            part,
+            want,
+            intent,
+            beside: Bits::EMPTY,
+            sealed: None,
+            pinned: true,
+            seq: None,
+            twins: Bits::EMPTY,
+            rdonly: Bits::EMPTY,
+            last: false,
+        }
     }
 }
 
@@ -230,9 +244,11 @@ impl Core {
                 Look::Populate(pages) => {
                     populated = true;
                     for run in pages.runs().map(|run| ranges::pages(Span::block(ask.part.start), run)) {
-                        #[allow(unsafe_code)]
-                        // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
-                        let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
+                        self.populate(|| {
+                            #[allow(unsafe_code)]
+                            // SAFETY: it changes no contents: it only gives the program pages of its own where it shares them.
+                            let _ = unsafe { mem::madvise(run.start, run.len(), Advice::PopulateWrite) };
+                        });
                     }
                 }
                 Look::Done | Look::Refused | Look::Taken { .. } => unreachable!("handled above"),
@@ -273,7 +289,10 @@ impl Core {
 
     /// Takes the wanted pages of one block from the CPU and adds them to the batch.
     fn collect(&self, dev: &Device, batch: &mut Batch, ask: &Ask<'_>, populated: bool) -> Result<Look, Error> {
-        let Ask { part, want, intent, pinned, seq, .. } = *ask;
+        let Ask { part, mut want, intent, pinned, seq, .. } = *ask;
+        if matches!(intent, Intent::Move | Intent::Discard) {
+            want -= self.policies.marks.stay(Span::block(part.start)); // advised never to leave
+        }
         let beside = if intent.bounces() { Bits::EMPTY } else { ask.beside };
         let _hold = self.space.hold();
         let _ends = (!beside.is_empty()).then(|| self.ends.lock());
@@ -298,6 +317,10 @@ impl Core {
         }
         if pinned {
             block.pin.store(dev.pin(), Ordering::Relaxed);
+        }
+        if !intent.bounces() {
+            policy::pin(block, ask.last);
+            block.past.last_use.store(dev.pin(), Ordering::Relaxed);
         }
         if state.device != 0 {
             dev.mem.touch(&self.dir, Span::block(part.start).start);
@@ -385,6 +408,7 @@ impl Core {
         state.shift(copied, PageState::System, Cause::Collect, PageState::Copying);
         ranges::give_frames(self, dev, state, span.start, fresh - taken);
         state.touches = 0;
+        policy::one_more(&state.block().past.migrations);
         state.huge = present.huge && item.moved == Bits::ALL;
         dev.mem.touch(&self.dir, span.start);
         self.list_copies(batch, state, &item);

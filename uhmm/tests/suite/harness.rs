@@ -116,6 +116,11 @@ pub fn present<T>(at: *const T) -> bool {
     entry(at) >> 62 != 0
 }
 
+/// Which page of the machine's memory is at this address, if the kernel tells (to root it does): 0 if not.
+pub fn frame<T>(at: *const T) -> u64 {
+    entry(at) & ((1 << 55) - 1)
+}
+
 fn entry<T>(at: *const T) -> u64 {
     let pagemap = File::open("/proc/self/pagemap").expect("pagemap");
     let mut entry = [0; 8];

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // raw arguments, mappings, and kernels that follow pointers
 
 mod actors;
+mod advice;
 mod ahead;
 mod any_memory;
 mod bad_input;
@@ -30,6 +31,7 @@ mod mirror_races;
 mod modes;
 mod nothing_declared;
 mod own_memory;
+mod policies;
 mod profiles;
 mod races;
 mod raw_fork;
@@ -39,6 +41,7 @@ mod undeclared;
 
 fn main() {
     let mut tests = vec![];
+    tests.extend(advice::TESTS);
     tests.extend(ahead::TESTS);
     tests.extend(basics::TESTS);
     tests.extend(dying::TESTS);
@@ -54,6 +57,7 @@ fn main() {
     tests.extend(closing::TESTS);
     tests.extend(coherent::TESTS);
     tests.extend(coherent_races::TESTS);
+    tests.extend(policies::TESTS);
     tests.extend(profiles::TESTS);
     tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);

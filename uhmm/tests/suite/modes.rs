@@ -29,6 +29,7 @@ const fn lesser(name: &'static str, run: fn()) -> Test {
 
 /// What is about pages that stay on a device, or about the process's userfaultfd itself: true in full mode only.
 const FULL_ONLY: &[&str] = &[
+    "advice::",
     "ahead::",
     "scopes::the_next_launch_is_prepared_while_one_runs",
     "leases::nothing_but_its_end_makes_a_lease_leave",
@@ -60,6 +61,7 @@ const FULL_ONLY: &[&str] = &[
     "kernel_access::",
     "kernel_futex::",
     "own_memory::",
+    "policies::",
     "closing::",
     "coherent::the_cpu_uses",
     "coherent::pages_have_been",
