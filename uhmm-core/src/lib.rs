@@ -11,6 +11,7 @@
 //! | [`migrate`], `home` | moving pages to a device and back |
 //! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
+//! | [`residency`], `discard`, [`prefetch`] | hints: where pages are, for who asks; what is not needed any more; what goes ahead, in the background |
 //! | `coherent` | devices whose memory the CPU uses in place |
 //! | `fixed` | pages that never leave |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
@@ -32,6 +33,7 @@ mod desk;
 mod device_fault;
 pub mod devmem;
 pub mod directory;
+mod discard;
 pub mod driver;
 mod error;
 mod events;
@@ -51,10 +53,12 @@ pub mod own;
 pub mod page;
 pub mod policy;
 pub mod pool;
+pub mod prefetch;
 mod prepare;
 pub mod process;
 mod ranges;
 mod raw_fork;
+pub mod residency;
 mod shares;
 mod snapshot;
 pub mod space;

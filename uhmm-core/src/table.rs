@@ -101,7 +101,9 @@ impl DeviceTable {
 impl Core {
     /// On the keeper, while the one who asks holds `prepare`: closes a device whose queue was joined. Everything it has comes home; its threads, memory and addresses go.
     pub(crate) fn close_device(&self, index: usize) {
-        self.evict_device(self.device(index));
+        let dev = self.device(index);
+        self.prefetches.cancel(index, dev.driver.info().name);
+        self.evict_device(dev);
         drop(self.devices.take(index));
     }
 }

@@ -28,9 +28,11 @@
 #![deny(unsafe_code)]
 
 mod buffer;
+mod hints;
 mod host;
 
 pub use buffer::Buffer;
+pub use hints::{AsRange, Place, Prefetch, Residency, Run, To};
 pub use host::Host;
 pub use uhmm_core::Error;
 pub use uhmm_core::args;

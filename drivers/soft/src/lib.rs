@@ -127,6 +127,10 @@ unsafe impl Driver for Soft {
         Some(self.memory.address(frame))
     }
 
+    fn reads_peers(&self) -> bool {
+        true // all of it is this process's memory
+    }
+
     fn address(&self, frame: Frame) -> usize {
         self.memory.address(frame)
     }
