@@ -289,8 +289,16 @@ fn bench_prints_lines() -> Outcome {
         ensure(row["value"].as_f64() > Some(least) && row["floor"].as_f64() > Some(least), || line.into())?;
         names.push(row["name"].as_str().unwrap_or_default().to_owned());
     }
-    let expected =
-        ["migrate_to_device_2m", "migrate_home_2m", "migrate_to_device_4k", "migrate_home_4k", "fault_4k", "fault_64k", "first_launch_4k"];
+    let expected = [
+        "migrate_to_device_2m",
+        "migrate_home_2m",
+        "migrate_to_device_4k",
+        "migrate_home_4k",
+        "fault_4k",
+        "fault_64k",
+        "peer_migrate_2m",
+        "first_launch_4k",
+    ];
     for name in expected {
         ensure(names.iter().any(|have| have == name), || format!("no row {name} in {names:?}"))?;
     }

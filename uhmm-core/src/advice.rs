@@ -8,6 +8,7 @@ use crate::check;
 use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::home;
+use crate::line::Who;
 use crate::migrate::{Ask, Intent};
 use crate::mode::Mode;
 use crate::page::{Span, Va};
@@ -43,7 +44,7 @@ pub(crate) fn say(core: &Core, start: Va, end: Va, mut what: impl FnMut(Said) ->
 /// # Errors
 /// [`Error::TooManyRanges`]; those of devices.
 pub(crate) fn advise(core: &Core, start: Va, end: Va, advice: Advice) -> Result<(), Error> {
-    let _no_launch = core.prepare.lock();
+    let _alone = core.turns.enter(Who::Alone);
     say(core, start, end, |said| Said { advice: said.advice.and(advice), ..said })?;
     if advice != Advice::NoMigrate {
         return Ok(());

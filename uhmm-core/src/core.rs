@@ -27,6 +27,7 @@ use crate::own::OwnBox;
 use crate::page::{Span, Va};
 use crate::policy::Policies;
 use crate::pool::Pool;
+use crate::prefetch::Prefetches;
 use crate::process::CoreRef;
 use crate::shares::Shares;
 use crate::snapshot::Fetched;
@@ -77,6 +78,7 @@ pub struct Core {
     pub(crate) c_library: Span,
     pub(crate) assist: Assist,
     pub(crate) ahead: Ahead,
+    pub(crate) prefetches: Prefetches,
     pub(crate) twins: Twins,
     pub(crate) devices: DeviceTable,
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
@@ -150,6 +152,7 @@ impl Core {
             c_library: fixed::c_library(),
             assist: Assist::default(),
             ahead: Ahead::default(),
+            prefetches: Prefetches::new().map_err(reserve)?,
             twins: Twins::new(blocks).map_err(reserve)?,
             devices: DeviceTable::default(),
             rooms: OwnBox::new(c"uhmm rooms", rooms).map_err(reserve)?,

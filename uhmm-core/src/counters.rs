@@ -41,6 +41,8 @@ counters! {
     bytes_to_device,
     /// Bytes copied from the device, counted before who waits for them is woken.
     bytes_to_cpu,
+    /// Bytes copied from another device straight to this one. What passes through host pages on that way is counted as bytes from the one and bytes to the other.
+    bytes_between_devices,
     /// Bytes zeroed on the device for pages that the program never touched or only writes.
     bytes_zeroed,
     /// Touches by the CPU that were served.
@@ -55,6 +57,8 @@ counters! {
     pages_to_device,
     /// Pages that came back, counted after who waits for them was woken.
     pages_to_cpu,
+    /// Pages that came from another device, without having been in the program.
+    pages_between_devices,
     /// Pages that were duplicated.
     pages_duplicated,
     /// Pages of which a launch took a snapshot, because they hold other data or cannot move.

@@ -30,7 +30,7 @@ pub type Frame = u32;
 
 /// Where the 512 pages of one block are.
 #[repr(C)]
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct State {
     gone: Bits,
     /// The device has a copy of its own.
@@ -372,6 +372,13 @@ impl Directory {
             state.table = 0;
         }
         core::mem::take(&mut state.whole).then_some(state.base)
+    }
+
+    /// Exchanges the frames of two states.
+    pub fn swap_frames(&self, a: &mut State, b: &mut State) {
+        core::mem::swap(&mut a.whole, &mut b.whole);
+        core::mem::swap(&mut a.base, &mut b.base);
+        core::mem::swap(&mut a.table, &mut b.table);
     }
 
     /// Whether the block's frames are kept in a table.

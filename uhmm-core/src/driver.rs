@@ -53,7 +53,7 @@ pub struct Dma {
 /// What one piece of a batch does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DmaKind {
-    /// From memory of uhmm's to the device.
+    /// From memory of uhmm's, or of another device ([`Driver::reads_peers`]), to the device.
     ToDevice,
     /// From the device to memory of uhmm's.
     ToHost,
@@ -157,6 +157,12 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
 
     /// Where the CPU can read `frame` while it is not mapped for the device, if it can.
     fn peek(&self, frame: Frame) -> Option<usize>;
+
+    /// Whether the device's copy engine can read what another device's [`peek`](Self::peek) names, as the host address of [`DmaKind::ToDevice`]: then pages move
+    /// from that device to this one by one copy. Else they pass through host pages.
+    fn reads_peers(&self) -> bool {
+        false
+    }
 
     /// The pages at `host`, which lie in memory of uhmm's and are those of a coherent device, become the pages of vacant frames from `frame` on again: the first so many.
     /// The others' contents are copied into the frames then.

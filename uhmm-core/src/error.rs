@@ -48,6 +48,20 @@ pub enum Error {
         /// Where the range starts.
         address: usize,
     },
+    /// A range whose contents cannot be discarded.
+    #[error("memory at {address:#x} cannot be discarded: {why}")]
+    Discard {
+        /// The first address that cannot.
+        address: usize,
+        /// Why.
+        why: &'static str,
+    },
+    /// A device was closed before what was to go there had gone.
+    #[error("device {device} was closed before the prefetch to it was done: keep a handle of it until then")]
+    Closed {
+        /// The device.
+        device: &'static str,
+    },
     /// No device of that name.
     #[error("no such device: {name:?} (there is: {known})")]
     NoDevice {

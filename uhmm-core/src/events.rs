@@ -104,7 +104,9 @@ fn drop_now(core: &Core, block: &Block, part: Span, later: &mut dyn Later) {
         if pages.is_empty() {
             return;
         }
-        let Some(mut tray) = core.pool.take_empty(Size::Small, pages) else { return };
+        // A huge page goes as one: to split it would cost fifty times as much.
+        let size = if present.huge && pages == Bits::ALL { Size::Huge } else { Size::Small };
+        let Some(mut tray) = core.pool.take_empty(size, pages) else { return };
         let (moved, end) = ranges::take_out(&core.space, va, pages, &tray, false);
         tray.full |= moved;
         core.pool.put(tray);

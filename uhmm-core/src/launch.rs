@@ -370,6 +370,13 @@ fn unpark(core: &Core, parked: &Parked) {
 /// Moves the pages inside a byte range to the device, as far as they can move.
 pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<(), Error> {
     core.space.settle();
+    let _turn = core.turns.enter(Who::Device(dev.index()));
+    let _prepare = core.prepare.lock();
+    send(core, dev, (start, end), Span::inside(start, end).len(), core.next_launch())
+}
+
+/// The same for a part of a range with `whole` bytes to move, under one pin for all its parts. `prepare` is held.
+pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usize, pin: u64) -> Result<(), Error> {
     let inside = Span::inside(start, end);
     let info = dev.driver.info();
     if info.memory == 0 {
@@ -378,13 +385,11 @@ pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<
     if info.coherent && core.space.mode != Mode::Full {
         return Ok(()); // as above
     }
-    if inside.len() > info.memory && !info.coherent {
-        return Err(Error::TooLarge { device: info.name, needed: inside.len(), capacity: info.memory });
+    if whole > info.memory && !info.coherent {
+        return Err(Error::TooLarge { device: info.name, needed: whole, capacity: info.memory });
     }
-    let _turn = core.turns.enter(Who::Device(dev.index()));
-    let _prepare = core.prepare.lock();
     dev.driver.stand_by();
-    dev.set_pin(core.next_launch());
+    dev.set_pin(pin);
     dev.changed(); // the last launch's pins are gone
     dev.full.store(false, Ordering::Relaxed);
     if info.coherent {

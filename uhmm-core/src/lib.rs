@@ -12,6 +12,7 @@
 //! | [`migrate`], `home`, `share` | moving pages to a device and back; the CPU gets copies of what a device keeps |
 //! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, [`flight`], [`lease`], `line`, [`scope`] | the life of a launch |
+//! | [`residency`], `discard`, [`prefetch`] | hints: where pages are, for who asks; what is not needed any more; what goes ahead, in the background |
 //! | `coherent` | devices whose memory the CPU uses in place |
 //! | `fixed` | pages that never leave |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
@@ -34,6 +35,7 @@ mod desk;
 mod device_fault;
 pub mod devmem;
 pub mod directory;
+mod discard;
 pub mod driver;
 mod error;
 mod events;
@@ -56,10 +58,12 @@ pub mod own;
 pub mod page;
 pub mod policy;
 pub mod pool;
+pub mod prefetch;
 mod prepare;
 pub mod process;
 mod ranges;
 mod raw_fork;
+pub mod residency;
 pub mod scope;
 mod share;
 mod shares;

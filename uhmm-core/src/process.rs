@@ -6,6 +6,7 @@
 //!   the table), and does what must be done on such a thread.
 //! * The *monitor* serves CPU faults and follows the program's mapping changes.
 //! * The *assistant* takes part in preparing launches.
+//! * The *prefetcher*, from the first prefetch in the background on, makes them.
 //! * The *evictor*, once somebody asks for it, brings everything home before the action of a signal.
 //! * Each device has two *queue* threads: one runs a launch while the other prepares the next, and whatever threads its driver starts.
 //!
@@ -29,6 +30,7 @@ use crate::line::Who;
 use crate::mode::Mode;
 use crate::monitor::Monitor;
 use crate::own::{self, OwnBox};
+use crate::prefetch;
 use crate::sync::*;
 use core::any::TypeId;
 use uhmm_os::mem::{self, Prot, Reserve};
@@ -85,6 +87,7 @@ struct Running {
     monitor: Thread,
     assistant: Thread,
     evictor: Option<Evictor>,
+    prefetcher: Option<Thread>,
     queues: [Option<[Thread; 2]>; MAX_DEVICES],
     /// Users of the core, those of its devices included, and of each device.
     users: usize,
@@ -180,6 +183,20 @@ impl Held {
             running.evictor = Some(started.unwrap_or(Err(Errno::SRCH)).map_err(no_thread)?);
         }
         running.evictor.as_ref().map(Evictor::post).ok_or(Error::System("start a thread", Errno::SRCH))
+    }
+
+    /// Starts the thread that carries prefetches out, if there is none.
+    pub(crate) fn start_prefetches(&self) -> Result<(), Error> {
+        let running = self.running()?.ok_or(Error::System("find the core", Errno::SRCH))?;
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        if running.prefetcher.is_none() {
+            let at = &raw const *running.core as usize;
+            // SAFETY: the keeper serves with (); the core is dropped after the thread was joined, in `end`.
+            let started = unsafe { running.desk.ask(move |(): &()| prefetch::start(&*(at as *const Core))) };
+            running.prefetcher = Some(started.unwrap_or(Err(Errno::SRCH)).map_err(no_thread)?);
+        }
+        Ok(())
     }
 
     /// The running core, if there is one.
@@ -466,6 +483,7 @@ fn start() -> Result<Running, Error> {
             monitor,
             assistant,
             evictor: None,
+            prefetcher: None,
             queues: [const { None }; MAX_DEVICES],
             users: 0,
             device_users: [0; MAX_DEVICES],
@@ -583,7 +601,11 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
 
 /// Everything comes home, threads end, memory goes.
 fn end(running: Running) {
-    let Running { core, desk, keeper, queues, monitor, assistant, evictor, .. } = running;
+    let Running { core, desk, keeper, queues, monitor, assistant, evictor, prefetcher, .. } = running;
+    core.prefetches.stop();
+    if let Some(prefetcher) = prefetcher {
+        prefetcher.join();
+    }
     core.for_each_device(|dev| dev.desk().close());
     queues.into_iter().flatten().flatten().for_each(Thread::join);
     core.assist.close();

@@ -102,8 +102,10 @@ impl DeviceTable {
 impl Core {
     /// On the keeper, while the one who asks is alone: closes a device whose queue was joined. Everything it has comes home; its threads, memory and addresses go.
     pub(crate) fn close_device(&self, index: usize) {
-        lease::abandon(self, self.device(index));
-        self.evict_device(self.device(index));
+        let dev = self.device(index);
+        lease::abandon(self, dev);
+        self.prefetches.cancel(index, dev.driver.info().name);
+        self.evict_device(dev);
         self.policies.forget_device(index as u32 + 1);
         drop(self.devices.take(index));
     }

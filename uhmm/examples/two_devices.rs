@@ -16,7 +16,8 @@ fn add_one(ctx: &Ctx<'_>) {
 
 fn report(what: &str, dev: &Device) {
     let stats = dev.stats();
-    println!("{what:<22} {} has got {} bytes, and given {} back", dev.name(), stats.bytes_to_device, stats.bytes_to_cpu);
+    let (home, out, peer) = (stats.bytes_to_cpu, stats.bytes_to_device, stats.bytes_between_devices);
+    println!("{what:<22} {} has got {out} bytes from the program and {peer} from the other, and sent {home} home", dev.name());
 }
 
 fn main() -> Result<(), uhmm::Error> {
@@ -28,7 +29,7 @@ fn main() -> Result<(), uhmm::Error> {
     let groups = data.len() / PART;
     left.run(&double, groups, args![inout(&mut data)])?;
     report("left doubles:", &left);
-    right.run(&add_one, groups, args![inout(&mut data)])?; // the pages leave the one device for the other
+    right.run(&add_one, groups, args![inout(&mut data)])?; // the pages go from the one device to the other, not by way of the program
     report("right adds one:", &left);
     report("", &right);
     data[7] = 100.0; // the CPU's turn: a page comes home

@@ -28,10 +28,12 @@
 #![deny(unsafe_code)]
 
 mod buffer;
+mod hints;
 mod host;
 mod lease;
 
 pub use buffer::Buffer;
+pub use hints::{AsRange, Place, Prefetch, Residency, Run, To};
 pub use host::Host;
 pub use lease::{Fence, Lease, Signal, fence};
 pub use uhmm_core::Error;

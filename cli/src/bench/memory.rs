@@ -3,7 +3,7 @@
 //! Each run starts from memory that is wholly on the CPU, or wholly on the device; what brings it there is outside the clock. Every
 //! run writes other bytes before and checks them afterwards.
 
-use super::{Measure, Row, first_launch, in_pairs};
+use super::{Measure, Row, first_launch, in_pairs, peer};
 use crate::options;
 use anyhow::{Result, ensure};
 use memmap2::{Advice, MmapMut};
@@ -30,7 +30,11 @@ pub(super) fn run(args: &options::Bench, print: &mut impl FnMut(Row) -> Result<(
         lone_faults(&device, size, row, args.pairs, print)?;
     }
     // A device without memory holds no data, and may run no kernel.
-    if device.memory() > 0 { print(first_launch::run(&device, args.pairs)?) } else { Ok(()) }
+    if device.memory() == 0 {
+        return Ok(());
+    }
+    print(peer::run(&hmm, &device, size, args.pairs)?)?;
+    print(first_launch::run(&device, args.pairs)?)
 }
 
 fn named(pages: Pages, huge: &'static str, small: &'static str) -> &'static str {
@@ -114,21 +118,21 @@ fn touch(device: &Device, memory: &mut Memory, step: usize, len: usize) -> Resul
 }
 
 /// Anonymous memory that starts on a 2 MiB boundary.
-struct Memory {
+pub(super) struct Memory {
     mapping: MmapMut,
     range: Range<usize>,
     salt: u8,
 }
 
 impl Memory {
-    fn new(size: usize, pages: Pages) -> Result<Memory> {
+    pub(super) fn new(size: usize, pages: Pages) -> Result<Memory> {
         let mapping = MmapMut::map_anon(size + BLOCK)?;
         let start = mapping.as_ptr().align_offset(BLOCK);
         mapping.advise_range(if pages == Pages::Huge { Advice::HugePage } else { Advice::NoHugePage }, start, size)?;
         Ok(Memory { mapping, range: start..start + size, salt: 0 })
     }
 
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         &self.mapping[self.range.clone()]
     }
 
@@ -137,7 +141,7 @@ impl Memory {
     }
 
     /// Writes the first byte of every page: the low byte of its number plus a salt that is new each time.
-    fn mark(&mut self) {
+    pub(super) fn mark(&mut self) {
         self.salt = self.salt.wrapping_add(1);
         let salt = self.salt;
         for (number, page) in self.bytes_mut().chunks_mut(PAGE).enumerate() {
@@ -146,7 +150,7 @@ impl Memory {
     }
 
     /// Reads the first byte of every page in the first `len` bytes of every `step` bytes.
-    fn check(&self, step: usize, len: usize) -> Result<()> {
+    pub(super) fn check(&self, step: usize, len: usize) -> Result<()> {
         let first_pages = (0..self.range.len()).step_by(step);
         for at in first_pages.flat_map(|start| (start..start + len).step_by(PAGE)) {
             let page = at / PAGE;

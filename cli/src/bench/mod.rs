@@ -7,6 +7,7 @@
 mod first_launch;
 mod kernel;
 mod memory;
+mod peer;
 
 use crate::options::{self, Group};
 use crate::report::{self, Figure};

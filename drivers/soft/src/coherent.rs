@@ -72,6 +72,10 @@ unsafe impl Driver for Coherent {
         self.memory.take_back(&self.uffd, frame, host, pages)
     }
 
+    fn reads_peers(&self) -> bool {
+        true // all of it is this process's memory
+    }
+
     fn address(&self, frame: Frame) -> usize {
         self.memory.address(frame)
     }

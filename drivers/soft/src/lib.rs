@@ -131,6 +131,10 @@ unsafe impl Driver for Soft {
         Some(va ^ self.info.mask)
     }
 
+    fn reads_peers(&self) -> bool {
+        true // all of it is this process's memory
+    }
+
     fn address(&self, frame: Frame) -> usize {
         self.memory.address(frame)
     }

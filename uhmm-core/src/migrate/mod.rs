@@ -11,6 +11,7 @@
 //! * A page that cannot move is no error: it stays, and the caller sees that it is not resident.
 
 mod batch;
+mod peer;
 
 pub use batch::{Parked, Room};
 
@@ -76,6 +77,8 @@ enum Look {
     Settle,
     /// Another device has pages of the block.
     Elsewhere(usize),
+    /// They have left that device.
+    Moved,
     /// The device's memory is full.
     Full,
     /// The mappings changed since the asker looked them up.
@@ -218,11 +221,12 @@ impl Core {
             // Nobody waits for others while he holds blocks in transit. What he waited for may have been among them.
             let held = room.flying.is_some() || room.batches[room.at].count > 0;
             again |= self.drain(dev, room, park)?;
+            let look = if let Look::Elsewhere(other) = look { self.fetch_from_peer(dev, other, room, ask)? } else { look };
             match look {
+                Look::Moved => {}
                 Look::Wait if held => {}
                 Look::Wait => thread::yield_now(),
                 Look::Settle => refusals.wait(),
-                Look::Elsewhere(other) => home::send_home(self, self.device(other), ask.part.start)?,
                 Look::Full if dev.driver.info().coherent => {
                     if !coherent::make_room(self, dev) {
                         return Ok(again);
@@ -251,7 +255,7 @@ impl Core {
                         });
                     }
                 }
-                Look::Done | Look::Refused | Look::Taken { .. } => unreachable!("handled above"),
+                Look::Elsewhere(_) | Look::Done | Look::Refused | Look::Taken { .. } => unreachable!("handled above"),
             }
         }
     }

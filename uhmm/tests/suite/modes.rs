@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::OnceLock;
-use uhmm::{Args, Ctx, Error, Mode, Uhmm, args, inout, inp, out, ptr};
+use uhmm::{Args, Ctx, Error, Mode, To, Uhmm, args, inout, inp, out, ptr};
 
 crate::tests![full_mode_is_the_first_choice,];
 
@@ -21,6 +21,7 @@ pub const LESSER: &[Test] = &[
     lesser("suite::modes::what_is_left_on_the_device", what_is_left_on_the_device),
     lesser("suite::modes::a_mirror_needs_userfaultfd", a_mirror_needs_userfaultfd),
     lesser("suite::modes::more_than_the_device_holds", more_than_the_device_holds),
+    lesser("suite::modes::hints_are_taken_or_do_nothing", hints_are_taken_or_do_nothing),
 ];
 
 const fn lesser(name: &'static str, run: fn()) -> Test {
@@ -40,6 +41,7 @@ const FULL_ONLY: &[&str] = &[
     "basics::prefetch_and_evict",
     "basics::two_devices_take_turns",
     "faults::twice_the_capacity_by_launches",
+    "hints::",
     "faults::twice_the_capacity_by_faults",
     "faults::the_least_recently_used_block_goes",
     "kernel_faults::a_kernel_that_forgets_to_translate_is_told_the_address",
@@ -62,6 +64,9 @@ const FULL_ONLY: &[&str] = &[
     "kernel_futex::",
     "own_memory::",
     "policies::",
+    "peer_drivers::",
+    "peers::",
+    "prefetches::",
     "closing::",
     "coherent::the_cpu_uses",
     "coherent::pages_have_been",
@@ -300,6 +305,43 @@ fn more_than_the_device_holds() {
     let mut few = vec![1u32; 1000];
     dev.run(&increment, 1, args![inout(&mut few)]).unwrap();
     assert!(few.iter().all(|&x| x == 2));
+}
+
+/// What is only a hint may do nothing, and what is a promise is kept.
+fn hints_are_taken_or_do_nothing() {
+    let (hmm, dev) = opened();
+    let mut data: Vec<u32> = (0..1_000_000).collect();
+    let all = pages_present(&data);
+    hmm.prefetch(&data, To::Device(&dev)).unwrap().wait().unwrap();
+    hmm.prefetch(&data, To::Home).unwrap().wait().unwrap();
+    assert_eq!(pages_present(&data), all, "nothing leaves the program");
+    let sum = |ctx: &Ctx<'_>| ctx.out::<u64>(0).chunk(1)[0] = ctx.inp::<u32>(1).iter().map(|&x| u64::from(x)).sum();
+    let mut total = [0u64];
+    dev.run(&sum, 1, args![out(&mut total), inp(&data)]).unwrap();
+    let residency = hmm.residency(&data).unwrap();
+    let copies = residency.duplicated();
+    assert_eq!(residency.system() + copies, size_of_val(&data[..]));
+    assert!(if hmm.mode() == Mode::None { copies == 0 } else { copies > 3_900_000 }, "{residency:?}");
+    let part = 1000..900_000;
+    hmm.discard(&mut data[part.clone()]).unwrap();
+    let base = data.as_ptr() as usize;
+    let first = ((base + part.start * 4).next_multiple_of(4096) - base) / 4;
+    let last = ((base + part.end * 4) / 4096 * 4096 - base) / 4;
+    // The copies that the device has kept are stale now.
+    dev.run(&sum, 1, args![out(&mut total), inp(&data)]).unwrap();
+    let expected = (0..1_000_000u64).filter(|&i| !(first as u64..last as u64).contains(&i)).sum::<u64>();
+    assert_eq!(total[0], expected);
+    assert!(data.iter().enumerate().all(|(i, &x)| x == if (first..last).contains(&i) { 0 } else { i as u32 }));
+    // A range that may stay on the device is as in full mode.
+    if dev.leave(&mut data).is_ok() {
+        hmm.prefetch(&data, To::Device(&dev)).unwrap().wait().unwrap();
+        assert_eq!(pages_present(&data), 0);
+        let before = dev.stats();
+        hmm.discard(&mut data).unwrap();
+        assert_eq!((dev.stats() - before).bytes_to_cpu, 0);
+        let inside = (4096 - base % 4096) / 4 % 1024..((base + data.len() * 4) / 4096 * 4096 - base) / 4;
+        assert!(data[inside].iter().all(|&x| x == 0));
+    }
 }
 
 struct Node {
