@@ -242,7 +242,7 @@ impl<N: Notifier> Mirror<N> {
         unsafe { self.inner().head.desk.ask(job) }
     }
 
-    /// The number to compare later. Waits while a change of the range is being made, or followed.
+    /// The number to compare later. Waits while the monitor follows a change.
     pub fn read_begin(&self) -> u64 {
         self.core().space.mirrors.epoch();
         self.inner().head.watch.seq.load(Ordering::SeqCst)

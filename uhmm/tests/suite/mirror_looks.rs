@@ -16,6 +16,7 @@ crate::tests![
     what_cannot_be_had_is_an_error,
     invalidated_again_and_again,
     pages_on_a_device,
+    pages_on_a_device_after_mremap,
     pages_of_a_coherent_device,
     memory_that_was_not_there_yet,
     a_kernel_cannot_ask,
@@ -209,6 +210,10 @@ fn pages_on_a_device() {
     assert!(home.entries.iter().all(|entry| entry.may_read() && entry.on_device().is_none()));
     assert!(told(&mirror).iter().any(|note| note.2 == Reason::Migrate));
     assert_eq!(read_byte(&mirror, mirror.span().start + 20 * PAGE), Some(3));
+    // They are watched for missing pages by now, and leave again.
+    dev.prefetch(&memory.slice::<u8>()[away.clone()]).unwrap();
+    assert_eq!((allowed(&mirror, 20), allowed(&mirror, 40)), ((false, false), (true, true)));
+    dev.evict(memory.slice::<u8>()).unwrap();
     // Both have them: the CPU's may be read, and a write ends that.
     dev.run(&|_: &uhmm::Ctx<'_>| (), 1, args![inp(memory.slice::<u8>())]).unwrap();
     let both = fault_in(&mirror, &Request::read());
@@ -218,6 +223,22 @@ fn pages_on_a_device() {
     // SAFETY: the test's own.
     unsafe { mirror.write(mirror.span().start + 20 * PAGE, &[4]) }.unwrap();
     assert_eq!(memory.slice::<u8>()[20 * PAGE], 4);
+}
+
+/// What a mirror has registered for events only moves to another address, leaves for a device there, and comes back when it is touched.
+fn pages_on_a_device_after_mremap() {
+    let (hmm, dev) = device(16);
+    let mut memory = Pages::new(64 * PAGE);
+    memory.slice::<u8>().fill(3);
+    let mirror = mirror_of(&hmm, &memory);
+    fault_in(&mirror, &Request::write());
+    let mut room = Pages::new(64 * PAGE);
+    // SAFETY: nobody uses the old place, and the room is the test's own.
+    unsafe { memory.move_to(0, 64 * PAGE, room.start()) };
+    std::mem::forget(memory);
+    dev.prefetch(room.slice::<u8>()).unwrap();
+    assert_eq!(pages_present(room.slice::<u8>()), 0);
+    assert!(room.slice::<u8>().iter().all(|&x| x == 3));
 }
 
 fn pages_of_a_coherent_device() {

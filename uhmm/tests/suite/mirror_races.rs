@@ -10,7 +10,13 @@ use uhmm::mirror::{Fault, HasTable, PageTable, Reason, Request, change};
 use uhmm::{Mirror, Notifier, Uhmm, args, inp};
 use uhmm_core::page::Span;
 
-crate::tests![sums_while_pages_are_unmapped_protected_dropped_and_refilled, sums_while_the_list_migrates, writes_while_mappings_change,];
+crate::tests![
+    sums_while_pages_are_unmapped_protected_dropped_and_refilled,
+    no_entry_outlives_the_call_that_changes_its_page,
+    what_is_dropped_while_it_is_sent_away_reads_zero,
+    sums_while_the_list_migrates,
+    writes_while_mappings_change,
+];
 
 /// A device that counts why it was told.
 struct Summer {
@@ -224,6 +230,69 @@ fn sums_while_pages_are_unmapped_protected_dropped_and_refilled() {
     assert!(told.iter().all(|&times| times > 0), "{told:?}");
     assert_eq!(mirror.notifier().told(Reason::Migrate), 0, "no page migrates");
     assert_eq!(pages_present(list.memory.atomics::<std::sync::atomic::AtomicU64>()), LEN);
+}
+
+/// When a call that changes a mapping has returned, the device cannot use the page through what it knew before, also if something else is mapped there by now.
+fn no_entry_outlives_the_call_that_changes_its_page() {
+    let hmm = Uhmm::new().unwrap();
+    let memory = Pages::new(4 * PAGE);
+    let aside = Pages::new(PAGE);
+    let mirror = hmm.mirror(range(&memory), Summer::new(range(&memory))).unwrap();
+    let at = memory.start() as usize + PAGE;
+    let end = Instant::now() + seconds(5);
+    let mut random = fastrand::Rng::with_seed(5);
+    while Instant::now() < end {
+        let pages = mirror.range_fault(at..at + PAGE, &Request::write(), SECOND).unwrap();
+        if !mirror.enter(&pages) {
+            continue;
+        }
+        let what = random.u32(0..4);
+        // SAFETY: a page of the test's own.
+        unsafe {
+            match what {
+                0 => {
+                    memory.unmap(PAGE, PAGE);
+                    map_at(at, PAGE, libc::MAP_FIXED_NOREPLACE);
+                }
+                1 => assert_eq!(libc::madvise(at as *mut _, PAGE, libc::MADV_DONTNEED), 0),
+                2 => _ = map_at(at, PAGE, libc::MAP_FIXED),
+                _ => {
+                    memory.move_to(PAGE, PAGE, aside.start());
+                    map_at(at, PAGE, libc::MAP_FIXED_NOREPLACE);
+                }
+            }
+            if random.bool() {
+                assert!(mirror.read(at, &mut [0; 8]).is_err(), "read after change {what}");
+            } else {
+                assert!(mirror.write(at, &[1; 8]).is_err(), "written after change {what}");
+            }
+        }
+    }
+}
+
+/// The kernel announces a drop to who watches, and makes it later. What a mirror watches, and no migration has registered yet, does not leave with its old contents in
+/// between.
+fn what_is_dropped_while_it_is_sent_away_reads_zero() {
+    const LEN: usize = 64;
+    let (hmm, dev) = device(16);
+    let end = Instant::now() + seconds(5);
+    let mut random = fastrand::Rng::with_seed(6);
+    while Instant::now() < end {
+        let mut memory = Pages::new(LEN * PAGE);
+        memory.slice::<u8>().fill(9);
+        let mirror = hmm.mirror(range(&memory), Summer::new(range(&memory))).unwrap();
+        mirror.snapshot(range(&memory), SECOND).unwrap();
+        let (start, dev) = (memory.start() as usize, &dev);
+        let wait = random.u64(0..60);
+        std::thread::scope(|scope| {
+            scope.spawn(move || dev.prefetch_range(start, LEN * PAGE).unwrap());
+            std::thread::sleep(std::time::Duration::from_micros(wait));
+            // SAFETY: pages of the test's own.
+            assert_eq!(unsafe { libc::madvise(start as *mut _, LEN * PAGE, libc::MADV_DONTNEED) }, 0);
+            let wrong = memory.atomics::<std::sync::atomic::AtomicU8>().iter().position(|x| x.load(SeqCst) != 0);
+            assert_eq!(wrong, None);
+        });
+    }
 }
 
 /// Migration is just another change: what left is asked for and comes home, and the sum is always that of the whole list.
