@@ -30,8 +30,13 @@ pub(crate) fn say(core: &Core, start: Va, end: Va, mut what: impl FnMut(Said) ->
     let mut result = Ok(());
     check::pieces(core, inside.start, inside.end, |piece| {
         let part = Span { start: piece.start, end: piece.end };
-        if piece.movable && ranges::watch_span(core, part).is_ok() && core.policies.marks.change(part, &mut what).is_err() {
-            result = Err(Error::TooManyRanges { address: start });
+        if piece.movable {
+            // What cannot be watched is not marked, for nobody would tell when it is unmapped.
+            let _ = ranges::watch_and(core, part, |watched| {
+                if core.policies.marks.change(watched, &mut what).is_err() {
+                    result = Err(Error::TooManyRanges { address: start });
+                }
+            });
         }
         Ok(())
     })?;

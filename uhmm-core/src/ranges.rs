@@ -108,6 +108,11 @@ pub(crate) fn within_mapping(space: &Space, at: Va, n: usize) -> usize {
 /// # Errors
 /// As [`Space::watch`]; what was watched before that is noted.
 pub(crate) fn watch_span(core: &Core, span: Span) -> Result<(), Errno> {
+    watch_and(core, span, |_| {})
+}
+
+/// As [`watch_span`]; calls `f` with each part that is watched, before anybody can be told that it is unmapped.
+pub(crate) fn watch_and(core: &Core, span: Span, mut f: impl FnMut(Span)) -> Result<(), Errno> {
     let _hold = core.space.hold();
     core.space.watch(span, |watched| {
         for part in watched.blocks() {
@@ -115,6 +120,7 @@ pub(crate) fn watch_span(core: &Core, span: Span) -> Result<(), Errno> {
                 block.lock().reg |= part.bits();
             }
         }
+        f(watched);
     })
 }
 

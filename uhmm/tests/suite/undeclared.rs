@@ -20,6 +20,7 @@ crate::tests![
     what_lies_beside_a_small_argument,
     what_lies_beside_a_large_argument,
     a_failing_kernel_leaves_no_half_written_pages,
+    two_workers_touch_what_a_fork_has_shared,
 ];
 
 const LEN: usize = 300_000;
@@ -319,4 +320,33 @@ fn a_failing_kernel_leaves_no_half_written_pages() {
     let data = unsafe { &mut *std::ptr::addr_of_mut!(DATA) };
     dev.run(&kernel, 1, args![bare(data)]).unwrap_err();
     assert!(data.iter().all(|&x| x == 1 || x == 2), "each byte reads as before or as the kernel wrote it");
+}
+
+/// Two workers faulted in one block whose pages were shared since a fork. While one of them made them the program's own, which touches them, the other moved
+/// them; and the first one's touch was taken for that of a kernel which forgot to translate an address: the launch failed.
+fn two_workers_touch_what_a_fork_has_shared() {
+    const BLOCK: usize = 2 << 20;
+    const BLOCKS: usize = 16;
+    let (hmm, dev) = device(64);
+    let mut pages = Pages::new(BLOCKS * BLOCK);
+    let data = pages.slice::<u8>();
+    for round in 0..20u8 {
+        data.iter_mut().step_by(4096).for_each(|x| *x = round);
+        in_a_child(|| true);
+        let met = [const { AtomicU32::new(0) }; BLOCKS];
+        let kernel = |ctx: &Ctx<'_>| {
+            let start = ctx.pointer::<u8>(0);
+            for (number, met) in met.iter().enumerate() {
+                met.fetch_add(1, Ordering::AcqRel);
+                while met.load(Ordering::Acquire) < 2 {
+                    std::hint::spin_loop();
+                }
+                // SAFETY: each group writes bytes of its own, which nobody else uses meanwhile.
+                unsafe { *start.add(number * BLOCK + ctx.group() * BLOCK / 2) += 1 };
+            }
+        };
+        dev.run(&kernel, 2, args![bare(data)]).unwrap();
+        assert!(data.iter().step_by(BLOCK / 2).all(|&x| x == round + 1));
+        hmm.evict_all().unwrap();
+    }
 }
