@@ -32,6 +32,7 @@ use crate::space::Space;
 use crate::sync::*;
 use crate::table::DeviceTable;
 use crate::twins::Twins;
+use ::core::time::Duration;
 use uhmm_os::{BLOCK, Errno, EventFd, PAGE, system, thread};
 
 /// Migrations that can be at work at once without waiting for room.
@@ -63,6 +64,8 @@ pub struct Core {
     pub(crate) pool: Pool,
     pub(crate) policy: OwnBox<dyn Policy>,
     pub(crate) prepare: Mutex<()>,
+    /// Some page was lost with a device: launches look whether it is among their arguments.
+    pub(crate) has_lost: AtomicBool,
     /// For who looks what threads need when they end: [`crate::fixed`].
     pub(crate) ends: Mutex<()>,
     pub(crate) c_library: Span,
@@ -93,6 +96,10 @@ pub struct Device {
     pub(crate) full: AtomicBool,
     pin: AtomicU64,
     allocated: AtomicUsize,
+    /// How long a batch of copies may take.
+    pub(crate) fence_limit: Duration,
+    pub(crate) lost: AtomicBool,
+    pub(crate) removed: AtomicBool,
     desk: Desk,
 }
 
@@ -129,6 +136,7 @@ impl Core {
             pool,
             policy: OwnBox::new(c"uhmm policy", Declared).map_err(reserve)?.unsize(|p| p as *mut dyn Policy),
             prepare: Mutex::new(()),
+            has_lost: AtomicBool::new(false),
             ends: Mutex::new(()),
             c_library: fixed::c_library(),
             assist: Assist::default(),
@@ -206,7 +214,7 @@ impl Core {
 
 impl Device {
     /// A device with its memory's descriptors, not known to anybody yet.
-    pub(crate) fn new(index: usize, driver: OwnBox<dyn Driver>) -> Result<Self, Error> {
+    pub(crate) fn new(index: usize, driver: OwnBox<dyn Driver>, fence_limit: Duration) -> Result<Self, Error> {
         let reserve = |e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
         let memory = driver.info().memory;
         Ok(Device {
@@ -222,6 +230,9 @@ impl Device {
             full: AtomicBool::new(false),
             pin: AtomicU64::new(0),
             allocated: AtomicUsize::new(0),
+            fence_limit,
+            lost: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
             desk: Desk::new(),
         })
     }
@@ -280,14 +291,23 @@ impl DeviceRef {
         self.hold.core().device(self.index)
     }
 
-    fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> R + Send) -> Result<R, Error> {
+    /// Has the device's queue do something, unless the device is out of use; and if it is lost by then, says so, when everything that it leaves behind has been seen to.
+    fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> Result<R, Error> + Send) -> Result<R, Error> {
         // A worker would wait for the end of its own launch.
         if self.hold.core().has_worker(thread::gettid()) {
             return Err(Error::Reentrant);
         }
+        let job = move |core: &Core, dev: &Device| {
+            if dev.has_been_lost() {
+                return core.bury(dev);
+            }
+            dev.usable()?;
+            let result = job(core, dev);
+            if dev.is_lost() || (result.is_err() && dev.has_been_lost()) { core.bury(dev) } else { result }
+        };
         // SAFETY: queues serve with a Seat.
         let answer = unsafe { self.dev().desk.ask(move |seat: &Seat| job(seat.core, seat.dev())) };
-        answer.ok_or(Error::System("reach the device's queue", Errno::SRCH))
+        answer.unwrap_or(Err(Error::System("reach the device's queue", Errno::SRCH)))
     }
 
     /// What the device is.
@@ -313,7 +333,7 @@ impl DeviceRef {
         let mut raw = [RawArg::Pointer { address: 0 }; MAX_ARGS];
         raw[..args.raw().len()].copy_from_slice(args.raw());
         let request = Request { entry, grid, args: raw, count: args.raw().len() };
-        self.ask(move |core, dev| launch::run(core, dev, &request))?
+        self.ask(move |core, dev| launch::run(core, dev, &request))
     }
 
     /// Moves the pages inside a byte range to the device. Pages that cannot move stay.
@@ -321,20 +341,21 @@ impl DeviceRef {
     /// # Errors
     /// [`Error::NoRoom`], [`Error::TooLarge`].
     pub fn prefetch(&self, start: usize, end: usize) -> Result<(), Error> {
-        self.ask(move |core, dev| launch::prefetch(core, dev, start, end))?
+        self.ask(move |core, dev| launch::prefetch(core, dev, start, end))
     }
 
     /// Brings everything home that the device has of a byte range.
     ///
     /// # Errors
-    /// Those of the device.
+    /// [`Error::PagesLost`]; those of the device.
     pub fn evict(&self, start: usize, end: usize) -> Result<(), Error> {
         self.ask(move |core, dev| {
+            let lost = dev.counters.pages_lost.load(Ordering::Relaxed);
             for block in Span::touching(start, end).blocks() {
                 home::send_home(core, dev, block.start)?;
             }
-            Ok(())
-        })?
+            dev.gave_back(lost)
+        })
     }
 
     /// Lets what launches write in a byte range stay on the device.
@@ -342,7 +363,7 @@ impl DeviceRef {
     /// # Errors
     /// [`Error::Stay`].
     pub fn leave(&self, start: usize, end: usize) -> Result<(), Error> {
-        self.ask(move |core, _| left::leave(core, start, end))?
+        self.ask(move |core, _| left::leave(core, start, end))
     }
 
     /// Allocates memory on the device itself: the first frame and the device's address of it.
@@ -365,7 +386,7 @@ impl DeviceRef {
                     return Err(Error::NoRoom { device: info.name, needed: bytes, capacity: info.memory });
                 }
             }
-        })?
+        })
     }
 
     /// Gives memory from [`allocate`](Self::allocate) back.
@@ -376,6 +397,7 @@ impl DeviceRef {
                 dev.mem.free_whole(frame + (unit * Bits::ALL.count()) as Frame);
             }
             dev.allocated.fetch_sub(units * BLOCK, Ordering::Relaxed);
+            Ok(())
         });
     }
 
@@ -387,9 +409,23 @@ impl DeviceRef {
         self.ask(move |_, dev| {
             let list = [dma];
             dev.driver.stand_by();
-            let fence = dev.driver.copy(&list);
-            dev.driver.wait(fence, &list).map_err(|e| Error::Gone { address: e.address })
-        })?
+            dev.transfer(&list).map_err(|e| dev.copy_failed(e))
+        })
+    }
+
+    /// Takes the device out of use, in order: waits for the running launch, and brings everything home. From then on every call says that it was removed; its threads
+    /// and memory go with the last handle, as those of any device.
+    ///
+    /// # Errors
+    /// [`Error::PagesLost`] or [`Error::DeviceLost`] if the device does not give everything back.
+    pub fn remove(&self) -> Result<(), Error> {
+        self.ask(move |core, dev| {
+            let _no_launch = core.prepare.lock();
+            dev.removed.store(true, Ordering::Relaxed);
+            let lost = dev.counters.pages_lost.load(Ordering::Relaxed);
+            core.evict_device(dev);
+            dev.gave_back(lost)
+        })
     }
 }
 

@@ -72,7 +72,7 @@ pub struct State {
 }
 
 impl State {
-    /// Pages of which the CPU has no copy: on the device, or on the way there.
+    /// Pages of which the CPU has no copy: on the device, on the way there, or lost.
     pub fn gone(&self) -> Bits {
         self.gone
     }
@@ -102,6 +102,11 @@ impl State {
         self.bounce & self.dev
     }
 
+    /// Pages whose only copy was lost.
+    pub fn lost(&self) -> Bits {
+        self.gone - self.dev - self.busy - self.bounce
+    }
+
     /// Pages in transit.
     pub fn busy(&self) -> Bits {
         self.busy
@@ -116,6 +121,7 @@ impl State {
             (_, _, false, true) => PageState::Coherent,
             (_, true, true, _) => PageState::Private,
             (_, false, true, _) => PageState::Duplicated,
+            (_, true, false, _) => PageState::Lost,
             _ => PageState::System,
         }
     }
@@ -139,6 +145,7 @@ impl State {
             PageState::Coherent => (false, false, true, false),
             PageState::Moving => (true, false, false, true),
             PageState::Copying => (false, false, false, true),
+            PageState::Lost => (true, false, false, false),
         };
         for (bits, on) in [(&mut self.gone, gone), (&mut self.dev, dev), (&mut self.bounce, bounce), (&mut self.busy, busy)] {
             if on { *bits |= pages } else { *bits -= pages }

@@ -14,6 +14,7 @@
 
 use crate::kernel::{Bound, Entry, Message};
 use crate::page::Span;
+use core::time::Duration;
 use uhmm_os::Errno;
 
 pub use crate::directory::Frame;
@@ -69,11 +70,18 @@ pub enum DmaKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fence(pub u64);
 
-/// A batch of copies failed: the first address that could not be reached.
+/// Why a batch of copies failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DmaError {
-    /// The host address.
-    pub address: usize,
+pub enum DmaError {
+    /// Memory of the program could not be reached. All pieces but the guarded ones are done.
+    Gone {
+        /// The first such host address.
+        address: usize,
+    },
+    /// The device did not do it, for this reason. The same asked again may succeed.
+    Failed(Errno),
+    /// The device is lost: what it holds cannot be reached any more, and nothing that is asked of it will be done.
+    Lost,
 }
 
 /// A run of pages and where they are on the device.
@@ -123,6 +131,18 @@ pub enum KernelFault {
         /// The process address.
         address: usize,
     },
+    /// The kernel touched a page that was lost with a device.
+    PageLost {
+        /// The process address.
+        address: usize,
+    },
+    /// The device could not run the kernel, or not fetch what it touched.
+    Device {
+        /// The system's error.
+        source: Errno,
+    },
+    /// The device is lost.
+    Lost,
 }
 
 /// A launch as the driver runs it.
@@ -174,11 +194,18 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// Starts a batch of copies. The batch and what it names stay as they are until [`wait`](Self::wait) has returned.
     fn copy(&self, batch: &[Dma]) -> Fence;
 
-    /// Waits for a batch.
+    /// Waits for a batch, for so long at most as the device may take. When it returns, whatever it says, the device touches neither the batch nor the host memory that it
+    /// names any more.
     ///
     /// # Errors
-    /// If a guarded piece could not be reached; the other pieces are done.
-    fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<(), DmaError>;
+    /// [`DmaError`]; [`DmaError::Lost`] if the limit has passed. What a failed batch should have written then holds anything, but for memory of the program
+    /// ([`DmaKind::GuardedToHost`]), which holds what was there or what should be.
+    fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError>;
+
+    /// Whether the device is lost, for good: it was unplugged, fell off its bus, or hangs.
+    fn is_lost(&self) -> bool {
+        false
+    }
 
     /// Makes the device able to see the blocks of `span` at all, before pages of it are mapped.
     ///

@@ -115,7 +115,7 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request) -> Result<(), Er
     hold::begin(core, dev, args);
     let prepared = if unchanged(core, dev, ledger, args) { Ok(()) } else { prepare(core, dev, ledger, args) };
     let mut result = match prepared {
-        Ok(()) => execute(dev, request, groups).map_err(Error::Kernel),
+        Ok(()) => execute(dev, request, groups).map_err(|fault| dev.launch_failed(fault)),
         Err(e) => Err(e),
     };
     hold::end(core, dev);
@@ -128,7 +128,7 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request) -> Result<(), Er
 
 /// A launch on a device that holds no data.
 fn bare(dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
-    counted(dev, execute(dev, request, groups).map_err(Error::Kernel))
+    counted(dev, execute(dev, request, groups).map_err(|fault| dev.launch_failed(fault)))
 }
 
 fn counted(dev: &Device, result: Result<(), Error>) -> Result<(), Error> {
@@ -188,7 +188,7 @@ fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], succe
     if core.space.mode == Mode::UserModeOnly {
         unmap_shared(core, dev, args);
     }
-    ended.map(|_| ()).map_err(|address| Error::Gone { address })
+    ended.map(|_| ()).map_err(|e| dev.copy_failed(e))
 }
 
 /// Takes copies that stay out of the device's page table: the next launch enters them again when it has looked whether the CPU has written the pages since.

@@ -13,6 +13,7 @@
 //! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `hold` | the life of a launch |
 //! | `coherent` | devices whose memory the CPU uses in place |
 //! | `fixed` | pages that never leave |
+//! | `loss` | devices that fail |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
 //! | `fork`, `raw_fork`, `evictor` | everything comes home: before a fork, when asked, before the action of a signal |
 //! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
@@ -43,6 +44,7 @@ mod home;
 pub mod kernel;
 mod launch;
 pub mod left;
+mod loss;
 pub mod migrate;
 pub mod mode;
 mod monitor;

@@ -291,7 +291,7 @@ impl Monitor {
                 ranges::unprotect(core, va, copying)
             }
             PageState::System | PageState::Bounced | PageState::Coherent => ranges::unprotect(core, va, Bits::one(page)),
-            PageState::Private | PageState::Moving => {
+            PageState::Private | PageState::Moving | PageState::Lost => {
                 // It has left since: the touch comes again, as one of a missing page.
                 core.space.uffd.wake(va + page * PAGE, PAGE)
             }
@@ -311,6 +311,14 @@ impl Monitor {
                 Served::Done
             }
             PageState::Private => self.return_pages(core, state, va, page, fault),
+            // Poisoned already: whoever came before that touches it again, and gets SIGBUS.
+            PageState::Lost => match core.space.uffd.poison(va + page * PAGE, PAGE) {
+                Err(partial) if partial.errno == Errno::AGAIN => Served::Later,
+                _ => {
+                    let _ = core.space.uffd.wake(va + page * PAGE, PAGE);
+                    Served::Done
+                }
+            },
             _ => {
                 // A hole in a watched range. Its neighbours are filled with it, or each would cost a fault.
                 let mut run = page..page + 1;

@@ -10,12 +10,13 @@ use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::{Block, BlockGuard, Frame};
-use crate::driver::{Dma, DmaKind};
+use crate::driver::{Dma, DmaError, DmaKind};
 use crate::fixed::{self, Sealed};
 use crate::launch::{LARGE, Ledger};
+use crate::migrate;
 use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Span, Va};
-use crate::pool::Size;
+use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
 use crate::sync::*;
 use crate::twins;
@@ -25,8 +26,8 @@ use uhmm_os::{BLOCK, Errno, PAGE, copy, thread};
 /// Ends all snapshots of the launch that has just ended: how many pages did not stay on the device.
 ///
 /// # Errors
-/// The first address that was to be written and could not be.
-pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, Va> {
+/// Why some of what the kernel has written could not be written to the program: the first reason.
+pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, DmaError> {
     let mut result = Ok(0);
     // A kept page goes home when the CPU touches its other bytes: nothing for a device that could not fetch it again.
     let fetches = dev.driver.info().replayable_faults;
@@ -37,7 +38,7 @@ pub(crate) fn finish(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[Raw
         let ended = end_block(core, dev, va, args, success);
         result = match (result, ended) {
             (Ok(sum), Ok(pages)) => Ok(sum + pages),
-            (Err(address), _) | (_, Err(address)) => Err(address),
+            (Err(e), _) | (_, Err(e)) => Err(e),
         };
     };
     for index in 0..core::mem::take(&mut ledger.bounced_count) {
@@ -60,8 +61,8 @@ fn written(args: &[RawArg], page: Va) -> impl Iterator<Item = (Range<usize>, usi
 
 /// Lets the pages of large arguments stay on the device.
 fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], sealed: &Sealed) {
-    let _hold = core.space.hold();
-    let _ends = core.ends.lock();
+    let hold = core.space.hold();
+    let ends = core.ends.lock();
     let Some(block) = core.dir.get(va) else { return };
     let mut state = block.lock();
     if state.mover != 0 {
@@ -82,22 +83,29 @@ fn keep(core: &Core, dev: &Device, va: Va, args: &[RawArg], sealed: &Sealed) {
                 continue;
             }
         }
-        if sealed.still(core, va).has(page) || fixed::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)) {
-            keep_page(core, dev, &mut state, va, page, args);
+        if (sealed.still(core, va).has(page) || fixed::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)))
+            && let Err(tray) = keep_page(core, dev, &mut state, va, page, args)
+        {
+            // The device does not take the page: it goes home, with what the kernel wrote. The others are written back as snapshots are.
+            drop((state, ends, hold));
+            return migrate::give_back(core, dev, va, Bits::one(page), tray);
         }
     }
 }
 
-fn keep_page(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, page: usize, args: &[RawArg]) {
+/// # Errors
+/// The tray with the page, which is `Moving`, if the device does not take it.
+fn keep_page(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, page: usize, args: &[RawArg]) -> Result<(), Tray> {
     let one = Bits::one(page);
-    let Some(mut tray) = core.pool.take_empty(Size::Small, one) else { return };
+    // The kernel has ended: what it wrote stays as it is.
+    ranges::unmap(core, dev, state, va, one);
+    let frame = core.dir.frame(state, page);
+    let Ok(now) = read_frame(dev, frame) else { return Ok(()) }; // it stays a snapshot, whose end tells
+    let Some(mut tray) = core.pool.take_empty(Size::Small, one) else { return Ok(()) };
     let (moved, end) = ranges::move_out(&core.space, va, one, &tray, false);
     tray.full |= moved;
     if end == MoveEnd::All {
-        ranges::unmap(core, dev, state, va, one);
         // What the kernel wrote, declared or found by the twin, goes over the CPU's page; all of that is the device's page from now on.
-        let frame = core.dir.frame(state, page);
-        let now = read_frame(dev, frame);
         // SAFETY: the tray is ours, and the slot holds the page that was just moved there.
         let merged = unsafe { &mut *(tray.slot(page) as *mut [u8; PAGE]) };
         if state.twins.has(page) {
@@ -107,22 +115,28 @@ fn keep_page(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, page
             merged[range.clone()].copy_from_slice(&now[range]);
         }
         let dma = [Dma { kind: DmaKind::ToDevice, host: tray.slot(page), frame, offset: 0, len: PAGE }];
-        let fence = dev.driver.copy(&dma);
-        let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
+        if dev.transfer(&dma).is_err() {
+            state.shift(one, PageState::Bounced, Cause::LaunchEnd, PageState::Moving);
+            state.mover = core.next_mover();
+            (state.taken, state.tray) = (one, tray.start);
+            state.twins -= one;
+            state.rdonly -= one;
+            return Err(tray);
+        }
         count(&dev.counters.bytes_to_device, PAGE);
         state.shift(one, PageState::Bounced, Cause::LaunchEnd, PageState::Private);
         let _ = ranges::map(core, dev, state, va, one); // else a device fault maps it
     }
     core.pool.put(tray);
+    Ok(())
 }
 
 /// The contents of a frame that is not in the device's page table.
-fn read_frame(dev: &Device, frame: Frame) -> [u8; PAGE] {
+fn read_frame(dev: &Device, frame: Frame) -> Result<[u8; PAGE], DmaError> {
     let mut now = [0u8; PAGE];
     let dma = [Dma { kind: DmaKind::ToHost, host: now.as_mut_ptr() as usize, frame, offset: 0, len: PAGE }];
-    let fence = dev.driver.copy(&dma);
-    let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
-    now
+    dev.transfer(&dma)?;
+    Ok(now)
 }
 
 /// Blocks of which the running kernel got snapshots by touching them.
@@ -158,17 +172,17 @@ impl Fetched {
 }
 
 /// Takes the block's snapshots off the device, with `success` after what the kernel wrote there has been written to the program: how many pages went.
-fn end_block(core: &Core, dev: &Device, va: Va, args: &[RawArg], success: bool) -> Result<usize, Va> {
+fn end_block(core: &Core, dev: &Device, va: Va, args: &[RawArg], success: bool) -> Result<usize, DmaError> {
     let Some((block, pages, twins, slot)) = claim(core, dev, va) else { return Ok(0) };
     let mut result = Ok(pages.count());
     if success {
         // No lock is held: the program's pages may fault. What is claimed stays where it is.
-        if let Err(address) = write_declared(core, dev, args, va, pages) {
-            result = Err(address);
+        if let Err(e) = write_declared(core, dev, args, va, pages) {
+            result = Err(e);
         }
         for page in twins.pages() {
-            if let Err(address) = write_changes(core, dev, va, page, slot) {
-                result = Err(address);
+            if let Err(e) = write_changes(core, dev, va, page, slot) {
+                result = Err(e);
             }
         }
     }
@@ -210,15 +224,14 @@ fn claim<'a>(core: &'a Core, dev: &Device, va: Va) -> Option<(&'a Block, Bits, B
 }
 
 /// Writes the bytes that written arguments cover, and no other, into the program's pages.
-fn write_declared(core: &Core, dev: &Device, args: &[RawArg], va: Va, pages: Bits) -> Result<(), Va> {
+fn write_declared(core: &Core, dev: &Device, args: &[RawArg], va: Va, pages: Bits) -> Result<(), DmaError> {
     let mut room = core.room();
     let list = room.list();
     let mut count = 0;
     let mut result = Ok(());
     let mut send = |list: &[Dma]| {
-        let fence = dev.driver.copy(list);
-        if let Err(e) = dev.driver.wait(fence, list) {
-            result = Err(e.address);
+        if let Err(e) = dev.transfer(list) {
+            result = Err(e);
         }
         list.iter().for_each(|dma| count_bytes(dev, dma.len));
     };
@@ -262,23 +275,23 @@ fn count_bytes(dev: &Device, bytes: usize) {
 }
 
 /// Writes what differs from the page's twin into the program's page.
-fn write_changes(core: &Core, dev: &Device, va: Va, page: usize, slot: u32) -> Result<(), Va> {
+fn write_changes(core: &Core, dev: &Device, va: Va, page: usize, slot: u32) -> Result<(), DmaError> {
     let frame = {
-        let block = core.dir.get(va).ok_or(va)?;
+        let block = core.dir.get(va).ok_or(DmaError::Gone { address: va })?;
         let state = block.lock();
         if !state.bounced().has(page) {
             return Ok(()); // unmapped meanwhile
         }
         core.dir.frame(&state, page)
     };
-    let now = read_frame(dev, frame);
+    let now = read_frame(dev, frame)?;
     let mut result = Ok(());
     twins::changes(core.twins.of(slot, page), &now, |range| {
         let at = va + page * PAGE + range.start;
         // SAFETY: the kernel, which may do what the caller may, has written these bytes; what was unmapped all the same is an error, not a crash.
         match unsafe { copy::guarded(at as *mut u8, now[range.start..].as_ptr(), range.len()) } {
             Ok(()) => count_bytes(dev, range.len()),
-            Err(address) => result = Err(address),
+            Err(address) => result = Err(DmaError::Gone { address }),
         }
     });
     result

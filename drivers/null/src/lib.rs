@@ -8,6 +8,7 @@
 //! * Its [`DeviceInfo::memory`] is 0: uhmm then checks a launch as for any device and hands it over, and makes nothing resident.
 //! * So nothing of a page table or of copies is ever asked of it; if it were, the answer would be an error, never a success that has not happened.
 
+use core::time::Duration;
 use uhmm_core::driver::{DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
@@ -61,8 +62,8 @@ unsafe impl Driver for Null {
         Fence(0)
     }
 
-    fn wait(&self, _fence: Fence, batch: &[Dma]) -> Result<(), DmaError> {
-        batch.first().map_or(Ok(()), |dma| Err(DmaError { address: dma.host }))
+    fn wait(&self, _fence: Fence, batch: &[Dma], _: Duration) -> Result<(), DmaError> {
+        if batch.is_empty() { Ok(()) } else { Err(DmaError::Failed(Errno::OPNOTSUPP)) }
     }
 
     fn open_window(&self, _span: Span) -> Result<(), Errno> {

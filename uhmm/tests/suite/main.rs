@@ -15,6 +15,7 @@ mod coherent_races;
 mod conformance;
 mod dying;
 mod evict;
+mod failing;
 mod faults;
 mod harness;
 mod kernel_access;
@@ -38,6 +39,7 @@ fn main() {
     tests.extend(basics::TESTS);
     tests.extend(dying::TESTS);
     tests.extend(evict::TESTS);
+    tests.extend(failing::TESTS);
     tests.extend(faults::TESTS);
     tests.extend(kernel_access::TESTS);
     tests.extend(kernel_faults::TESTS);
