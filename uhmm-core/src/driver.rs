@@ -12,10 +12,12 @@
 //!   nothing is mapped, unmapped or shared for it, and no window is opened. A frame whose page is in the program, or went with it, is vacant; the copy engine's
 //!   next write gives it a page. A fault of its kernels is one of the process's own addresses, and uhmm lets them run on itself.
 
+use crate::bits::PAGES;
+use crate::directory::State;
 use crate::kernel::{Bound, Entry, Message};
 use crate::page::Span;
 use core::time::Duration;
-use uhmm_os::Errno;
+use uhmm_os::{Errno, PAGE};
 
 pub use crate::directory::Frame;
 
@@ -97,6 +99,66 @@ pub struct MapRun {
     pub write: bool,
 }
 
+/// Runs of pages whose frames hold valid data: what a driver may enter into its page table. Only uhmm makes one, of pages that the directory calls resident, and those it calls
+/// so only once the copy that fills their frames is done. So neither a driver nor a mechanism can map what was not copied.
+///
+/// ```compile_fail,E0423
+/// use uhmm_core::driver::{Committed, Driver, MapRun};
+/// fn map_anyway(driver: &dyn Driver, run: MapRun) {
+///     let _ = driver.map(Committed(&[run]));
+/// }
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Committed<'a>(&'a [MapRun]);
+
+impl<'a> Committed<'a> {
+    /// Runs of pages of the block at `va` that are resident.
+    pub(crate) fn new(state: &State, va: usize, runs: &'a [MapRun]) -> Self {
+        debug_assert!(runs.iter().all(|run| (run.va - va) / PAGE + run.pages <= PAGES), "runs of one block");
+        let resident = |run: &MapRun| ((run.va - va) / PAGE..(run.va - va) / PAGE + run.pages).all(|page| state.resident().has(page));
+        debug_assert!(runs.iter().all(resident), "pages that are not resident have no valid frames");
+        Committed(runs)
+    }
+}
+
+impl core::ops::Deref for Committed<'_> {
+    type Target = [MapRun];
+    fn deref(&self) -> &[MapRun] {
+        self.0
+    }
+}
+
+/// A batch that the copy engine has done, as the driver says. What commits a migration asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Done {
+    gone: Option<usize>,
+}
+
+impl Done {
+    /// What a driver's [`wait`](Driver::wait) has said of a batch.
+    ///
+    /// # Errors
+    /// That nothing of it counts as done.
+    pub(crate) fn of(result: Result<(), DmaError>) -> Result<Self, DmaError> {
+        match result {
+            Ok(()) => Ok(Done { gone: None }),
+            Err(DmaError::Gone { address }) => Ok(Done { gone: Some(address) }),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether the guarded pieces are done as well.
+    pub(crate) fn is_all(&self) -> bool {
+        self.gone.is_none()
+    }
+
+    /// # Errors
+    /// [`DmaError::Gone`] unless all pieces are done.
+    pub(crate) fn all(self) -> Result<(), DmaError> {
+        self.gone.map_or(Ok(()), |address| Err(DmaError::Gone { address }))
+    }
+}
+
 /// Why a launch failed on the device. The first of a launch is kept.
 #[derive(Clone, Copy, Debug)]
 pub enum KernelFault {
@@ -176,7 +238,10 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     fn release(&self, unit: usize);
 
     /// Where the CPU can read `frame` while it is not mapped for the device, if it can.
-    fn peek(&self, frame: Frame) -> Option<usize>;
+    fn peek(&self, frame: Frame) -> Option<usize> {
+        let _ = frame;
+        None
+    }
 
     /// The pages at `host`, which lie in memory of uhmm's and are those of a coherent device, become the pages of vacant frames from `frame` on again: the first so many.
     /// The others' contents are copied into the frames then.
@@ -211,10 +276,15 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     ///
     /// # Errors
     /// If the device has no addresses for it.
-    fn open_window(&self, span: Span) -> Result<(), Errno>;
+    fn open_window(&self, span: Span) -> Result<(), Errno> {
+        let _ = span;
+        Ok(())
+    }
 
     /// The process has nothing at `span` (whole blocks) any more: addresses for it may go.
-    fn close_window(&self, span: Span);
+    fn close_window(&self, span: Span) {
+        let _ = span;
+    }
 
     /// Lets the device use a shared mapping of the process in place: its page table and the process's name the same pages. Replaces what was shared there before.
     ///
@@ -230,11 +300,11 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
         let _ = span;
     }
 
-    /// Enters runs into the device's page table. The frames hold valid data.
+    /// Enters runs into the device's page table.
     ///
     /// # Errors
     /// If the device cannot map; nothing of the batch is mapped then.
-    fn map(&self, batch: &[MapRun]) -> Result<(), Errno>;
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno>;
 
     /// Makes mapped runs writable.
     fn allow_writes(&self, batch: &[MapRun]);
@@ -249,19 +319,32 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     fn launch(&self, launch: &Launch) -> Result<(), KernelFault>;
 
     /// A worker touched the page at `va` and it was not in the device's page table: the entry of the device's fault buffer.
-    fn note_fault(&self, va: usize, write: bool);
+    fn note_fault(&self, va: usize, write: bool) {
+        let _ = (va, write);
+    }
 
     /// Fails the running launch, unless it has failed already. Its kernel runs on.
-    fn fail(&self, fault: KernelFault);
+    fn fail(&self, fault: KernelFault) {
+        let _ = fault;
+    }
 
     /// Tells the running launch that it touched process memory that was on the device.
-    fn host_touch(&self, tid: u32, address: usize);
+    fn host_touch(&self, tid: u32, address: usize) {
+        let _ = tid;
+        self.fail(KernelFault::HostAddress { address });
+    }
 
     /// Whether the thread is one of the device's workers.
-    fn owns_thread(&self, tid: u32) -> bool;
+    fn owns_thread(&self, tid: u32) -> bool {
+        let _ = tid;
+        false
+    }
 
     /// Whether `address` lies where the device sees the process's memory.
-    fn in_window(&self, address: usize) -> bool;
+    fn in_window(&self, address: usize) -> bool {
+        let _ = address;
+        false
+    }
 
     /// Whether the device can see the process's address `va` at all.
     fn reaches(&self, va: usize) -> bool {
@@ -270,5 +353,8 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
 
     /// A worker touched an address that cannot be served: let it run on over a scratch page, and fail its launch.
     /// Returns false if even that is impossible.
-    fn scratch(&self, address: usize, fault: KernelFault) -> bool;
+    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
+        let _ = (address, fault);
+        false
+    }
 }

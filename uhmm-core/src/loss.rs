@@ -5,7 +5,7 @@
 //! block: at once by the call that finds it out, and before that by whoever touches one. What both had, and what a launch had parked, is the CPU's as before.
 
 use crate::core::{Core, Device};
-use crate::driver::{Dma, DmaError, Fence, KernelFault};
+use crate::driver::{Dma, DmaError, Done, Fence, KernelFault};
 use crate::error::Error;
 use crate::home;
 use crate::page::Span;
@@ -18,13 +18,13 @@ impl Device {
     /// Waits for a batch that was handed to the copy engine.
     ///
     /// # Errors
-    /// The driver's.
-    pub(crate) fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<(), DmaError> {
-        let result = self.driver.wait(fence, batch, self.fence_limit);
-        if result == Err(DmaError::Lost) {
-            self.lose();
-        }
-        result
+    /// The driver's, but for memory that is gone.
+    pub(crate) fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<Done, DmaError> {
+        Done::of(self.driver.wait(fence, batch, self.fence_limit)).inspect_err(|e| {
+            if *e == DmaError::Lost {
+                self.lose();
+            }
+        })
     }
 
     /// Has the copy engine do a batch, and waits for it. What the device fails to do is asked for once more.
@@ -37,7 +37,7 @@ impl Device {
             if self.is_lost() {
                 return Err(DmaError::Lost);
             }
-            result = self.wait(self.driver.copy(batch), batch);
+            result = self.wait(self.driver.copy(batch), batch).and_then(Done::all);
             if !matches!(result, Err(DmaError::Failed(_))) {
                 break;
             }

@@ -7,7 +7,7 @@ use crate::coherent;
 use crate::core::{Core, Device};
 use crate::devmem::Full;
 use crate::directory::{Frame, State};
-use crate::driver::MapRun;
+use crate::driver::{Committed, MapRun};
 use crate::page::{Span, Va};
 use crate::pool::Tray;
 use crate::space::Space;
@@ -179,7 +179,7 @@ pub(crate) fn map(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bi
         let mut done = Bits::EMPTY;
         with_runs(core, state, va, part, write, |runs| {
             if result.is_ok() {
-                result = dev.driver.map(runs);
+                result = dev.driver.map(Committed::new(state, va, runs));
                 if result.is_ok() {
                     for run in runs {
                         let first = (run.va - va) / PAGE;

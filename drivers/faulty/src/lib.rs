@@ -24,7 +24,7 @@
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use core::time::Duration;
 use std::time::Instant;
-use uhmm_core::driver::{DeviceInfo, Dma, DmaError, DmaKind, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, DmaKind, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
 use uhmm_core::page::Span;
@@ -251,7 +251,7 @@ unsafe impl Driver for Faulty {
         self.inner.unshare(span);
     }
 
-    fn map(&self, batch: &[MapRun]) -> Result<(), Errno> {
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
         self.fails(Call::Map, Errno::IO)?;
         self.inner.map(batch)
     }

@@ -27,7 +27,7 @@ pub mod worker;
 use core::time::Duration;
 use dma::Engine;
 use memory::{Memory, Watch};
-use uhmm_core::driver::{DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
 use uhmm_core::page::Span;
@@ -161,8 +161,8 @@ unsafe impl Driver for Soft {
         self.window.unshare(&self.uffd, span);
     }
 
-    fn map(&self, batch: &[MapRun]) -> Result<(), Errno> {
-        self.window.map(&self.uffd, &self.memory, batch, |page| self.workers.forget_scratch(page))
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
+        self.window.map(&self.uffd, &self.memory, &batch, |page| self.workers.forget_scratch(page))
     }
 
     fn allow_writes(&self, batch: &[MapRun]) {
@@ -183,10 +183,6 @@ unsafe impl Driver for Soft {
 
     fn fail(&self, fault: KernelFault) {
         self.workers.fail(fault);
-    }
-
-    fn host_touch(&self, _tid: u32, address: usize) {
-        self.workers.fail(KernelFault::HostAddress { address });
     }
 
     fn owns_thread(&self, tid: u32) -> bool {

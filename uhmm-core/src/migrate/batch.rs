@@ -5,7 +5,7 @@ use crate::bits::{Bits, PAGES};
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::Frame;
-use crate::driver::{Dma, DmaError, DmaKind, Fence};
+use crate::driver::{Dma, DmaError, DmaKind, Done, Fence};
 use crate::error::Error;
 use crate::home;
 use crate::own::OwnSlice;
@@ -91,10 +91,10 @@ pub(super) struct Collected<'a>(pub(super) &'a mut Batch);
 /// Blocks that are being copied.
 #[derive(Debug)]
 pub(super) struct Flying(Fence);
-/// Blocks whose contents are on the device and not mapped yet. `reached` is false if some program memory could not be read.
+/// Blocks whose contents are on the device and not mapped yet.
 pub(super) struct Copied<'a> {
     batch: &'a mut Batch,
-    pub(super) reached: bool,
+    done: Done,
 }
 /// Blocks whose contents the device has not taken.
 pub(super) struct Failed<'a>(&'a mut Batch, DmaError);
@@ -119,25 +119,29 @@ impl Collected<'_> {
 impl Flying {
     pub(super) fn land<'a>(self, batch: &'a mut Batch, dev: &Device) -> Result<Copied<'a>, Failed<'a>> {
         let list = &batch.dma[..batch.dma_count];
-        let reached = match dev.wait(self.0, list) {
-            Ok(()) => true,
-            Err(DmaError::Gone { .. }) => false,
+        let done = match dev.wait(self.0, list) {
+            Ok(done) => done,
             Err(e) => return Err(Failed(batch, e)),
         };
         for dma in list {
             let counter = if dma.kind == DmaKind::Zero { &dev.counters.bytes_zeroed } else { &dev.counters.bytes_to_device };
             count(counter, dma.len);
         }
-        Ok(Copied { batch, reached })
+        Ok(Copied { batch, done })
     }
 }
 
 impl Copied<'_> {
+    /// Whether all program memory could be read.
+    pub(super) fn reached(&self) -> bool {
+        self.done.is_all()
+    }
+
     pub(super) fn commit(self, core: &Core, dev: &Device, park: Park<'_>) -> Result<bool, Error> {
         let mut result = Ok(false);
         for item in self.batch.items.iter_mut().take(self.batch.count) {
             let Some(item) = item.take() else { continue };
-            match commit_block(core, dev, item, self.reached, park) {
+            match commit_block(core, dev, item, &self.done, park) {
                 Ok(lost) => {
                     if let Ok(any) = &mut result {
                         *any |= lost;
@@ -214,14 +218,14 @@ fn undo_block(core: &Core, dev: &Device, mut item: Item) {
 }
 
 /// Ends the migration of one block: true if pages were lost on the way.
-fn commit_block(core: &Core, dev: &Device, mut item: Item, reached: bool, park: Park<'_>) -> Result<bool, Errno> {
+fn commit_block(core: &Core, dev: &Device, mut item: Item, done: &Done, park: Park<'_>) -> Result<bool, Errno> {
     let _hold = core.space.hold();
     let Some(block) = core.dir.get(item.va) else { return Ok(false) };
     let mut state = block.lock();
     let all = item.moved | item.zeroed | item.copied;
     let mut copied = item.copied & state.busy();
     let moved = (item.moved | item.zeroed) & state.busy();
-    if !reached {
+    if !done.is_all() {
         // Some program memory could not be read: nothing that was copied in place is trusted.
         if item.intent == Intent::Duplicate {
             let _ = ranges::unprotect(core, item.va, copied);
@@ -229,13 +233,13 @@ fn commit_block(core: &Core, dev: &Device, mut item: Item, reached: bool, park: 
         state.shift(copied, PageState::Copying, Cause::Undo, PageState::System);
         copied = Bits::EMPTY;
     }
-    state.shift(moved, PageState::Moving, Cause::Commit, PageState::Private);
+    state.commit(moved, PageState::Moving, PageState::Private, done);
     if item.intent.bounces() {
         state.rdonly |= item.rdonly & copied;
         core.twins.make(core, dev, &mut state, item.twins & copied);
     }
     let shared = if item.intent.bounces() { PageState::Bounced } else { PageState::Duplicated };
-    state.shift(copied, PageState::Copying, Cause::Commit, shared);
+    state.commit(copied, PageState::Copying, shared, done);
     state.mover = 0;
     state.tray = 0;
     state.taken = Bits::EMPTY;

@@ -255,7 +255,7 @@ impl Core {
         match room.flying.take() {
             Some(flying) => match flying.land(&mut room.batches[room.at ^ 1], dev) {
                 Ok(copied) => {
-                    room.refused |= !copied.reached;
+                    room.refused |= !copied.reached();
                     copied.commit(self, dev, park)
                 }
                 Err(failed) => Err(failed.undo(self, dev)),

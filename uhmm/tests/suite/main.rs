@@ -31,6 +31,7 @@ mod profiles;
 mod races;
 mod raw_fork;
 mod stories;
+mod tiny;
 mod undeclared;
 
 fn main() {
@@ -60,6 +61,7 @@ fn main() {
     tests.extend(races::TESTS);
     tests.extend(raw_fork::TESTS);
     tests.extend(stories::TESTS);
+    tests.extend(tiny::TESTS);
     tests.extend(undeclared::TESTS);
     harness::run(&tests, modes::LESSER);
 }
