@@ -97,6 +97,10 @@ pub(crate) fn ends<'a>(core: &'a Core, dev: &Device) -> Option<MutexGuard<'a, ()
 /// # Errors
 /// `EAGAIN` if an event is unread, or no tray is free: drop the locks, let it be read, and look again.
 pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits) -> Result<(), Errno> {
+    if dev.is_lost() {
+        untag(core, state, va, pages); // what the program has mapped it has
+        return Ok(());
+    }
     let mut looks = 0;
     loop {
         let pages = pages & state.coherent();

@@ -1,12 +1,15 @@
 //! The driver contract: what a device must do for uhmm, and what it may ask of it.
 //!
+//! Sentence by sentence, with what shows it: docs/driver-contract.md. How to write a driver: docs/write-a-driver.md, with a complete one, uhmm/examples/tiny_driver.rs.
+//!
 //! # Rules
 //! * Drivers are called per batch, never per page, from uhmm's own threads. Every call but [`Driver::launch`] may be made on the
 //!   fault path: no allocation, no lock in memory that could migrate, no log, no touch of the program's memory but through
 //!   guarded copies.
 //! * The directory is the only truth; a driver's page table is a cache of it. [`Driver::unmap`] returns when the device has
 //!   acknowledged: no access through the old entry can happen afterwards.
-//! * An error is only for what the caller cannot foresee. A page whose copy failed is not mapped.
+//! * An error is only for what the caller cannot foresee. A page whose copy failed is not mapped: [`Committed`] shows that it did not.
+//! * A device may fail, and be lost, in any call that says so. It says what is so: uhmm then gives an error, keeps the page where it is, or poisons it.
 //! * The memory of a coherent device ([`DeviceInfo::coherent`]) is anonymous memory of this process, which [`Driver::peek`] tells, and its pages themselves go into
 //!   the program and come back ([`Driver::take_back`]). It sees the process's addresses as they are (its mask is 0) and reaches all of them, so that it has no page table:
 //!   nothing is mapped, unmapped or shared for it, and no window is opened. A frame whose page is in the program, or went with it, is vacant; the copy engine's

@@ -212,21 +212,6 @@ fn after(errno: Errno, arrived: &mut Bits, page: usize) -> Result<(), Errno> {
     Err(if errno == Errno::NOENT { errno } else { Errno::AGAIN })
 }
 
-/// A batch to a tray failed: the pages that fail by themselves too.
-fn one_by_one(dev: &Device, batch: &[Dma], tray: usize) -> Bits {
-    let mut failed = Bits::EMPTY;
-    for dma in batch {
-        for at in (0..dma.len).step_by(PAGE) {
-            let host = dma.host + at;
-            let one = [Dma { host, frame: dma.frame + (at / PAGE) as Frame, len: PAGE, ..*dma }];
-            if dev.transfer(&one).is_err() {
-                failed.set((host - tray) / PAGE);
-            }
-        }
-    }
-    failed
-}
-
 fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> Home {
     let huge = state.huge && state.whole && pages == Bits::ALL && to.is_multiple_of(uhmm_os::BLOCK);
     let (size, lack) = if huge { (Size::Huge, 0) } else { (Size::Small, COPY_UP_TO) };
@@ -236,11 +221,12 @@ fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> H
     let pages = pages - lacking;
     let mut dma = [Dma { kind: DmaKind::ToHost, host: 0, frame: 0, offset: 0, len: 0 }; PIECES];
     let mut pieces = 0;
-    let mut lost = Bits::EMPTY;
+    let mut failed = Bits::EMPTY;
     let start = tray.start;
     let mut send = |list: &[Dma]| {
         if dev.transfer(list).is_err() {
-            lost |= one_by_one(dev, list, start);
+            let runs = list.iter().map(|dma| (dma.host - start) / PAGE..(dma.host - start + dma.len) / PAGE);
+            runs.for_each(|run| failed |= Bits::range(run));
         }
     };
     ranges::frame_runs(core, state, pages, |run, frame| {
@@ -252,15 +238,16 @@ fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> H
         pieces += 1;
     });
     send(&dma[..pieces]);
-    let pages = pages - lost;
+    // Those are asked for in smaller parts, after the others have come.
+    let (pages, lacking) = (pages - failed, lacking | failed);
     count(&dev.counters.bytes_to_cpu, pages.count() * PAGE);
     let (mut arrived, mut result) = deliver(core, &mut tray, pages, to);
     core.pool.put(tray);
+    let mut lost = Bits::EMPTY;
     if result.is_ok() && !lacking.is_empty() {
         let copied = copy_home(core, dev, state, lacking, to);
         arrived |= copied.arrived;
-        lost |= copied.lost;
-        result = copied.result;
+        (lost, result) = (copied.lost, copied.result);
     }
     Home { arrived, lost, result }
 }

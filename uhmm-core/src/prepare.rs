@@ -26,6 +26,27 @@ use uhmm_os::{PAGE, tasks};
 /// # Errors
 /// Those of migration; [`Error::Gone`] if an argument cannot be reached.
 pub(crate) fn prepare(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
+    let prepared = make_ready(core, dev, ledger, args);
+    if prepared.is_err() {
+        note_all(core, dev, ledger, args);
+    }
+    prepared
+}
+
+/// Notes every block with snapshots: who was stopped on the way has not noted those that he had taken by then, and nobody would end them.
+fn note_all(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) {
+    for (start, end, _) in ranges(args) {
+        core.dir.for_each(Span::touching(start, end), |block, part| {
+            let state = block.lock();
+            if state.device == dev.id() && !state.bounced().is_empty() && ledger.bounced_count < ledger.bounced.len() {
+                ledger.bounced[ledger.bounced_count] = Span::block(part.start).start;
+                ledger.bounced_count += 1;
+            }
+        });
+    }
+}
+
+fn make_ready(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) -> Result<(), Error> {
     dev.set_pin(core.next_launch());
     ledger.forget_last();
     let coherent = dev.driver.info().coherent;

@@ -88,9 +88,9 @@ impl Batch {
 
 /// Blocks whose pages were taken and are not copied yet.
 pub(super) struct Collected<'a>(pub(super) &'a mut Batch);
-/// Blocks that are being copied.
+/// Blocks that are being copied; by nobody, if the device is known to be lost.
 #[derive(Debug)]
-pub(super) struct Flying(Fence);
+pub(super) struct Flying(Option<Fence>);
 /// Blocks whose contents are on the device and not mapped yet.
 pub(super) struct Copied<'a> {
     batch: &'a mut Batch,
@@ -112,14 +112,14 @@ pub struct Parked {
 
 impl Collected<'_> {
     pub(super) fn copy(self, dev: &Device) -> Flying {
-        Flying(dev.driver.copy(&self.0.dma[..self.0.dma_count]))
+        Flying((!dev.is_lost()).then(|| dev.driver.copy(&self.0.dma[..self.0.dma_count])))
     }
 }
 
 impl Flying {
     pub(super) fn land<'a>(self, batch: &'a mut Batch, dev: &Device) -> Result<Copied<'a>, Failed<'a>> {
         let list = &batch.dma[..batch.dma_count];
-        let done = match dev.wait(self.0, list) {
+        let done = match self.0.map_or(Err(DmaError::Lost), |fence| dev.wait(fence, list)) {
             Ok(done) => done,
             Err(e) => return Err(Failed(batch, e)),
         };

@@ -27,6 +27,7 @@ crate::tests![
     a_device_cannot_run_a_kernel,
     an_orderly_removal,
     without_an_order_it_is_the_other_device,
+    a_coherent_device_that_fails_leaves_what_the_program_has,
 ];
 
 /// A device of `mib` MiB that fails on order.
@@ -125,8 +126,8 @@ fn a_page_that_is_not_given_back_is_lost() {
     let data = memory.slice::<u32>();
     data.iter_mut().zip(0..).for_each(|(x, i)| *x = i);
     add_one(&dev, data).unwrap();
-    // The batch, again, and of its pages one by one the first one, again.
-    order(Call::ToHost, Fault::Failed, 1, 4);
+    // The batch, again; a run of it, again; and of its pages one by one the first one, again.
+    order(Call::ToHost, Fault::Failed, 1, 6);
     let error = dev.evict(data.as_ptr() as usize, data.as_ptr() as usize + 4096).unwrap_err();
     assert!(matches!(error, Error::PagesLost { device: "faulty", pages: 1 }), "{error}");
     assert_eq!((dev.stats().pages_lost, outstanding(Call::ToHost)), (1, 0));
@@ -429,4 +430,26 @@ fn without_an_order_it_is_the_other_device() {
         (check.run)(&mut Subject::new(&dev));
     }
     assert_eq!(dev.stats().pages_lost, 0);
+}
+
+/// What a coherent device has is in the program: it stays there when the device is lost, and comes home without the copy engine's help.
+fn a_coherent_device_that_fails_leaves_what_the_program_has() {
+    for fault in [Fault::Failed, Fault::Lost] {
+        let dev = faulty_as(DeviceConfig { memory: 16 << 20, threads: 2, coherent: true, ..DeviceConfig::new("faulty") });
+        let mut data: Vec<u32> = (0..2_000_000).collect();
+        add_one(&dev, &mut data).unwrap();
+        assert!(dev.stats().pages_to_device > 1900);
+        order(Call::ToHost, fault, 1, ALWAYS);
+        order(Call::ToDevice, fault, 1, ALWAYS);
+        let result = if fault == Fault::Lost { add_one(&dev, &mut vec![5; 1_000_000]) } else { dev.evict(0, 1 << 47) };
+        assert!(is(&data, 1));
+        assert_eq!(dev.stats().pages_lost, 0);
+        match fault {
+            Fault::Failed => result.unwrap(),
+            _ => assert!(matches!(result, Err(Error::DeviceLost { pages: 0, .. })), "{result:?}"),
+        }
+        all_well();
+        drop(dev);
+        assert!(is(&data, 1));
+    }
 }

@@ -13,6 +13,7 @@ mod closing;
 mod coherent;
 mod coherent_races;
 mod conformance;
+mod contract;
 mod dying;
 mod evict;
 mod failing;
@@ -38,6 +39,7 @@ fn main() {
     let mut tests = vec![];
     tests.extend(ahead::TESTS);
     tests.extend(basics::TESTS);
+    tests.extend(contract::TESTS);
     tests.extend(dying::TESTS);
     tests.extend(evict::TESTS);
     tests.extend(failing::TESTS);
