@@ -28,6 +28,8 @@ crate::tests![
     an_orderly_removal,
     without_an_order_it_is_the_other_device,
     a_coherent_device_that_fails_leaves_what_the_program_has,
+    a_result_that_is_not_given_back,
+    a_twin_that_is_not_given,
 ];
 
 /// A device of `mib` MiB that fails on order.
@@ -452,4 +454,40 @@ fn a_coherent_device_that_fails_leaves_what_the_program_has() {
         drop(dev);
         assert!(is(&data, 1));
     }
+}
+
+/// What a kernel has written to a snapshot, and the device does not give back, is an error of the launch; the bytes are as before.
+fn a_result_that_is_not_given_back() {
+    let dev = faulty(16);
+    let mut few: Vec<u32> = (0..700).collect();
+    add_one(&dev, &mut few).unwrap();
+    order(Call::ToHost, Fault::Failed, 1, ALWAYS);
+    let error = add_one(&dev, &mut few).unwrap_err();
+    assert!(matches!(error, Error::Driver { device: "faulty", .. }), "{error}");
+    assert!(is(&few, 1));
+    all_well();
+    add_one(&dev, &mut few).unwrap();
+    assert!(is(&few, 2));
+}
+
+/// Without the twin that tells what a kernel has changed, the kernel may not write: its launch fails, and the page is as before.
+fn a_twin_that_is_not_given() {
+    let dev = faulty(16);
+    let mut memory = Pages::new(1 << 20);
+    let data = memory.slice::<u32>();
+    data.fill(4);
+    if !lock(data) {
+        return; // no memory may be locked here: there is nothing that must stay
+    }
+    let write = |ctx: &Ctx<'_>| {
+        // SAFETY: an element of the data, which nobody else uses.
+        unsafe { ctx.pointer::<u32>(0).write_volatile(5) };
+    };
+    order(Call::ToHost, Fault::Failed, 1, ALWAYS);
+    let error = run(&dev, &write, 1, args![bare(&mut data[7..])]).unwrap_err();
+    assert!(matches!(error, Error::Kernel(KernelFault::NoRoom { .. })), "{error}");
+    assert!(data.iter().all(|&x| x == 4));
+    all_well();
+    run(&dev, &write, 1, args![bare(&mut data[7..])]).unwrap();
+    assert!(data.iter().enumerate().all(|(i, &x)| x == 4 + u32::from(i == 7)));
 }
