@@ -5,7 +5,8 @@ use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::kernel::Grid;
 use crate::page::{Span, Va};
-use uhmm_os::BLOCK;
+use crate::sync::*;
+use uhmm_os::{BLOCK, PAGE};
 
 /// A part of an argument that lies in one mapping.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +44,9 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> 
         }
     }
     overlap(args)?;
+    if core.has_lost.load(Ordering::Relaxed) {
+        lost(core, args)?;
+    }
     // A coherent device uses in place what it has no room for.
     if info.memory > 0 && !info.coherent {
         fits(dev, args)?;
@@ -68,6 +72,22 @@ fn range(core: &Core, dev: &Device, index: usize, start: Va, end: Va, access: Ac
             return Err(Error::Protected { index, address: at, write: access.writes() });
         }
         at = vma.end;
+    }
+    Ok(())
+}
+
+/// Whether an argument has a page that was lost.
+fn lost(core: &Core, args: &[RawArg]) -> Result<(), Error> {
+    for (index, arg) in args.iter().enumerate() {
+        let Some((start, end, _)) = arg.process_range().filter(|range| range.0 < range.1) else { continue };
+        let mut first = None;
+        core.dir.for_each(Span::touching(start, end), |block, part| {
+            let page = (block.lock().lost() & part.bits()).next(0);
+            first = first.or(page.map(|page| Span::block(part.start).start + page * PAGE));
+        });
+        if let Some(address) = first {
+            return Err(Error::PageLost { index, address });
+        }
     }
     Ok(())
 }

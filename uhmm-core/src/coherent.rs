@@ -27,7 +27,7 @@ use crate::ranges::{self, MoveEnd};
 use crate::sync::*;
 use core::ops::Range;
 use uhmm_os::uffd::MoveMode;
-use uhmm_os::{Errno, PAGE, thread};
+use uhmm_os::{Errno, PAGE, copy, thread};
 
 /// How often a page that the kernel has in hand for a moment is tried again.
 const CONTENDED: usize = 1000;
@@ -99,6 +99,10 @@ pub(crate) fn ends<'a>(core: &'a Core, dev: &Device) -> Option<MutexGuard<'a, ()
 /// # Errors
 /// `EAGAIN` if an event is unread, or no tray is free: drop the locks, let it be read, and look again.
 pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits) -> Result<(), Errno> {
+    if dev.is_lost() {
+        untag(core, state, va, pages); // what the program has mapped it has
+        return Ok(());
+    }
     let mut looks = 0;
     loop {
         let pages = pages & state.coherent();
@@ -119,10 +123,13 @@ pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: V
         };
         let (moved, end) = ranges::move_out(&core.space, va, sealed, &tray, false);
         tray.full |= moved;
-        take_back(core, dev, state, &mut tray, moved);
+        let failed = take_back(core, dev, state, &mut tray, moved);
         core.pool.put(tray);
         dev.changed();
         state.shift(moved, PageState::Coherent, Cause::Leave, PageState::Private);
+        if !failed.is_empty() {
+            home::lose(core, dev, state, va, failed, va).1?;
+        }
         state.huge = size == Size::Huge && moved == Bits::ALL;
         // If this fails, the first write does it.
         let _ = ranges::unprotect(core, va, sealed - moved);
@@ -136,8 +143,9 @@ pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: V
     }
 }
 
-/// Pages of the block that have been moved into a tray are the device's again.
-fn take_back(core: &Core, dev: &Device, state: &State, tray: &mut Tray, pages: Bits) {
+/// Pages of the block that have been moved into a tray are the device's again: those that it does not take.
+fn take_back(core: &Core, dev: &Device, state: &State, tray: &mut Tray, pages: Bits) -> Bits {
+    let mut failed = Bits::EMPTY;
     ranges::frame_runs(core, state, pages, |run, frame| {
         let taken = dev.driver.take_back(frame, tray.slot(run.start), run.len());
         let rest = run.start + taken..run.end;
@@ -147,9 +155,15 @@ fn take_back(core: &Core, dev: &Device, state: &State, tray: &mut Tray, pages: B
         }
         let (host, frame, len) = (tray.slot(rest.start), frame + taken as Frame, rest.len() * PAGE);
         let dma = [Dma { kind: DmaKind::ToDevice, host, frame, offset: 0, len }];
-        let fence = dev.driver.copy(&dma);
-        let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
+        // The memory is the CPU's, too: it can do what the copy engine does not.
+        let copied = dev.transfer(&dma).is_ok()
+            // SAFETY: the frame is vacant and nobody else's; the tray is ours. Memory that cannot be written is an error, not a crash.
+            || dev.driver.peek(frame).is_some_and(|at| unsafe { copy::guarded(at as *mut u8, host as *const u8, len) }.is_ok());
+        if !copied {
+            failed |= Bits::range(rest);
+        }
     });
+    failed
 }
 
 /// Takes the tag off coherent pages, which stay where they are.

@@ -35,6 +35,7 @@ use crate::space::Space;
 use crate::sync::*;
 use crate::table::DeviceTable;
 use crate::twins::Twins;
+use ::core::time::Duration;
 use uhmm_os::{BLOCK, Errno, EventFd, PAGE, system, thread};
 
 /// All addresses that a process can have.
@@ -73,6 +74,8 @@ pub struct Core {
     pub(crate) turns: Turns,
     pub(crate) flown: Bell,
     pub(crate) ending: Ending,
+    /// Some page was lost with a device: launches look whether it is among their arguments.
+    pub(crate) has_lost: AtomicBool,
     /// For who looks what threads need when they end: [`crate::fixed`].
     pub(crate) ends: Mutex<()>,
     pub(crate) c_library: Span,
@@ -109,6 +112,10 @@ pub struct Device {
     pub(crate) full: AtomicBool,
     pin: AtomicU64,
     allocated: AtomicUsize,
+    /// How long a batch of copies may take.
+    pub(crate) fence_limit: Duration,
+    pub(crate) lost: AtomicBool,
+    pub(crate) removed: AtomicBool,
     desk: Desk,
 }
 
@@ -148,6 +155,7 @@ impl Core {
             turns: Turns::default(),
             flown: Bell::default(),
             ending: Ending::default(),
+            has_lost: AtomicBool::new(false),
             ends: Mutex::new(()),
             c_library: fixed::c_library(),
             assist: Assist::default(),
@@ -253,7 +261,7 @@ impl Core {
 
 impl Device {
     /// A device with its memory's descriptors, not known to anybody yet.
-    pub(crate) fn new(index: usize, driver: OwnBox<dyn Driver>) -> Result<Self, Error> {
+    pub(crate) fn new(index: usize, driver: OwnBox<dyn Driver>, fence_limit: Duration) -> Result<Self, Error> {
         let reserve = |e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
         let memory = driver.info().memory;
         Ok(Device {
@@ -271,6 +279,9 @@ impl Device {
             full: AtomicBool::new(false),
             pin: AtomicU64::new(0),
             allocated: AtomicUsize::new(0),
+            fence_limit,
+            lost: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
             desk: Desk::new(),
         })
     }
@@ -318,6 +329,20 @@ impl Device {
     }
 }
 
+/// Has a device do something, unless it is out of use.
+fn unless_lost<R>(seat: &Seat, kind: Kind, number: u64, job: impl FnOnce(&Core, &Device, u64) -> Result<R, Error>) -> Result<R, Error> {
+    let (core, dev) = (seat.core, seat.dev());
+    let gone = if dev.has_been_lost() { core.bury(dev) } else { dev.usable() };
+    if let Err(e) = gone {
+        if kind == Kind::Launch {
+            drop((dev.entrance.place(number), dev.line.place(number))); // those behind it go on
+        }
+        return Err(e);
+    }
+    let result = job(core, dev, number);
+    if dev.is_lost() || (result.is_err() && dev.has_been_lost()) { core.bury(dev) } else { result }
+}
+
 /// A user's hold on a device. The device is closed with the last one: everything it has comes home; its threads, its memory and its name are free again.
 #[derive(Debug)]
 pub struct DeviceRef {
@@ -346,32 +371,31 @@ impl DeviceRef {
         self.hold.core().device(self.index)
     }
 
-    pub(crate) fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> R + Send) -> Result<R, Error> {
+    /// Has the device's queue do something alone, unless the device is out of use; and if it is lost by then, says so, when everything that it leaves behind has
+    /// been seen to.
+    pub(crate) fn ask<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> Result<R, Error> + Send) -> Result<R, Error> {
+        self.ask_as(Kind::Alone, move |core, dev, _| job(core, dev))
+    }
+
+    /// Likewise, beside launches.
+    pub(crate) fn ask_beside<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> Result<R, Error> + Send) -> Result<R, Error> {
+        self.ask_as(Kind::Beside, move |core, dev, _| job(core, dev))
+    }
+
+    /// Likewise, as a launch, which gets a number.
+    pub(crate) fn ask_launch<R: Send>(&self, job: impl FnOnce(&Core, &Device, u64) -> Result<R, Error> + Send) -> Result<R, Error> {
+        self.ask_as(Kind::Launch, job)
+    }
+
+    fn ask_as<R: Send>(&self, kind: Kind, job: impl FnOnce(&Core, &Device, u64) -> Result<R, Error> + Send) -> Result<R, Error> {
         // A worker would wait for the end of its own launch.
         if self.hold.core().has_worker(thread::gettid()) {
             return Err(Error::Reentrant);
         }
+        let job = move |seat: &Seat, number| unless_lost(seat, kind, number, job);
         // SAFETY: queues serve with a Seat.
-        let answer = unsafe { self.dev().desk.ask(move |seat: &Seat| job(seat.core, seat.dev())) };
-        answer.ok_or(Error::System("reach the device's queue", Errno::SRCH))
-    }
-
-    /// Has a job done beside launches that is none.
-    pub(crate) fn ask_beside<R: Send>(&self, job: impl FnOnce(&Core, &Device) -> Result<R, Error> + Send) -> Result<R, Error> {
-        self.ask_as(Kind::Beside, move |core, dev, _| job(core, dev))?
-    }
-
-    pub(crate) fn ask_launch<R: Send>(&self, job: impl FnOnce(&Core, &Device, u64) -> R + Send) -> Result<R, Error> {
-        self.ask_as(Kind::Launch, job)
-    }
-
-    fn ask_as<R: Send>(&self, kind: Kind, job: impl FnOnce(&Core, &Device, u64) -> R + Send) -> Result<R, Error> {
-        if self.hold.core().has_worker(thread::gettid()) {
-            return Err(Error::Reentrant);
-        }
-        // SAFETY: queues serve with a Seat.
-        let answer = unsafe { self.dev().desk.ask_as(kind, move |seat: &Seat, number| job(seat.core, seat.dev(), number)) };
-        answer.ok_or(Error::System("reach the device's queue", Errno::SRCH))
+        let answer = unsafe { self.dev().desk.ask_as(kind, job) };
+        answer.unwrap_or(Err(Error::System("reach the device's queue", Errno::SRCH)))
     }
 
     /// What the device is.
@@ -395,7 +419,7 @@ impl DeviceRef {
     /// See [`Error`]; those that are found before the kernel starts leave everything as it was.
     pub fn run(&self, entry: Entry, grid: Grid, args: &Args<'_>) -> Result<(), Error> {
         let request = Request::new(entry, grid, args.raw());
-        self.ask_launch(move |core, dev, number| launch::run(core, dev, &request, number))?
+        self.ask_launch(move |core, dev, number| launch::run(core, dev, &request, number))
     }
 
     /// Moves the pages inside a byte range to the device. Pages that cannot move stay.
@@ -403,20 +427,21 @@ impl DeviceRef {
     /// # Errors
     /// [`Error::NoRoom`], [`Error::TooLarge`].
     pub fn prefetch(&self, start: usize, end: usize) -> Result<(), Error> {
-        self.ask(move |core, dev| launch::prefetch(core, dev, start, end))?
+        self.ask(move |core, dev| launch::prefetch(core, dev, start, end))
     }
 
     /// Brings everything home that the device has of a byte range.
     ///
     /// # Errors
-    /// Those of the device.
+    /// [`Error::PagesLost`]; those of the device.
     pub fn evict(&self, start: usize, end: usize) -> Result<(), Error> {
         self.ask(move |core, dev| {
+            let lost = dev.counters.pages_lost.load(Ordering::Relaxed);
             for block in Span::touching(start, end).blocks() {
                 home::send_home(core, dev, block.start)?;
             }
-            Ok(())
-        })?
+            dev.gave_back(lost)
+        })
     }
 
     /// Lets what launches write in a byte range stay on the device.
@@ -424,7 +449,7 @@ impl DeviceRef {
     /// # Errors
     /// [`Error::Stay`].
     pub fn leave(&self, start: usize, end: usize) -> Result<(), Error> {
-        self.ask(move |core, _| left::leave(core, start, end))?
+        self.ask(move |core, _| left::leave(core, start, end))
     }
 
     /// Allocates memory on the device itself: the first frame and the device's address of it.
@@ -447,7 +472,7 @@ impl DeviceRef {
                     return Err(Error::NoRoom { device: info.name, needed: bytes, capacity: info.memory });
                 }
             }
-        })?
+        })
     }
 
     /// Gives memory from [`allocate`](Self::allocate) back.
@@ -458,6 +483,7 @@ impl DeviceRef {
                 dev.mem.free_whole(frame + (unit * Bits::ALL.count()) as Frame);
             }
             dev.allocated.fetch_sub(units * BLOCK, Ordering::Relaxed);
+            Ok(())
         });
     }
 
@@ -469,9 +495,23 @@ impl DeviceRef {
         self.ask(move |_, dev| {
             let list = [dma];
             dev.driver.stand_by();
-            let fence = dev.driver.copy(&list);
-            dev.driver.wait(fence, &list).map_err(|e| Error::Gone { address: e.address })
-        })?
+            dev.transfer(&list).map_err(|e| dev.copy_failed(e))
+        })
+    }
+
+    /// Takes the device out of use, in order: waits for the running launch, and brings everything home. From then on every call says that it was removed; its threads
+    /// and memory go with the last handle, as those of any device.
+    ///
+    /// # Errors
+    /// [`Error::PagesLost`] or [`Error::DeviceLost`] if the device does not give everything back.
+    pub fn remove(&self) -> Result<(), Error> {
+        self.ask(move |core, dev| {
+            let _no_launch = core.prepare.lock();
+            dev.removed.store(true, Ordering::Relaxed);
+            let lost = dev.counters.pages_lost.load(Ordering::Relaxed);
+            core.evict_device(dev);
+            dev.gave_back(lost)
+        })
     }
 }
 
@@ -506,7 +546,7 @@ impl DeviceRef {
         let request = Request::new(entry, grid, args.raw());
         let job = move |seat: &Seat, number| {
             before();
-            then(launch::run(seat.core, seat.dev(), &request, number));
+            then(unless_lost(seat, Kind::Launch, number, |core, dev, number| launch::run(core, dev, &request, number)));
         };
         // SAFETY: queues serve with a Seat; the rest by the contract.
         let left = unsafe { self.dev().desk.leave(Kind::Launch, job) };

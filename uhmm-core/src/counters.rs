@@ -63,6 +63,8 @@ counters! {
     pages_duplicated,
     /// Pages of which a launch took a snapshot, because they hold other data or cannot move.
     pages_bounced,
+    /// Pages whose only copy was lost with the device.
+    pages_lost,
     /// Blocks that were evicted to make room.
     evictions,
     /// Mapping changes of the program that were followed: unmap, remap, remove.

@@ -151,6 +151,9 @@ impl Touch<'_> {
             if self.is_served(&state) {
                 return Ok(true); // another worker was first
             }
+            if state.lost().has(page) {
+                return Err(KernelFault::PageLost { address: self.va });
+            }
             if state.rdonly.has(page) && state.win.has(page) {
                 return Err(no_room); // no twin could be made
             }
@@ -165,6 +168,8 @@ impl Touch<'_> {
         let refused = match core.make_block_resident(dev, &ask) {
             Ok(outcome) => outcome.refused,
             Err(Error::NoRoom { .. }) => return Err(no_room),
+            Err(Error::Driver { source, .. }) => return Err(KernelFault::Device { source }),
+            Err(Error::DeviceLost { .. }) => return Err(KernelFault::Lost),
             Err(_) => return Err(unreachable),
         };
         let state = block.lock();

@@ -14,6 +14,7 @@
 #![allow(unsafe_code)] // blocks lie in raw mappings and are reached through their lock
 
 use crate::bits::{Bits, PAGES};
+use crate::driver::Done;
 use crate::own::{self, OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va, allowed};
 use crate::policy::Past;
@@ -74,7 +75,7 @@ pub struct State {
 }
 
 impl State {
-    /// Pages of which the CPU has no copy: on the device, or on the way there.
+    /// Pages of which the CPU has no copy: on the device, on the way there, or lost.
     pub fn gone(&self) -> Bits {
         self.gone
     }
@@ -104,6 +105,11 @@ impl State {
         self.bounce & self.dev
     }
 
+    /// Pages whose only copy was lost.
+    pub fn lost(&self) -> Bits {
+        self.gone - self.dev - self.busy - self.bounce
+    }
+
     /// Pages in transit.
     pub fn busy(&self) -> Bits {
         self.busy
@@ -118,6 +124,7 @@ impl State {
             (_, _, false, true) => PageState::Coherent,
             (_, true, true, _) => PageState::Private,
             (_, false, true, _) => PageState::Duplicated,
+            (_, true, false, _) => PageState::Lost,
             _ => PageState::System,
         }
     }
@@ -125,8 +132,18 @@ impl State {
     /// Moves `pages`, all of which are in state `from`, to state `to`.
     ///
     /// # Panics
-    /// In debug builds, if the table of transitions does not hold this one or a page is elsewhere.
+    /// In debug builds, if the table of transitions does not hold this one, or it is a commit, or a page is elsewhere.
     pub fn shift(&mut self, pages: Bits, from: PageState, cause: Cause, to: PageState) {
+        debug_assert!(cause != Cause::Commit, "a migration is committed by `commit`");
+        self.change(pages, from, cause, to);
+    }
+
+    /// Ends a migration of `pages`: they are resident, for their copy is done.
+    pub(crate) fn commit(&mut self, pages: Bits, from: PageState, to: PageState, _copied: &Done) {
+        self.change(pages, from, Cause::Commit, to);
+    }
+
+    fn change(&mut self, pages: Bits, from: PageState, cause: Cause, to: PageState) {
         debug_assert!(allowed(from, cause, to), "no transition {from:?} -{cause:?}-> {to:?}");
         if cfg!(debug_assertions) {
             for page in pages.pages() {
@@ -141,6 +158,7 @@ impl State {
             PageState::Coherent => (false, false, true, false),
             PageState::Moving => (true, false, false, true),
             PageState::Copying => (false, false, false, true),
+            PageState::Lost => (true, false, false, false),
         };
         for (bits, on) in [(&mut self.gone, gone), (&mut self.dev, dev), (&mut self.bounce, bounce), (&mut self.busy, busy)] {
             if on { *bits |= pages } else { *bits -= pages }
@@ -419,6 +437,8 @@ impl Drop for Directory {
 mod tests {
     use super::*;
 
+    const DONE: fn() -> Done = || Done::of(Ok(())).unwrap();
+
     #[test]
     fn blocks_are_found_again_and_walked_in_order() {
         let dir = Directory::new(4).unwrap();
@@ -462,7 +482,7 @@ mod tests {
         let sets = |state: &State| [state.gone(), state.resident(), state.private(), state.coherent()];
         for end in [Cause::Leave, Cause::Release, Cause::Unmap] {
             state.shift(one | others, System, Cause::Collect, Moving);
-            state.shift(one | others, Moving, Cause::Commit, Private);
+            state.commit(one | others, Moving, Private, &DONE());
             state.shift(one, Private, Cause::Enter, Coherent);
             assert_eq!(sets(&state), [others, one | others, others, one]);
             assert!(state.page(5) == Coherent && state.page(6) == Private && state.page(4) == System);
@@ -477,7 +497,7 @@ mod tests {
             assert_eq!(sets(&state), [Bits::EMPTY; 4]);
         }
         state.shift(one, System, Cause::Collect, Copying);
-        state.shift(one, Copying, Cause::Commit, Bounced);
+        state.commit(one, Copying, Bounced, &DONE());
         assert!(state.coherent().is_empty() && state.bounced() == one && state.resident() == one, "a snapshot is none");
     }
 
@@ -486,6 +506,6 @@ mod tests {
     #[should_panic(expected = "no transition Private -Commit-> Duplicated")]
     fn a_transition_that_is_not_in_the_table_is_refused() {
         let dir = Directory::new(1).unwrap();
-        dir.get_or_make(0).unwrap().lock().shift(Bits::one(0), PageState::Private, Cause::Commit, PageState::Duplicated);
+        dir.get_or_make(0).unwrap().lock().commit(Bits::one(0), PageState::Private, PageState::Duplicated, &DONE());
     }
 }

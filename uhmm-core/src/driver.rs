@@ -1,20 +1,26 @@
 //! The driver contract: what a device must do for uhmm, and what it may ask of it.
 //!
+//! Sentence by sentence, with what shows it: docs/driver-contract.md. How to write a driver: docs/write-a-driver.md, with a complete one, uhmm/examples/tiny_driver.rs.
+//!
 //! # Rules
 //! * Drivers are called per batch, never per page, from uhmm's own threads. Every call but [`Driver::launch`] may be made on the
 //!   fault path: no allocation, no lock in memory that could migrate, no log, no touch of the program's memory but through
 //!   guarded copies.
 //! * The directory is the only truth; a driver's page table is a cache of it. [`Driver::unmap`] returns when the device has
 //!   acknowledged: no access through the old entry can happen afterwards.
-//! * An error is only for what the caller cannot foresee. A page whose copy failed is not mapped.
+//! * An error is only for what the caller cannot foresee. A page whose copy failed is not mapped: [`Committed`] shows that it did not.
+//! * A device may fail, and be lost, in any call that says so. It says what is so: uhmm then gives an error, keeps the page where it is, or poisons it.
 //! * The memory of a coherent device ([`DeviceInfo::coherent`]) is anonymous memory of this process, which [`Driver::peek`] tells, and its pages themselves go into
 //!   the program and come back ([`Driver::take_back`]). It sees the process's addresses as they are (its mask is 0) and reaches all of them, so that it has no page table:
 //!   nothing is mapped, unmapped or shared for it, and no window is opened. A frame whose page is in the program, or went with it, is vacant; the copy engine's
 //!   next write gives it a page. A fault of its kernels is one of the process's own addresses, and uhmm lets them run on itself.
 
+use crate::bits::PAGES;
+use crate::directory::State;
 use crate::kernel::{Bound, Entry, Message};
 use crate::page::Span;
-use uhmm_os::Errno;
+use core::time::Duration;
+use uhmm_os::{Errno, PAGE};
 
 pub use crate::directory::Frame;
 
@@ -69,11 +75,18 @@ pub enum DmaKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fence(pub u64);
 
-/// A batch of copies failed: the first address that could not be reached.
+/// Why a batch of copies failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DmaError {
-    /// The host address.
-    pub address: usize,
+pub enum DmaError {
+    /// Memory of the program could not be reached. All pieces but the guarded ones are done.
+    Gone {
+        /// The first such host address.
+        address: usize,
+    },
+    /// The device did not do it, for this reason. The same asked again may succeed.
+    Failed(Errno),
+    /// The device is lost: what it holds cannot be reached any more, and nothing that is asked of it will be done.
+    Lost,
 }
 
 /// A run of pages and where they are on the device.
@@ -87,6 +100,66 @@ pub struct MapRun {
     pub pages: usize,
     /// Whether the device may write.
     pub write: bool,
+}
+
+/// Runs of pages whose frames hold valid data: what a driver may enter into its page table. Only uhmm makes one, of pages that the directory calls resident, and those it calls
+/// so only once the copy that fills their frames is done. So neither a driver nor a mechanism can map what was not copied.
+///
+/// ```compile_fail,E0423
+/// use uhmm_core::driver::{Committed, Driver, MapRun};
+/// fn map_anyway(driver: &dyn Driver, run: MapRun) {
+///     let _ = driver.map(Committed(&[run]));
+/// }
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Committed<'a>(&'a [MapRun]);
+
+impl<'a> Committed<'a> {
+    /// Runs of pages of the block at `va` that are resident.
+    pub(crate) fn new(state: &State, va: usize, runs: &'a [MapRun]) -> Self {
+        debug_assert!(runs.iter().all(|run| (run.va - va) / PAGE + run.pages <= PAGES), "runs of one block");
+        let resident = |run: &MapRun| ((run.va - va) / PAGE..(run.va - va) / PAGE + run.pages).all(|page| state.resident().has(page));
+        debug_assert!(runs.iter().all(resident), "pages that are not resident have no valid frames");
+        Committed(runs)
+    }
+}
+
+impl core::ops::Deref for Committed<'_> {
+    type Target = [MapRun];
+    fn deref(&self) -> &[MapRun] {
+        self.0
+    }
+}
+
+/// A batch that the copy engine has done, as the driver says. What commits a migration asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Done {
+    gone: Option<usize>,
+}
+
+impl Done {
+    /// What a driver's [`wait`](Driver::wait) has said of a batch.
+    ///
+    /// # Errors
+    /// That nothing of it counts as done.
+    pub(crate) fn of(result: Result<(), DmaError>) -> Result<Self, DmaError> {
+        match result {
+            Ok(()) => Ok(Done { gone: None }),
+            Err(DmaError::Gone { address }) => Ok(Done { gone: Some(address) }),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether the guarded pieces are done as well.
+    pub(crate) fn is_all(&self) -> bool {
+        self.gone.is_none()
+    }
+
+    /// # Errors
+    /// [`DmaError::Gone`] unless all pieces are done.
+    pub(crate) fn all(self) -> Result<(), DmaError> {
+        self.gone.map_or(Ok(()), |address| Err(DmaError::Gone { address }))
+    }
 }
 
 /// Why a launch failed on the device. The first of a launch is kept.
@@ -123,6 +196,18 @@ pub enum KernelFault {
         /// The process address.
         address: usize,
     },
+    /// The kernel touched a page that was lost with a device.
+    PageLost {
+        /// The process address.
+        address: usize,
+    },
+    /// The device could not run the kernel, or not fetch what it touched.
+    Device {
+        /// The system's error.
+        source: Errno,
+    },
+    /// The device is lost.
+    Lost,
 }
 
 /// A launch as the driver runs it.
@@ -156,7 +241,10 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     fn release(&self, unit: usize);
 
     /// Where the CPU can read `frame` while it is not mapped for the device, if it can.
-    fn peek(&self, frame: Frame) -> Option<usize>;
+    fn peek(&self, frame: Frame) -> Option<usize> {
+        let _ = frame;
+        None
+    }
 
     /// Whether the device's copy engine can read what another device's [`peek`](Self::peek) names, as the host address of [`DmaKind::ToDevice`]: then pages move
     /// from that device to this one by one copy. Else they pass through host pages.
@@ -187,20 +275,32 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// Starts a batch of copies. The batch and what it names stay as they are until [`wait`](Self::wait) has returned.
     fn copy(&self, batch: &[Dma]) -> Fence;
 
-    /// Waits for a batch.
+    /// Waits for a batch, for so long at most as the device may take. When it returns, whatever it says, the device touches neither the batch nor the host memory that it
+    /// names any more.
     ///
     /// # Errors
-    /// If a guarded piece could not be reached; the other pieces are done.
-    fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<(), DmaError>;
+    /// [`DmaError`]; [`DmaError::Lost`] if the limit has passed. What a failed batch should have written then holds anything, but for memory of the program
+    /// ([`DmaKind::GuardedToHost`]), which holds what was there or what should be.
+    fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError>;
+
+    /// Whether the device is lost, for good: it was unplugged, fell off its bus, or hangs.
+    fn is_lost(&self) -> bool {
+        false
+    }
 
     /// Makes the device able to see the blocks of `span` at all, before pages of it are mapped.
     ///
     /// # Errors
     /// If the device has no addresses for it.
-    fn open_window(&self, span: Span) -> Result<(), Errno>;
+    fn open_window(&self, span: Span) -> Result<(), Errno> {
+        let _ = span;
+        Ok(())
+    }
 
     /// The process has nothing at `span` (whole blocks) any more: addresses for it may go.
-    fn close_window(&self, span: Span);
+    fn close_window(&self, span: Span) {
+        let _ = span;
+    }
 
     /// Lets the device use a shared mapping of the process in place: its page table and the process's name the same pages. Replaces what was shared there before.
     ///
@@ -216,11 +316,11 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
         let _ = span;
     }
 
-    /// Enters runs into the device's page table. The frames hold valid data.
+    /// Enters runs into the device's page table.
     ///
     /// # Errors
     /// If the device cannot map; nothing of the batch is mapped then.
-    fn map(&self, batch: &[MapRun]) -> Result<(), Errno>;
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno>;
 
     /// Makes mapped runs writable.
     fn allow_writes(&self, batch: &[MapRun]);
@@ -242,19 +342,32 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     fn launch(&self, launch: &Launch) -> Result<(), KernelFault>;
 
     /// A worker touched the page at `va` and it was not in the device's page table: the entry of the device's fault buffer.
-    fn note_fault(&self, va: usize, write: bool);
+    fn note_fault(&self, va: usize, write: bool) {
+        let _ = (va, write);
+    }
 
     /// Fails the running launch, unless it has failed already. Its kernel runs on.
-    fn fail(&self, fault: KernelFault);
+    fn fail(&self, fault: KernelFault) {
+        let _ = fault;
+    }
 
     /// Tells the running launch that it touched process memory that was on the device.
-    fn host_touch(&self, tid: u32, address: usize);
+    fn host_touch(&self, tid: u32, address: usize) {
+        let _ = tid;
+        self.fail(KernelFault::HostAddress { address });
+    }
 
     /// Whether the thread is one of the device's workers.
-    fn owns_thread(&self, tid: u32) -> bool;
+    fn owns_thread(&self, tid: u32) -> bool {
+        let _ = tid;
+        false
+    }
 
     /// Whether `address` lies where the device sees the process's memory.
-    fn in_window(&self, address: usize) -> bool;
+    fn in_window(&self, address: usize) -> bool {
+        let _ = address;
+        false
+    }
 
     /// Whether the device can see the process's address `va` at all.
     fn reaches(&self, va: usize) -> bool {
@@ -263,5 +376,8 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
 
     /// A worker touched an address that cannot be served: let it run on over a scratch page, and fail its launch.
     /// Returns false if even that is impossible.
-    fn scratch(&self, address: usize, fault: KernelFault) -> bool;
+    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
+        let _ = (address, fault);
+        false
+    }
 }

@@ -246,6 +246,38 @@ pub enum Error {
         /// The system's error.
         source: Errno,
     },
+    /// The device is lost: it was unplugged, fell off its bus, or hangs. What only it had is gone: a touch of such a page raises SIGBUS.
+    #[error(
+        "device {device} is lost, and {pages} pages whose only copy it had: drop all its handles and open it again; unmap the lost pages, or drop them with MADV_DONTNEED"
+    )]
+    DeviceLost {
+        /// The device.
+        device: &'static str,
+        /// Pages that were lost with it.
+        pages: u64,
+    },
+    /// The device did not give pages back whose only copy it had. A touch of them raises SIGBUS.
+    #[error("device {device} failed to give {pages} pages back, which are lost: unmap them, or drop them with MADV_DONTNEED")]
+    PagesLost {
+        /// The device.
+        device: &'static str,
+        /// How many.
+        pages: u64,
+    },
+    /// The device was taken out of use by [`DeviceRef::remove`](crate::DeviceRef::remove).
+    #[error("device {device} was removed: drop all its handles and open it again")]
+    DeviceRemoved {
+        /// The device.
+        device: &'static str,
+    },
+    /// A range has a page that was lost with a device.
+    #[error("argument {index} has the page at {address:#x}, which was lost with a device: unmap it, or drop it with MADV_DONTNEED, first")]
+    PageLost {
+        /// The argument's position.
+        index: usize,
+        /// The page.
+        address: usize,
+    },
     /// The system refused something uhmm needs.
     #[error("cannot {0}: {1}")]
     System(&'static str, #[source] Errno),
@@ -271,6 +303,9 @@ fn kernel_fault(fault: &KernelFault) -> String {
                 if *write { "out or inout" } else { "inp, out or inout" }
             )
         }
+        KernelFault::PageLost { address } => format!("it touched {address:#x}, whose contents were lost with a device"),
+        KernelFault::Device { source } => format!("the device could not go on: {source}"),
+        KernelFault::Lost => "the device is lost".into(),
         KernelFault::Unreachable { address } => {
             format!("it touched {address:#x}, which is not anonymous private memory: declare it with inp, out or inout")
         }

@@ -133,6 +133,8 @@ fn invalidate(core: &Core, block: &Block, part: Span, unregistered: bool) {
 }
 
 fn forget(core: &Core, state: &mut State, va: Va, bits: Bits) {
+    let lost = bits & state.lost();
+    state.shift(lost, PageState::Lost, Cause::Unmap, PageState::System);
     if state.device == 0 {
         return;
     }
@@ -187,6 +189,16 @@ fn move_on(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, bits: 
     }
 }
 
+/// A lost page is here now: the kernel has moved what poisons it, too.
+fn move_lost(core: &Core, at: Va) {
+    let Ok(block) = core.dir.get_or_make(at) else { return };
+    let mut state = block.lock();
+    let page = at % BLOCK / PAGE;
+    if state.page(page) == PageState::System {
+        state.shift(Bits::one(page), PageState::System, Cause::Loss, PageState::Lost);
+    }
+}
+
 /// The program's pages are at `to` now. What a device has of them comes home there, whatever the new alignment.
 fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
     let old = Span { start: from, end: from + len };
@@ -199,7 +211,10 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
         let target = to.wrapping_add(va.wrapping_sub(from));
         let bits = part.bits();
         let mut state = block.lock();
-        if state.device != 0 {
+        let mut lost = bits & state.lost();
+        if state.device == 0 {
+            forget(core, &mut state, va, bits);
+        } else {
             let dev = core.device(state.device as usize - 1);
             while !(bits & state.private()).is_empty() {
                 let away = bits & state.private();
@@ -216,6 +231,7 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
             }
             rescue(core, &state, bits & state.busy() & state.gone(), target, later);
             let shared = bits & (state.duplicated() | (state.busy() - state.gone()));
+            lost = bits & state.lost();
             forget(core, &mut state, va, bits);
             for run in shared.runs() {
                 // Not by block: the new place may have another alignment.
@@ -228,6 +244,8 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
             }
         }
         state.reg -= bits;
+        drop(state);
+        lost.pages().for_each(|page| move_lost(core, target + page * PAGE));
     });
     // The new place is watched as the old one was. A look that came before this did not know.
     core.space.mirrors.invalidate(Span { start: to, end: to + len }, Reason::Unmap);

@@ -4,6 +4,9 @@
 //! and wakes the toucher in one act; only then does the directory call them System. Small returns are copied by the kernel instead
 //! (UFFDIO_COPY), for moving a page must flush its old address from other cores. A step that meets an unread event leaves the page on
 //! the device, whole, and says so.
+//!
+//! What a device does not give back, asked twice and page by page, is lost: the program's page is poisoned (UFFDIO_POISON), so that a touch raises SIGBUS, also when
+//! uhmm has ended. It never reads as zero, or as it was before.
 #![allow(unsafe_code)] // calls of userfaultfd that put pages into the program
 
 use crate::bits::Bits;
@@ -11,12 +14,12 @@ use crate::coherent;
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::{Block, BlockGuard, Frame, State};
-use crate::driver::{Dma, DmaKind};
+use crate::driver::{Dma, DmaError, DmaKind};
 use crate::error::Error;
 use crate::mirror::Reason;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::policy;
-use crate::pool::Size;
+use crate::pool::{Size, Tray};
 use crate::ranges;
 use crate::space::Refusals;
 use crate::sync::*;
@@ -46,18 +49,90 @@ pub(crate) fn bring_home_to(core: &Core, dev: &Device, state: &mut BlockGuard<'_
     }
     core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate);
     ranges::unmap(core, dev, state, va, pages);
-    let (arrived, result) =
-        if pages.count() <= COPY_UP_TO { copy_home(core, dev, state, pages, to) } else { move_home(core, dev, state, pages, to) };
+    let Home { arrived, lost, mut result } = match pages.count() {
+        _ if dev.is_lost() => Home { lost: pages, ..Home::NOTHING },
+        0..=COPY_UP_TO => copy_home(core, dev, state, pages, to),
+        _ => move_home(core, dev, state, pages, to),
+    };
     state.shift(arrived, PageState::Private, Cause::Return, PageState::System);
     state.parked -= arrived;
     ranges::give_frames(core, dev, state, va, arrived);
     count(&dev.counters.pages_to_cpu, arrived.count());
-    result.map(|()| arrived)
+    let mut done = arrived;
+    if !lost.is_empty() {
+        let (poisoned, ended) = lose(core, dev, state, va, lost, to);
+        done |= poisoned;
+        result = result.and(ended);
+    }
+    result.map(|()| done)
 }
 
-fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (Bits, Result<(), Errno>) {
-    let mut arrived = Bits::EMPTY;
-    let mut result = Ok(());
+/// Gives private pages up, whose program pages are at `to`: those that are poisoned are lost.
+///
+/// # Errors
+/// As [`bring_home`].
+pub(crate) fn lose(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits, to: Va) -> (Bits, Result<(), Errno>) {
+    core.has_lost.store(true, Ordering::Relaxed);
+    let Poisoned { poisoned, filled, result } = poison(core, pages, to);
+    state.shift(poisoned, PageState::Private, Cause::Loss, PageState::Lost);
+    state.shift(filled, PageState::Private, Cause::Return, PageState::System);
+    let done = poisoned | filled;
+    state.parked -= done;
+    ranges::give_frames(core, dev, state, va, done);
+    count(&dev.counters.pages_lost, poisoned.count());
+    (done, result)
+}
+
+/// How poisoning pages ended.
+struct Poisoned {
+    poisoned: Bits,
+    /// Something else is there.
+    filled: Bits,
+    result: Result<(), Errno>,
+}
+
+/// Poisons empty, watched pages of the block at `to`, and wakes who waits for them.
+fn poison(core: &Core, pages: Bits, to: Va) -> Poisoned {
+    let [mut poisoned, mut filled] = [Bits::EMPTY; 2];
+    for run in pages.runs() {
+        let (mut at, mut most) = (run.start, run.len());
+        while at < run.end {
+            let n = most.min(run.end - at);
+            let result = core.space.uffd.poison(to + at * PAGE, n * PAGE);
+            let done = result.map_or_else(|partial| partial.done / PAGE, |()| n);
+            poisoned |= Bits::range(at..at + done);
+            at += done;
+            match result {
+                Ok(()) => most = run.len(),
+                Err(partial) if partial.errno == Errno::AGAIN && done > 0 => {}
+                // One call works within one mapping only.
+                Err(partial) if partial.errno == Errno::NOENT && n - done > 1 => {
+                    most = ranges::within_mapping(&core.space, to + at * PAGE, n - done);
+                }
+                Err(partial) => {
+                    let result = after(partial.errno, &mut filled, at);
+                    return Poisoned { poisoned, filled, result };
+                }
+            }
+        }
+    }
+    Poisoned { poisoned, filled, result: Ok(()) }
+}
+
+/// How pages of one block came home.
+struct Home {
+    arrived: Bits,
+    /// Pages that the device does not give back.
+    lost: Bits,
+    result: Result<(), Errno>,
+}
+
+impl Home {
+    const NOTHING: Home = Home { arrived: Bits::EMPTY, lost: Bits::EMPTY, result: Ok(()) };
+}
+
+fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> Home {
+    let Home { mut arrived, mut lost, mut result } = Home::NOTHING;
     ranges::frame_runs(core, state, pages, |run, frame| {
         if result.is_err() {
             return;
@@ -66,10 +141,23 @@ fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
         let (mut at, mut most) = (run.start, run.len());
         while at < run.end && result.is_ok() {
             let n = most.min(run.end - at);
-            let Err(partial) = copy_run(core, dev, at..at + n, frame + (at - run.start) as Frame, to) else {
-                arrived |= Bits::range(at..at + n);
-                (at, most) = (at + n, run.len());
-                continue;
+            let partial = match copy_run(core, dev, at..at + n, frame + (at - run.start) as Frame, to) {
+                Ok(Ok(())) => {
+                    arrived |= Bits::range(at..at + n);
+                    (at, most) = (at + n, run.len());
+                    continue;
+                }
+                Ok(Err(partial)) => partial,
+                // Which pages it is shows one by one.
+                Err(_) if n > 1 => {
+                    most = 1;
+                    continue;
+                }
+                Err(_) => {
+                    lost.set(at);
+                    at += 1;
+                    continue;
+                }
             };
             let done = partial.done / PAGE;
             arrived |= Bits::range(at..at + done);
@@ -82,11 +170,11 @@ fn copy_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
             }
         }
     });
-    (arrived, result)
+    Home { arrived, lost, result }
 }
 
 /// Has the kernel copy a run of pages, whose frames follow `frame`.
-fn copy_run(core: &Core, dev: &Device, run: Range<usize>, frame: Frame, to: Va) -> Result<(), Partial> {
+fn copy_run(core: &Core, dev: &Device, run: Range<usize>, frame: Frame, to: Va) -> Result<Result<(), Partial>, DmaError> {
     let (target, len) = (to + run.start * PAGE, run.len() * PAGE);
     with_contents(core, dev, run.len(), frame, |source| {
         // SAFETY: the frames are not mapped for the device and valid, and `source` has their contents; the target pages are empty and watched, as the directory says.
@@ -95,15 +183,19 @@ fn copy_run(core: &Core, dev: &Device, run: Range<usize>, frame: Frame, to: Va) 
 }
 
 /// Calls `f` with an address at which the contents of frames stand that are not in the device's page table: `pages` of them from `frame` on, at most a block.
-pub(crate) fn with_contents<R>(core: &Core, dev: &Device, pages: usize, frame: Frame, f: impl FnOnce(usize) -> R) -> R {
+///
+/// # Errors
+/// The device's, which does not give them; `f` was not called then.
+pub(crate) fn with_contents<R>(core: &Core, dev: &Device, pages: usize, frame: Frame, f: impl FnOnce(usize) -> R) -> Result<R, DmaError> {
+    if dev.is_lost() {
+        return Err(DmaError::Lost);
+    }
     if let Some(source) = dev.driver.peek(frame) {
-        return f(source);
+        return Ok(f(source));
     }
     let tray = core.pool.take_full(&core.space, Size::Small, Bits::range(0..pages), 0);
     let dma = [Dma { kind: DmaKind::ToHost, host: tray.slot(0), frame, offset: 0, len: pages * PAGE }];
-    let fence = dev.driver.copy(&dma);
-    let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
-    let result = f(tray.slot(0));
+    let result = dev.transfer(&dma).map(|()| f(tray.slot(0)));
     core.pool.put(tray);
     result
 }
@@ -123,7 +215,7 @@ fn after(errno: Errno, arrived: &mut Bits, page: usize) -> Result<(), Errno> {
     Err(if errno == Errno::NOENT { errno } else { Errno::AGAIN })
 }
 
-fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (Bits, Result<(), Errno>) {
+fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> Home {
     let huge = state.huge && state.whole && pages == Bits::ALL && to.is_multiple_of(uhmm_os::BLOCK);
     let (size, lack) = if huge { (Size::Huge, 0) } else { (Size::Small, COPY_UP_TO) };
     let mut tray = core.pool.take_full(&core.space, size, pages, lack);
@@ -132,9 +224,13 @@ fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
     let pages = pages - lacking;
     let mut dma = [Dma { kind: DmaKind::ToHost, host: 0, frame: 0, offset: 0, len: 0 }; PIECES];
     let mut pieces = 0;
-    let send = |list: &[Dma]| {
-        let fence = dev.driver.copy(list);
-        let _ = dev.driver.wait(fence, list); // nothing is guarded here: it cannot fail
+    let mut failed = Bits::EMPTY;
+    let start = tray.start;
+    let mut send = |list: &[Dma]| {
+        if dev.transfer(list).is_err() {
+            let runs = list.iter().map(|dma| (dma.host - start) / PAGE..(dma.host - start + dma.len) / PAGE);
+            runs.for_each(|run| failed |= Bits::range(run));
+        }
     };
     ranges::frame_runs(core, state, pages, |run, frame| {
         if pieces == PIECES {
@@ -145,7 +241,25 @@ fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
         pieces += 1;
     });
     send(&dma[..pieces]);
+    // Those are asked for in smaller parts, after the others have come.
+    let (pages, lacking) = (pages - failed, lacking | failed);
     count(&dev.counters.bytes_to_cpu, pages.count() * PAGE);
+    let (mut arrived, mut result) = deliver(core, &mut tray, pages, to);
+    core.pool.put(tray);
+    let mut lost = Bits::EMPTY;
+    if result.is_ok() && !lacking.is_empty() {
+        let copied = copy_home(core, dev, state, lacking, to);
+        arrived |= copied.arrived;
+        (lost, result) = (copied.lost, copied.result);
+    }
+    Home { arrived, lost, result }
+}
+
+/// Moves pages of a tray, which are full, into the empty, watched pages of the program's block at `to`: those that arrived.
+///
+/// # Errors
+/// `EAGAIN` and `ENOENT` as in [`bring_home`].
+pub(crate) fn deliver(core: &Core, tray: &mut Tray, pages: Bits, to: Va) -> (Bits, Result<(), Errno>) {
     let mut arrived = Bits::EMPTY;
     let mut result = Ok(());
     'runs: for run in pages.runs() {
@@ -184,12 +298,6 @@ fn move_home(core: &Core, dev: &Device, state: &State, pages: Bits, to: Va) -> (
                 }
             }
         }
-    }
-    core.pool.put(tray);
-    if result.is_ok() && !lacking.is_empty() {
-        let (copied, ended) = copy_home(core, dev, state, lacking, to);
-        arrived |= copied;
-        result = ended;
     }
     (arrived, result)
 }
@@ -231,7 +339,8 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
             thread::yield_now();
             continue;
         }
-        let pages = pages - dev.flights.held(va);
+        // A lost device keeps nothing for anybody.
+        let pages = if dev.is_lost() { pages } else { pages - dev.flights.held(va) };
         let shared = state.duplicated() & pages;
         let mut result = drop_duplicates(core, dev, &mut state, va, shared);
         if result.is_ok() {

@@ -175,7 +175,7 @@ fn fly(core: &Core, dev: &Device, request: &Request, groups: usize, flight: &mut
     let prepared = make_ready(core, dev, flight, ledger, args, place);
     place.wait();
     let result = match prepared {
-        Ok(()) => execute(dev, request, groups).map_err(Error::Kernel),
+        Ok(()) => execute(dev, request, groups).map_err(|fault| dev.launch_failed(fault)),
         Err(e) => Err(e),
     };
     let _prepare = core.prepare.lock();
@@ -221,7 +221,7 @@ fn make_ready(
 
 /// A launch for which nothing has to be done.
 pub(crate) fn bare(dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
-    counted(dev, execute(dev, request, groups).map_err(Error::Kernel))
+    counted(dev, execute(dev, request, groups).map_err(|fault| dev.launch_failed(fault)))
 }
 
 fn counted(dev: &Device, result: Result<(), Error>) -> Result<(), Error> {
@@ -289,7 +289,7 @@ pub(crate) fn finish(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Le
     if core.space.mode == Mode::UserModeOnly {
         unmap_shared(core, dev, flight, args);
     }
-    ended.map(|_| ()).map_err(|address| Error::Gone { address })
+    ended.map(|_| ()).map_err(|e| dev.copy_failed(e))
 }
 
 /// Takes copies that stay out of the device's page table: the next launch enters them again when it has looked whether the CPU has written the pages since.

@@ -126,7 +126,7 @@ fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<(), 
     let result = launch::bare(dev, request, groups);
     let _prepare = core.prepare.lock();
     let ended = snapshot::finish_fetched(core, dev, &Flight::none(), result.is_ok());
-    result.and(ended.map_err(|address| Error::Gone { address }))
+    result.and(ended.map_err(|e| dev.copy_failed(e)))
 }
 
 impl DeviceRef {
@@ -164,6 +164,6 @@ impl DeviceRef {
     /// [`Error::Grid`], [`Error::Kernel`], [`Error::Reentrant`].
     pub fn run_leased(&self, entry: Entry, grid: Grid, args: &[RawArg]) -> Result<(), Error> {
         let request = Request::new(entry, grid, args);
-        self.ask_launch(move |core, dev, number| run(core, dev, &request, number))?
+        self.ask_launch(move |core, dev, number| run(core, dev, &request, number))
     }
 }

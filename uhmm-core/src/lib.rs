@@ -15,6 +15,7 @@
 //! | [`residency`], `discard`, [`prefetch`] | hints: where pages are, for who asks; what is not needed any more; what goes ahead, in the background |
 //! | `coherent` | devices whose memory the CPU uses in place |
 //! | `fixed` | pages that never leave |
+//! | `loss` | devices that fail |
 //! | [`core`], [`process`], `table` | the core and its devices; one core per process, its threads, its beginning and end; how a device is closed |
 //! | `fork`, `raw_fork`, `evictor` | everything comes home: before a fork, when asked, before the action of a signal |
 //! | `conformance` | what every device must do, as checks for drivers' tests (feature `conformance`) |
@@ -49,6 +50,7 @@ mod launch;
 pub mod lease;
 pub mod left;
 mod line;
+mod loss;
 pub mod migrate;
 pub mod mirror;
 pub mod mode;

@@ -308,7 +308,7 @@ impl Monitor {
                 ranges::unprotect(core, va, copying)
             }
             PageState::System | PageState::Bounced | PageState::Coherent => ranges::unprotect(core, va, Bits::one(page)),
-            PageState::Private | PageState::Moving => {
+            PageState::Private | PageState::Moving | PageState::Lost => {
                 // It has left since: the touch comes again, as one of a missing page.
                 core.space.uffd.wake(va + page * PAGE, PAGE)
             }
@@ -328,6 +328,14 @@ impl Monitor {
                 Served::Done
             }
             PageState::Private => self.return_pages(core, state, va, page, fault),
+            // Poisoned already: whoever came before that touches it again, and gets SIGBUS.
+            PageState::Lost => match core.space.uffd.poison(va + page * PAGE, PAGE) {
+                Err(partial) if partial.errno == Errno::AGAIN => Served::Later,
+                _ => {
+                    let _ = core.space.uffd.wake(va + page * PAGE, PAGE);
+                    Served::Done
+                }
+            },
             _ => {
                 // A hole in a watched range. Its neighbours are filled with it, or each would cost a fault.
                 let mut run = page..page + 1;
@@ -375,7 +383,10 @@ impl Monitor {
             }
         }
         let came = if answer.duplicate && !fault.worker {
-            share::share(core, dev, state, va, pages)
+            match share::share(core, dev, state, va, pages) {
+                Ok(arrived) if !arrived.has(page) => home::bring_home(core, dev, state, va, Bits::one(page)),
+                shared => shared,
+            }
         } else {
             home::bring_home(core, dev, state, va, pages)
         };
@@ -392,7 +403,9 @@ impl Monitor {
 
 /// Pages whose touch waits for the end of the running launch, but for its workers' own.
 pub(crate) fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
-    state.parked | core.device(state.device as usize - 1).flights.held(va)
+    let dev = core.device(state.device as usize - 1);
+    // A lost device keeps nothing for anybody.
+    if dev.is_lost() { state.parked } else { state.parked | dev.flights.held(va) }
 }
 
 /// Fills holes with the zero page. What is there already is left, and its toucher woken.

@@ -88,6 +88,8 @@ pub enum PageState {
     Moving,
     /// Being duplicated or snapshot: the CPU still has it.
     Copying,
+    /// Nowhere: a device had the only copy, and was lost or failed to give it back. The CPU's page is poisoned: a touch raises SIGBUS.
+    Lost,
 }
 
 /// Why a page changes its place.
@@ -119,6 +121,8 @@ pub enum Cause {
     Leave,
     /// A coherent device gives its page up, which stays where it is: the kernel will not move it, or a child has it too.
     Release,
+    /// A device is lost, or does not give the page back.
+    Loss,
 }
 
 use Cause::*;
@@ -146,11 +150,15 @@ pub const TRANSITIONS: &[(PageState, Cause, PageState)] = &[
     (Duplicated, Bounce, Bounced),
     (Bounced, LaunchEnd, System),
     (Bounced, LaunchEnd, Private),
+    (Bounced, LaunchEnd, Moving),
     (Bounced, Unmap, System),
     (Private, Enter, Coherent),
     (Coherent, Leave, Private),
     (Coherent, Release, System),
     (Coherent, Unmap, System),
+    (Private, Loss, Lost),
+    (System, Loss, Lost),
+    (Lost, Unmap, System),
 ];
 
 /// Whether the table holds this transition.
@@ -165,10 +173,19 @@ mod tests {
 
     #[test]
     fn every_state_can_be_left_for_system_and_survives_unmap() {
-        for state in [Duplicated, Private, Coherent, Bounced, Moving, Copying] {
+        for state in [Duplicated, Private, Coherent, Bounced, Moving, Copying, Lost] {
             assert!(allowed(state, Unmap, System), "{state:?}");
         }
         assert!(!allowed(Private, Commit, Duplicated), "a page that is away has no CPU copy to share");
+    }
+
+    /// Nothing brings a lost page back but that the program gives it up; and only the one copy can be lost (or a lost page be remapped: its new place is System until then).
+    #[test]
+    fn a_lost_page_stays_lost() {
+        let left: Vec<_> = TRANSITIONS.iter().filter(|change| change.0 == Lost).collect();
+        assert_eq!(left, [&(Lost, Unmap, System)]);
+        let entered: Vec<_> = TRANSITIONS.iter().filter(|change| change.2 == Lost).map(|change| (change.0, change.1)).collect();
+        assert_eq!(entered, [(Private, Loss), (System, Loss)]);
     }
 
     /// A coherent page holds the only copy: it is entered and left as a whole, never copied, and nothing but its unmapping takes the device's frame and contents at once.

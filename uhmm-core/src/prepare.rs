@@ -57,6 +57,27 @@ impl Flight {
 /// # Errors
 /// Those of migration; [`Error::Gone`] if an argument cannot be reached.
 pub(crate) fn prepare(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger, args: &[RawArg], part: Part) -> Result<(), Error> {
+    let prepared = prepare_part(core, dev, flight, ledger, args, part);
+    if prepared.is_err() {
+        note_all(core, dev, ledger, args);
+    }
+    prepared
+}
+
+/// Notes every block with snapshots: who was stopped on the way has not noted those that he had taken by then, and nobody would end them.
+fn note_all(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) {
+    for (start, end, _) in ranges(args) {
+        core.dir.for_each(Span::touching(start, end), |block, part| {
+            let state = block.lock();
+            if state.device == dev.id() && !state.bounced().is_empty() && ledger.bounced_count < ledger.bounced.len() {
+                ledger.bounced[ledger.bounced_count] = Span::block(part.start).start;
+                ledger.bounced_count += 1;
+            }
+        });
+    }
+}
+
+fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger, args: &[RawArg], part: Part) -> Result<(), Error> {
     dev.set_pin(flight.number);
     dev.last.lock().forget();
     let coherent = dev.driver.info().coherent;
@@ -68,7 +89,7 @@ pub(crate) fn prepare(core: &Core, dev: &Device, flight: &Flight, ledger: &mut L
         if !flight.fetches(dev) {
             edges_home(core, dev, args)?;
         }
-        snapshot::refresh(core, dev, flight, args);
+        snapshot::refresh(core, dev, flight, args).map_err(|e| dev.copy_failed(e))?;
     }
     let sealed = core::mem::replace(&mut ledger.sealed, Sealed::new());
     let mut wants = [Want::default(); MAX_ARGS];

@@ -33,6 +33,7 @@ use crate::own::{self, OwnBox};
 use crate::prefetch;
 use crate::sync::*;
 use core::any::TypeId;
+use core::time::Duration;
 use uhmm_os::mem::{self, Prot, Reserve};
 use uhmm_os::signal::Deferred;
 use uhmm_os::thread::{self, Thread};
@@ -63,12 +64,18 @@ pub struct DeviceConfig {
     pub replayable_faults: bool,
     /// Whether the CPU uses the device's memory in place, if the driver leaves a choice.
     pub coherent: bool,
+    /// How long a batch of copies (4 MiB at most, but for copies to and from buffers) may take. A device that has not finished by then counts as lost. What waits for the
+    /// copies waits as long.
+    pub fence_limit: Duration,
 }
 
 impl DeviceConfig {
+    /// The default of [`fence_limit`](Self::fence_limit): some thousand times what a slow bus takes, and short enough that a person waits for it.
+    pub const FENCE_LIMIT: Duration = Duration::from_secs(30);
+
     /// The driver's defaults, under a name.
     pub fn new(name: &'static str) -> Self {
-        DeviceConfig { name, memory: 0, threads: 0, replayable_faults: true, coherent: false }
+        DeviceConfig { name, memory: 0, threads: 0, replayable_faults: true, coherent: false, fence_limit: Self::FENCE_LIMIT }
     }
 }
 
@@ -566,7 +573,7 @@ fn open_device(core: &'static Core, config: DeviceConfig, open: OpenDriver) -> R
     let mut others = vec![];
     core.for_each_device(|dev| others.push(dev.driver.info().clone()));
     let driver = open(&config, core.space.mode, &others)?;
-    let dev = OwnBox::new(c"uhmm device", Device::new(index, driver)?)
+    let dev = OwnBox::new(c"uhmm device", Device::new(index, driver, config.fence_limit)?)
         .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
     let start = || -> Result<Thread, Error> {
         let seat = OwnBox::new(c"uhmm seat", Seat { core, dev: (&raw const *dev).cast_mut() })

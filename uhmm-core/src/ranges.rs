@@ -7,7 +7,7 @@ use crate::coherent;
 use crate::core::{Core, Device};
 use crate::devmem::Full;
 use crate::directory::{Frame, State};
-use crate::driver::MapRun;
+use crate::driver::{Committed, MapRun};
 use crate::home;
 use crate::mirror::Reason;
 use crate::page::{Span, Va};
@@ -161,12 +161,16 @@ pub(crate) fn frame_runs(core: &Core, state: &State, bits: Bits, mut f: impl FnM
     }
 }
 
-/// Calls `f` with places in the block, addresses at which the contents of the device's pages there stand, and numbers of pages.
-pub(crate) fn read_frames(core: &Core, dev: &Device, state: &State, va: Va, run: Range<usize>, mut f: impl FnMut(usize, usize, usize)) {
+/// Calls `f` with places in the block and addresses at which the contents of the device's pages there stand; `None` if the device does not give them.
+pub(crate) fn read_frames(core: &Core, dev: &Device, state: &State, va: Va, run: Range<usize>, mut f: impl FnMut(usize, Option<usize>)) {
     for page in run {
         match dev.driver.mapped(va + page * PAGE).filter(|_| state.win.has(page)) {
-            Some(at) => f(page, at, 1),
-            None => home::with_contents(core, dev, 1, core.dir.frame(state, page), |at| f(page, at, 1)),
+            Some(at) => f(page, Some(at)),
+            None => {
+                if home::with_contents(core, dev, 1, core.dir.frame(state, page), |at| f(page, Some(at))).is_err() {
+                    f(page, None);
+                }
+            }
         }
     }
 }
@@ -203,7 +207,7 @@ pub(crate) fn map(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bi
         let mut done = Bits::EMPTY;
         with_runs(core, state, va, part, write, |runs| {
             if result.is_ok() {
-                result = dev.driver.map(runs);
+                result = dev.driver.map(Committed::new(state, va, runs));
                 if result.is_ok() {
                     for run in runs {
                         let first = (run.va - va) / PAGE;

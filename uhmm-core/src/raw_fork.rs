@@ -37,11 +37,18 @@ pub(crate) fn fill(core: &Core, child: &Userfaultfd) {
             let held = away & dev.flights.held(va);
             let away = away - held;
             for run in held.runs() {
-                ranges::read_frames(core, dev, &state, va, run, |at, source, pages| copy(child, va + at * PAGE, source, pages));
+                ranges::read_frames(core, dev, &state, va, run, |at, source| match source {
+                    Some(source) => copy(child, va + at * PAGE, source, 1),
+                    None => poison(child, va + at * PAGE, 1),
+                });
             }
             ranges::unmap(core, dev, &mut state, va, away);
             ranges::frame_runs(core, &state, away, |run, frame| {
-                home::with_contents(core, dev, run.len(), frame, |source| copy(child, va + run.start * PAGE, source, run.len()));
+                let copied =
+                    home::with_contents(core, dev, run.len(), frame, |source| copy(child, va + run.start * PAGE, source, run.len()));
+                if copied.is_err() {
+                    poison(child, va + run.start * PAGE, run.len());
+                }
             });
         }
         fill_moving(child, &state, va);
@@ -54,6 +61,15 @@ fn fill_moving(child: &Userfaultfd, state: &State, va: Va) {
     let moving = if state.tray == 0 { Bits::EMPTY } else { moving };
     for run in moving.runs() {
         copy(child, va + run.start * PAGE, state.tray + run.start * PAGE, run.len());
+    }
+}
+
+/// The device does not give these pages: the child has them no more than its parent, and not as zeroes.
+fn poison(child: &Userfaultfd, target: Va, pages: usize) {
+    for at in 0..pages {
+        while child.poison(target + at * PAGE, PAGE).is_err_and(|partial| partial.errno == Errno::AGAIN) {
+            thread::yield_now();
+        }
     }
 }
 

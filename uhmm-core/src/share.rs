@@ -84,7 +84,8 @@ pub(crate) fn share(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: V
         ranges::unmap(core, dev, state, va, loose);
         ranges::frame_runs(core, state, loose, |run, frame| {
             if shared.result.is_ok() {
-                home::with_contents(core, dev, run.len(), frame as Frame, |source| give(core, dev, va, run, source, &mut shared));
+                // What the device does not give is not shared: who asked brings it home, and finds it lost.
+                let _ = home::with_contents(core, dev, run.len(), frame as Frame, |source| give(core, dev, va, run, source, &mut shared));
             }
         });
     }

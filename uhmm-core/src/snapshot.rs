@@ -10,14 +10,15 @@ use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::{Block, BlockGuard, Frame};
-use crate::driver::{Dma, DmaKind};
+use crate::driver::{Dma, DmaError, DmaKind};
 use crate::fixed::{self, Sealed};
 use crate::flight::{Flight, Purpose};
 use crate::launch::{LARGE, Ledger};
+use crate::migrate;
 use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::policy::Wishes;
-use crate::pool::Size;
+use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
 use crate::sync::*;
 use crate::twins;
@@ -27,8 +28,15 @@ use uhmm_os::{BLOCK, Errno, PAGE, copy, thread};
 /// Ends all snapshots of the launch that has just ended: how many pages did not stay on the device.
 ///
 /// # Errors
-/// The first address that was to be written and could not be.
-pub(crate) fn finish(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<usize, Va> {
+/// Why some of what the kernel has written could not be written to the program: the first reason.
+pub(crate) fn finish(
+    core: &Core,
+    dev: &Device,
+    flight: &Flight,
+    ledger: &mut Ledger,
+    args: &[RawArg],
+    success: bool,
+) -> Result<usize, DmaError> {
     let mut result = Ok(0);
     // A kept page goes home when the CPU touches its other bytes: nothing for a device that could not fetch it again.
     let mut end = |va, keeps: bool| {
@@ -38,7 +46,7 @@ pub(crate) fn finish(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Le
         let ended = end_block(core, dev, flight, va, args, success);
         result = match (result, ended) {
             (Ok(sum), Ok(pages)) => Ok(sum + pages),
-            (Err(address), _) | (_, Err(address)) => Err(address),
+            (Err(e), _) | (_, Err(e)) => Err(e),
         };
     };
     for index in 0..core::mem::take(&mut ledger.bounced_count) {
@@ -57,7 +65,7 @@ pub(crate) fn finish(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Le
 ///
 /// # Errors
 /// As [`finish`].
-pub(crate) fn finish_fetched(core: &Core, dev: &Device, flight: &Flight, success: bool) -> Result<(), Va> {
+pub(crate) fn finish_fetched(core: &Core, dev: &Device, flight: &Flight, success: bool) -> Result<(), DmaError> {
     let mut result = Ok(());
     while let Some(va) = dev.fetched.lock().pop() {
         result = result.and(end_block(core, dev, flight, va, &[], success).map(|_| ()));
@@ -75,8 +83,8 @@ fn written(args: &[RawArg], page: Va) -> impl Iterator<Item = (Range<usize>, usi
 
 /// Lets the pages of large arguments stay on the device.
 fn keep(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], sealed: &Sealed) {
-    let _hold = core.space.hold();
-    let _ends = core.ends.lock();
+    let hold = core.space.hold();
+    let ends = core.ends.lock();
     let Some(block) = core.dir.get(va) else { return };
     let mut state = block.lock();
     if state.mover != 0 {
@@ -101,22 +109,29 @@ fn keep(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], sea
                 continue;
             }
         }
-        if sealed.still(core, va).has(page) || fixed::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)) {
-            keep_page(core, dev, &mut state, va, page, args);
+        if (sealed.still(core, va).has(page) || fixed::seal(core, &mut state, va, Bits::one(page)) == Ok(Bits::one(page)))
+            && let Err(tray) = keep_page(core, dev, &mut state, va, page, args)
+        {
+            // The device does not take the page: it goes home, with what the kernel wrote. The others are written back as snapshots are.
+            drop((state, ends, hold));
+            return migrate::give_back(core, dev, va, Bits::one(page), tray);
         }
     }
 }
 
-fn keep_page(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, page: usize, args: &[RawArg]) {
+/// # Errors
+/// The tray with the page, which is `Moving`, if the device does not take it.
+fn keep_page(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, page: usize, args: &[RawArg]) -> Result<(), Tray> {
     let one = Bits::one(page);
-    let Some(mut tray) = core.pool.take_empty(Size::Small, one) else { return };
+    // The kernel has ended: what it wrote stays as it is.
+    ranges::unmap(core, dev, state, va, one);
+    let frame = core.dir.frame(state, page);
+    let Ok(now) = read_frame(dev, frame) else { return Ok(()) }; // it stays a snapshot, whose end tells
+    let Some(mut tray) = core.pool.take_empty(Size::Small, one) else { return Ok(()) };
     let (moved, end) = ranges::move_out(&core.space, va, one, &tray, false);
     tray.full |= moved;
     if end == MoveEnd::All {
-        ranges::unmap(core, dev, state, va, one);
         // What the kernel wrote, declared or found by the twin, goes over the CPU's page; all of that is the device's page from now on.
-        let frame = core.dir.frame(state, page);
-        let now = read_frame(dev, frame);
         // SAFETY: the tray is ours, and the slot holds the page that was just moved there.
         let merged = unsafe { &mut *(tray.slot(page) as *mut [u8; PAGE]) };
         if state.twins.has(page) {
@@ -126,22 +141,28 @@ fn keep_page(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, page
             merged[range.clone()].copy_from_slice(&now[range]);
         }
         let dma = [Dma { kind: DmaKind::ToDevice, host: tray.slot(page), frame, offset: 0, len: PAGE }];
-        let fence = dev.driver.copy(&dma);
-        let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
+        if dev.transfer(&dma).is_err() {
+            state.shift(one, PageState::Bounced, Cause::LaunchEnd, PageState::Moving);
+            state.mover = core.next_mover();
+            (state.taken, state.tray) = (one, tray.start);
+            state.twins -= one;
+            state.rdonly -= one;
+            return Err(tray);
+        }
         count(&dev.counters.bytes_to_device, PAGE);
         state.shift(one, PageState::Bounced, Cause::LaunchEnd, PageState::Private);
         let _ = ranges::map(core, dev, state, va, one); // else a device fault maps it
     }
     core.pool.put(tray);
+    Ok(())
 }
 
 /// The contents of a frame that is not in the device's page table.
-fn read_frame(dev: &Device, frame: Frame) -> [u8; PAGE] {
+fn read_frame(dev: &Device, frame: Frame) -> Result<[u8; PAGE], DmaError> {
     let mut now = [0u8; PAGE];
     let dma = [Dma { kind: DmaKind::ToHost, host: now.as_mut_ptr() as usize, frame, offset: 0, len: PAGE }];
-    let fence = dev.driver.copy(&dma);
-    let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
-    now
+    dev.transfer(&dma)?;
+    Ok(now)
 }
 
 /// Blocks of which the running kernel got snapshots by touching them.
@@ -178,24 +199,24 @@ impl Fetched {
 
 /// Takes the block's snapshots off the device, with `success` after what the kernel wrote there has been written to the program: how many pages went. Those
 /// that other flights have a part in stay, with twins that know what was written.
-fn end_block(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], success: bool) -> Result<usize, Va> {
+fn end_block(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], success: bool) -> Result<usize, DmaError> {
     let others = dev.flights.others(flight, va);
     let Some((block, pages, twins, slot)) = claim(core, dev, va, others) else { return Ok(0) };
     let stay = pages & others;
     let mut result = Ok(pages.count());
     if success {
         // No lock is held: the program's pages may fault. What is claimed stays where it is.
-        if let Err(address) = write_declared(core, dev, args, va, pages - stay) {
-            result = Err(address);
+        if let Err(e) = write_declared(core, dev, args, va, pages - stay) {
+            result = Err(e);
         }
         for page in stay.pages() {
-            if let Err(address) = write_shared(core, dev, args, va, page) {
-                result = Err(address);
+            if let Err(e) = write_shared(core, dev, args, va, page) {
+                result = Err(e);
             }
         }
         for page in twins.pages() {
-            if let Err(address) = write_changes(core, dev, va, page, slot) {
-                result = Err(address);
+            if let Err(e) = write_changes(core, dev, va, page, slot) {
+                result = Err(e);
             }
         }
     }
@@ -240,15 +261,14 @@ fn claim<'a>(core: &'a Core, dev: &Device, va: Va, others: Bits) -> Option<(&'a 
 }
 
 /// Writes the bytes that written arguments cover, and no other, into the program's pages.
-fn write_declared(core: &Core, dev: &Device, args: &[RawArg], va: Va, pages: Bits) -> Result<(), Va> {
+fn write_declared(core: &Core, dev: &Device, args: &[RawArg], va: Va, pages: Bits) -> Result<(), DmaError> {
     let mut room = core.room();
     let list = room.list();
     let mut count = 0;
     let mut result = Ok(());
     let mut send = |list: &[Dma]| {
-        let fence = dev.driver.copy(list);
-        if let Err(e) = dev.driver.wait(fence, list) {
-            result = Err(e.address);
+        if let Err(e) = dev.transfer(list) {
+            result = Err(e);
         }
         list.iter().for_each(|dma| count_bytes(dev, dma.len));
     };
@@ -292,15 +312,15 @@ fn count_bytes(dev: &Device, bytes: usize) {
 }
 
 /// Writes what differs from the page's twin into the program's page.
-fn write_changes(core: &Core, dev: &Device, va: Va, page: usize, slot: u32) -> Result<(), Va> {
-    let Some(now) = read_page(core, dev, va, page) else { return Ok(()) };
+fn write_changes(core: &Core, dev: &Device, va: Va, page: usize, slot: u32) -> Result<(), DmaError> {
+    let Some(now) = read_page(core, dev, va, page)? else { return Ok(()) };
     let mut result = Ok(());
     twins::changes(core.twins.of(slot, page), &now, |range| {
         let at = va + page * PAGE + range.start;
         // SAFETY: the kernel, which may do what the caller may, has written these bytes; what was unmapped all the same is an error, not a crash.
         match unsafe { copy::guarded(at as *mut u8, now[range.start..].as_ptr(), range.len()) } {
             Ok(()) => count_bytes(dev, range.len()),
-            Err(address) => result = Err(address),
+            Err(address) => result = Err(DmaError::Gone { address }),
         }
     });
     // If the page stays for others, these bytes are no changes of theirs.
@@ -309,28 +329,33 @@ fn write_changes(core: &Core, dev: &Device, va: Va, page: usize, slot: u32) -> R
 }
 
 /// What a snapshot holds, wherever it is; `None` if the page was unmapped meanwhile. The block is the caller's.
-fn read_page(core: &Core, dev: &Device, va: Va, page: usize) -> Option<[u8; PAGE]> {
+///
+/// # Errors
+/// If the device does not give it.
+fn read_page(core: &Core, dev: &Device, va: Va, page: usize) -> Result<Option<[u8; PAGE]>, DmaError> {
+    let Some(block) = core.dir.get(va) else { return Ok(None) };
     let (frame, mapped) = {
-        let state = core.dir.get(va)?.lock();
+        let state = block.lock();
         if !state.bounced().has(page) {
-            return None;
+            return Ok(None);
         }
         (core.dir.frame(&state, page), state.win.has(page))
     };
-    let Some(at) = dev.driver.mapped(va + page * PAGE).filter(|_| mapped) else { return Some(read_frame(dev, frame)) };
+    let Some(at) = dev.driver.mapped(va + page * PAGE).filter(|_| mapped) else { return read_frame(dev, frame).map(Some) };
     let mut now = [0u8; PAGE];
     // SAFETY: the device's page, which stays mapped while the block is ours, is plain memory; a byte that its user writes just now is one that he may.
-    unsafe { copy::guarded(now.as_mut_ptr(), at as *const u8, PAGE) }.is_ok().then_some(now)
+    Ok(unsafe { copy::guarded(now.as_mut_ptr(), at as *const u8, PAGE) }.is_ok().then_some(now))
 }
 
 /// Writes the bytes of a page that written arguments cover to the program, from a snapshot that stays for others.
-fn write_shared(core: &Core, dev: &Device, args: &[RawArg], va: Va, page: usize) -> Result<(), Va> {
+fn write_shared(core: &Core, dev: &Device, args: &[RawArg], va: Va, page: usize) -> Result<(), DmaError> {
     let at = va + page * PAGE;
-    let Some(now) = read_page(core, dev, va, page) else { return Ok(()) };
+    let Some(now) = read_page(core, dev, va, page)? else { return Ok(()) };
     let slot = core.dir.get(va).map_or(0, |block| block.lock().twin);
     for (range, _) in written(args, at) {
         // SAFETY: the launch has borrowed these bytes for writing; what was unmapped all the same is an error, not a crash.
-        unsafe { copy::guarded((at + range.start) as *mut u8, now[range.start..].as_ptr(), range.len()) }?;
+        let done = unsafe { copy::guarded((at + range.start) as *mut u8, now[range.start..].as_ptr(), range.len()) };
+        done.map_err(|address| DmaError::Gone { address })?;
         count_bytes(dev, range.len());
         core.twins.set(slot, page, &now, range);
     }
@@ -338,13 +363,17 @@ fn write_shared(core: &Core, dev: &Device, args: &[RawArg], va: Va, page: usize)
 }
 
 /// Brings the bytes of arguments up to date in snapshots that other flights have taken of their pages. The caller holds `prepare`.
-pub(crate) fn refresh(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) {
+///
+/// # Errors
+/// If the device does not take them.
+pub(crate) fn refresh(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) -> Result<(), DmaError> {
+    let mut result = Ok(());
     for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1) {
         core.dir.for_each(Span::touching(start, end), |block, part| {
             let va = Span::block(part.start).start;
             let Some(pages) = claim_snapshots(core, dev, flight, block, part) else { return };
             for page in pages.pages() {
-                refresh_page(core, dev, va, page, start, end);
+                result = result.and(refresh_page(core, dev, va, page, start, end));
             }
             let _hold = core.space.hold();
             let mut state = block.lock();
@@ -354,6 +383,7 @@ pub(crate) fn refresh(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg
             }
         });
     }
+    result
 }
 
 /// Takes a block whose part has snapshots for ourselves.
@@ -375,25 +405,28 @@ fn claim_snapshots(core: &Core, dev: &Device, flight: &Flight, block: &Block, pa
 }
 
 /// Writes the bytes of `start..end` on one page into its snapshot. What cannot be read is found when the argument is prepared.
-fn refresh_page(core: &Core, dev: &Device, va: Va, page: usize, start: Va, end: Va) {
+fn refresh_page(core: &Core, dev: &Device, va: Va, page: usize, start: Va, end: Va) -> Result<(), DmaError> {
     let at = va + page * PAGE;
     let (from, to) = (start.max(at), end.min(at + PAGE));
     let Some((frame, mapped, slot)) = core.dir.get(va).and_then(|block| {
         let state = block.lock();
         state.bounced().has(page).then(|| (core.dir.frame(&state, page), state.win.has(page), state.twin))
     }) else {
-        return;
+        return Ok(());
     };
     if let Some(window) = dev.driver.mapped(at).filter(|_| mapped) {
         // SAFETY: the argument's bytes, which the launch has borrowed, go to the device's page, where nobody else uses them.
         let _ = unsafe { copy::guarded((window + (from - at)) as *mut u8, from as *const u8, to - from) };
     } else {
         let dma = [Dma { kind: DmaKind::GuardedToDevice, host: from, frame, offset: from - at, len: to - from }];
-        let fence = dev.driver.copy(&dma);
-        let _ = dev.driver.wait(fence, &dma); // as above
+        match dev.transfer(&dma) {
+            Ok(()) | Err(DmaError::Gone { .. }) => {}
+            Err(e) => return Err(e),
+        }
     }
     count(&dev.counters.bytes_to_device, to - from);
-    if let Some(now) = read_page(core, dev, va, page) {
+    if let Some(now) = read_page(core, dev, va, page)? {
         core.twins.set(slot, page, &now, from - at..to - at);
     }
+    Ok(())
 }

@@ -61,7 +61,7 @@ impl Twins {
         Some(free.fresh - 1)
     }
 
-    /// Makes twins of snapshots that are on the device and not in its page table. Without room for them the device may only read the pages.
+    /// Makes twins of snapshots that are on the device and not in its page table. Without room for them, or if the device does not give what it was just given, it may only read the pages.
     pub(crate) fn make(&self, core: &Core, dev: &Device, state: &mut State, pages: Bits) {
         if pages.is_empty() {
             return;
@@ -75,12 +75,15 @@ impl Twins {
                 }
             }
         }
+        let mut without = Bits::EMPTY;
         ranges::frame_runs(core, state, pages, |run, frame| {
             let dma = [Dma { kind: DmaKind::ToHost, host: self.slot(state, run.start), frame, offset: 0, len: run.len() * PAGE }];
-            let fence = dev.driver.copy(&dma);
-            let _ = dev.driver.wait(fence, &dma); // nothing is guarded here: it cannot fail
+            if dev.transfer(&dma).is_err() {
+                without |= Bits::range(run);
+            }
         });
-        state.twins |= pages;
+        state.rdonly |= without;
+        state.twins |= pages - without;
     }
 
     /// The twin of a page.

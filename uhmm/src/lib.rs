@@ -346,6 +346,15 @@ impl Device {
         self.dev.id()
     }
 
+    /// Takes the device out of use, in order: waits for the running launch and brings everything home. From then on every call on it says that it was removed. Its name can be
+    /// opened again when its last handle is gone.
+    ///
+    /// # Errors
+    /// [`Error::PagesLost`], [`Error::DeviceLost`]: it does not give everything back.
+    pub fn remove(&self) -> Result<(), Error> {
+        self.dev.remove()
+    }
+
     /// The device's name.
     pub fn name(&self) -> &'static str {
         self.dev.info().name

@@ -8,10 +8,10 @@
 //! * Its [`DeviceInfo::memory`] is 0: uhmm then checks a launch as for any device and hands it over, and makes nothing resident.
 //! * So nothing of a page table or of copies is ever asked of it; if it were, the answer would be an error, never a success that has not happened.
 
-use uhmm_core::driver::{DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use core::time::Duration;
+use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
-use uhmm_core::page::Span;
 use uhmm_core::{DeviceConfig, Error};
 use uhmm_os::Errno;
 
@@ -49,10 +49,6 @@ unsafe impl Driver for Null {
 
     fn release(&self, _unit: usize) {}
 
-    fn peek(&self, _frame: Frame) -> Option<usize> {
-        None
-    }
-
     fn address(&self, _frame: Frame) -> usize {
         0
     }
@@ -61,17 +57,11 @@ unsafe impl Driver for Null {
         Fence(0)
     }
 
-    fn wait(&self, _fence: Fence, batch: &[Dma]) -> Result<(), DmaError> {
-        batch.first().map_or(Ok(()), |dma| Err(DmaError { address: dma.host }))
+    fn wait(&self, _fence: Fence, batch: &[Dma], _: Duration) -> Result<(), DmaError> {
+        if batch.is_empty() { Ok(()) } else { Err(DmaError::Failed(Errno::OPNOTSUPP)) }
     }
 
-    fn open_window(&self, _span: Span) -> Result<(), Errno> {
-        Ok(())
-    }
-
-    fn close_window(&self, _span: Span) {}
-
-    fn map(&self, batch: &[MapRun]) -> Result<(), Errno> {
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
         if batch.is_empty() { Ok(()) } else { Err(Errno::NOMEM) }
     }
 
@@ -83,26 +73,8 @@ unsafe impl Driver for Null {
         Ok(())
     }
 
-    fn note_fault(&self, _va: usize, _write: bool) {}
-
-    fn fail(&self, _fault: KernelFault) {}
-
-    fn host_touch(&self, _tid: u32, _address: usize) {}
-
-    fn owns_thread(&self, _tid: u32) -> bool {
-        false
-    }
-
-    fn in_window(&self, _address: usize) -> bool {
-        false
-    }
-
     fn reaches(&self, _va: usize) -> bool {
         true
-    }
-
-    fn scratch(&self, _address: usize, _fault: KernelFault) -> bool {
-        false
     }
 }
 
@@ -115,7 +87,8 @@ mod tests {
         let device = open(&DeviceConfig::new("null"), Mode::Full, &[]).unwrap();
         assert_eq!((device.info().name, device.info().memory, device.info().threads), ("null", 0, 0));
         assert_eq!(device.populate(0), Err(Errno::NOMEM));
-        assert_eq!(device.map(&[MapRun { va: 0x5000, frame: 0, pages: 1, write: true }]), Err(Errno::NOMEM));
+        let dma = [Dma { kind: uhmm_core::driver::DmaKind::Zero, host: 0, frame: 0, offset: 0, len: 1 }];
+        assert!(device.wait(device.copy(&dma), &dma, Duration::ZERO).is_err());
         for config in [DeviceConfig { memory: 5, ..DeviceConfig::new("n") }, DeviceConfig { threads: 1, ..DeviceConfig::new("n") }] {
             assert!(open(&config, Mode::Full, &[]).unwrap_err().to_string().contains("defaults"));
         }

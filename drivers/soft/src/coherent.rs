@@ -8,10 +8,10 @@ use crate::memory::{Memory, Watch};
 use crate::window::Window;
 use crate::worker::Workers;
 use crate::{refuse, sizes};
-use uhmm_core::driver::{DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use core::time::Duration;
+use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
-use uhmm_core::page::Span;
 use uhmm_core::{DeviceConfig, Error};
 use uhmm_os::Errno;
 use uhmm_os::uffd::{Features, Userfaultfd};
@@ -88,17 +88,12 @@ unsafe impl Driver for Coherent {
         self.engine.submit(&self.memory, batch)
     }
 
-    fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<(), DmaError> {
+    fn wait(&self, fence: Fence, batch: &[Dma], _: Duration) -> Result<(), DmaError> {
+        // Threads of this process do not hang, unless the memory of the program does that they read.
         self.engine.wait(&self.memory, fence, batch)
     }
 
-    fn open_window(&self, _span: Span) -> Result<(), Errno> {
-        Ok(())
-    }
-
-    fn close_window(&self, _span: Span) {}
-
-    fn map(&self, batch: &[MapRun]) -> Result<(), Errno> {
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
         if batch.is_empty() { Ok(()) } else { Err(Errno::OPNOTSUPP) }
     }
 
@@ -122,10 +117,6 @@ unsafe impl Driver for Coherent {
 
     fn owns_thread(&self, tid: u32) -> bool {
         self.workers.owns(tid)
-    }
-
-    fn in_window(&self, _address: usize) -> bool {
-        false
     }
 
     fn reaches(&self, va: usize) -> bool {

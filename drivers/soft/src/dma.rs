@@ -145,7 +145,7 @@ impl Engine {
         }
         let failed = slot.failed.load(Ordering::Relaxed);
         slot.used.store(false, Ordering::Release);
-        if failed == 0 { Ok(()) } else { Err(DmaError { address: failed }) }
+        if failed == 0 { Ok(()) } else { Err(DmaError::Gone { address: failed }) }
     }
 }
 

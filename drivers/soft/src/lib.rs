@@ -24,9 +24,10 @@ mod remap;
 pub mod window;
 pub mod worker;
 
+use core::time::Duration;
 use dma::Engine;
 use memory::{Memory, Watch};
-use uhmm_core::driver::{DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
 use uhmm_core::page::Span;
@@ -147,7 +148,8 @@ unsafe impl Driver for Soft {
         self.engine.submit(&self.memory, batch)
     }
 
-    fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<(), DmaError> {
+    fn wait(&self, fence: Fence, batch: &[Dma], _: Duration) -> Result<(), DmaError> {
+        // Threads of this process do not hang, unless the memory of the program does that they read.
         self.engine.wait(&self.memory, fence, batch)
     }
 
@@ -167,8 +169,8 @@ unsafe impl Driver for Soft {
         self.window.unshare(&self.uffd, span);
     }
 
-    fn map(&self, batch: &[MapRun]) -> Result<(), Errno> {
-        self.window.map(&self.uffd, &self.memory, batch, |page| self.workers.forget_scratch(page))
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
+        self.window.map(&self.uffd, &self.memory, &batch, |page| self.workers.forget_scratch(page))
     }
 
     fn allow_writes(&self, batch: &[MapRun]) {
@@ -193,10 +195,6 @@ unsafe impl Driver for Soft {
 
     fn fail(&self, fault: KernelFault) {
         self.workers.fail(fault);
-    }
-
-    fn host_touch(&self, _tid: u32, address: usize) {
-        self.workers.fail(KernelFault::HostAddress { address });
     }
 
     fn owns_thread(&self, tid: u32) -> bool {

@@ -16,6 +16,7 @@ mod edges;
 mod input;
 mod memory;
 mod named;
+mod places;
 mod random;
 mod system;
 
@@ -73,6 +74,8 @@ checks! {
     plain input::overlaps_are_refused,
     plain input::grids_without_groups_are_refused,
     plain input::memory_of_another_device_is_refused,
+    plain places::copies_of_memory_that_is_gone_are_errors,
+    plain places::a_window_is_not_made_over_the_programs_memory,
     plain system::launches_are_counted,
     plain declared::what_is_only_read_stays_as_it_was,
     data declared::every_alignment_and_size,

@@ -5,14 +5,15 @@ use crate::bits::{Bits, PAGES};
 use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::directory::Frame;
-use crate::driver::{Dma, DmaKind, Fence};
+use crate::driver::{Dma, DmaError, DmaKind, Done, Fence};
 use crate::error::Error;
+use crate::home;
 use crate::own::OwnSlice;
 use crate::page::{Cause, PageState, Va};
 use crate::pool::Tray;
 use crate::ranges;
 use crate::sync::*;
-use uhmm_os::{Errno, PAGE};
+use uhmm_os::{Errno, PAGE, thread};
 
 /// One block on its way.
 #[derive(Debug)]
@@ -87,14 +88,16 @@ impl Batch {
 
 /// Blocks whose pages were taken and are not copied yet.
 pub(super) struct Collected<'a>(pub(super) &'a mut Batch);
-/// Blocks that are being copied.
+/// Blocks that are being copied; by nobody, if the device is known to be lost.
 #[derive(Debug)]
-pub(super) struct Flying(Fence);
-/// Blocks whose contents are on the device and not mapped yet. `reached` is false if some program memory could not be read.
+pub(super) struct Flying(Option<Fence>);
+/// Blocks whose contents are on the device and not mapped yet.
 pub(super) struct Copied<'a> {
     batch: &'a mut Batch,
-    pub(super) reached: bool,
+    done: Done,
 }
+/// Blocks whose contents the device has not taken.
+pub(super) struct Failed<'a>(&'a mut Batch, DmaError);
 
 /// Old pages of a block that a launch overwrites.
 #[derive(Debug)]
@@ -109,28 +112,36 @@ pub struct Parked {
 
 impl Collected<'_> {
     pub(super) fn copy(self, dev: &Device) -> Flying {
-        Flying(dev.driver.copy(&self.0.dma[..self.0.dma_count]))
+        Flying((!dev.is_lost()).then(|| dev.driver.copy(&self.0.dma[..self.0.dma_count])))
     }
 }
 
 impl Flying {
-    pub(super) fn land<'a>(self, batch: &'a mut Batch, dev: &Device) -> Copied<'a> {
+    pub(super) fn land<'a>(self, batch: &'a mut Batch, dev: &Device) -> Result<Copied<'a>, Failed<'a>> {
         let list = &batch.dma[..batch.dma_count];
-        let reached = dev.driver.wait(self.0, list).is_ok();
+        let done = match self.0.map_or(Err(DmaError::Lost), |fence| dev.wait(fence, list)) {
+            Ok(done) => done,
+            Err(e) => return Err(Failed(batch, e)),
+        };
         for dma in list {
             let counter = if dma.kind == DmaKind::Zero { &dev.counters.bytes_zeroed } else { &dev.counters.bytes_to_device };
             count(counter, dma.len);
         }
-        Copied { batch, reached }
+        Ok(Copied { batch, done })
     }
 }
 
 impl Copied<'_> {
+    /// Whether all program memory could be read.
+    pub(super) fn reached(&self) -> bool {
+        self.done.is_all()
+    }
+
     pub(super) fn commit(self, core: &Core, dev: &Device, park: Park<'_>) -> Result<bool, Error> {
         let mut result = Ok(false);
         for item in self.batch.items.iter_mut().take(self.batch.count) {
             let Some(item) = item.take() else { continue };
-            match commit_block(core, dev, item, self.reached, park) {
+            match commit_block(core, dev, item, &self.done, park) {
                 Ok(lost) => {
                     if let Ok(any) = &mut result {
                         *any |= lost;
@@ -145,15 +156,76 @@ impl Copied<'_> {
     }
 }
 
+impl Failed<'_> {
+    /// Puts everything back to where it was: what the device's failure means for who asked.
+    pub(super) fn undo(self, core: &Core, dev: &Device) -> Error {
+        let Failed(batch, e) = self;
+        for item in batch.items.iter_mut().take(batch.count) {
+            if let Some(item) = item.take() {
+                undo_block(core, dev, item);
+            }
+        }
+        batch.count = 0;
+        batch.dma_count = 0;
+        dev.copy_failed(e)
+    }
+}
+
+/// Gives pages of one block back to the program that have been taken out into a tray, and are `Moving`: nobody else has a part in that block's migration.
+pub(crate) fn give_back(core: &Core, dev: &Device, va: Va, pages: Bits, tray: Tray) {
+    let none = Bits::EMPTY;
+    let item = Item { va, intent: Intent::Move, moved: pages, zeroed: none, copied: none, tray: Some(tray), twins: none, rdonly: none };
+    undo_block(core, dev, item);
+}
+
+/// Gives the migration of one block up. It waits for events to be read, but for nobody else's migration.
+fn undo_block(core: &Core, dev: &Device, mut item: Item) {
+    let Some(block) = core.dir.get(item.va) else { return };
+    loop {
+        let hold = core.space.hold();
+        let mut state = block.lock();
+        let copied = item.copied & state.busy();
+        if item.intent == Intent::Duplicate {
+            let _ = ranges::unprotect(core, item.va, copied); // else the first write does it
+        }
+        state.shift(copied, PageState::Copying, Cause::Undo, PageState::System);
+        let moved = item.moved & state.busy();
+        if let Some(tray) = &mut item.tray {
+            let (arrived, result) = home::deliver(core, tray, moved, item.va);
+            state.shift(arrived, PageState::Moving, Cause::Undo, PageState::System);
+            if result.is_err() {
+                drop((state, hold));
+                core.space.settle();
+                thread::yield_now();
+                continue;
+            }
+        }
+        let holes = item.zeroed & state.busy();
+        state.shift(holes, PageState::Moving, Cause::Undo, PageState::System);
+        state.mover = 0;
+        state.tray = 0;
+        state.taken = Bits::EMPTY;
+        ranges::give_frames(core, dev, &mut state, item.va, item.moved | item.zeroed | item.copied);
+        if core::mem::take(&mut state.waiters) {
+            let _ = core.space.uffd.wake(item.va, PAGES * PAGE);
+        }
+        drop((state, hold));
+        if let Some(tray) = item.tray {
+            core.pool.put(tray);
+        }
+        return;
+    }
+}
+
 /// Ends the migration of one block: true if pages were lost on the way.
-fn commit_block(core: &Core, dev: &Device, mut item: Item, reached: bool, park: Park<'_>) -> Result<bool, Errno> {
+fn commit_block(core: &Core, dev: &Device, mut item: Item, done: &Done, park: Park<'_>) -> Result<bool, Errno> {
     let _hold = core.space.hold();
     let Some(block) = core.dir.get(item.va) else { return Ok(false) };
     let mut state = block.lock();
     let all = item.moved | item.zeroed | item.copied;
     let mut copied = item.copied & state.busy();
     let moved = (item.moved | item.zeroed) & state.busy();
-    if !reached {
+    if !done.is_all() {
         // Some program memory could not be read: nothing that was copied in place is trusted.
         if item.intent == Intent::Duplicate {
             let _ = ranges::unprotect(core, item.va, copied);
@@ -161,13 +233,13 @@ fn commit_block(core: &Core, dev: &Device, mut item: Item, reached: bool, park: 
         state.shift(copied, PageState::Copying, Cause::Undo, PageState::System);
         copied = Bits::EMPTY;
     }
-    state.shift(moved, PageState::Moving, Cause::Commit, PageState::Private);
+    state.commit(moved, PageState::Moving, PageState::Private, done);
     if item.intent.bounces() {
         state.rdonly |= item.rdonly & copied;
         core.twins.make(core, dev, &mut state, item.twins & copied);
     }
     let shared = if item.intent.bounces() { PageState::Bounced } else { PageState::Duplicated };
-    state.shift(copied, PageState::Copying, Cause::Commit, shared);
+    state.commit(copied, PageState::Copying, shared, done);
     state.mover = 0;
     state.tray = 0;
     state.taken = Bits::EMPTY;

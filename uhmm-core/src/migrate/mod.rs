@@ -3,7 +3,7 @@
 //! *Collect* (event lock and block lock held): take frames, watch the range, find what is there, and take the pages from the CPU: moved
 //! out into a tray, write-protected, or just noted. The pages are now `busy`, and this migration is the block's `mover`. *Copy* (no
 //! lock held): one batch for up to [`BATCH`] blocks; while it is copied the next one is collected. *Commit* (locks held again): what is still busy is mapped for the device and changes its
-//! state; what an invalidation took out of `busy` meanwhile is freed.
+//! state; what an invalidation took out of `busy` meanwhile is freed. A batch that the device has not copied is *undone* instead: every page goes back to where it was taken from.
 //!
 //! # Rules
 //! * A migration that holds uncommitted blocks waits for nothing but its own copies: it commits before it evicts, settles or waits for another mover.
@@ -13,6 +13,7 @@
 mod batch;
 mod peer;
 
+pub(crate) use batch::give_back;
 pub use batch::{Parked, Room};
 
 use crate::bits::Bits;
@@ -272,11 +273,13 @@ impl Core {
     /// Ends the batch that is being copied, if there is one.
     fn land(&self, dev: &Device, room: &mut Room, park: Park<'_>) -> Result<bool, Error> {
         match room.flying.take() {
-            Some(flying) => {
-                let copied = flying.land(&mut room.batches[room.at ^ 1], dev);
-                room.refused |= !copied.reached;
-                copied.commit(self, dev, park)
-            }
+            Some(flying) => match flying.land(&mut room.batches[room.at ^ 1], dev) {
+                Ok(copied) => {
+                    room.refused |= !copied.reached();
+                    copied.commit(self, dev, park)
+                }
+                Err(failed) => Err(failed.undo(self, dev)),
+            },
             None => Ok(false),
         }
     }
@@ -346,7 +349,7 @@ impl Core {
             self.twins.make(self, dev, &mut state, lack);
             ranges::map(self, dev, &mut state, va, lack).map_err(|e| dev.failed(e))?;
         }
-        let fresh = want - state.resident();
+        let fresh = want - state.resident() - state.lost();
         if fresh.is_empty() {
             return Ok(Look::Done);
         }

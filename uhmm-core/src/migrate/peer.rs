@@ -184,7 +184,6 @@ impl Core {
     }
 
     fn batch(&self, dev: &Device, list: &[Dma]) -> Result<(), Errno> {
-        let fence = dev.driver.copy(list);
-        dev.driver.wait(fence, list).map_err(|_| Errno::IO)
+        dev.transfer(list).map_err(|_| Errno::IO)
     }
 }

@@ -235,7 +235,7 @@ impl CoreRef {
             return Err(Error::Reentrant);
         }
         match self.any_device()? {
-            Some(device) => device.ask(move |core, _| job(core))?,
+            Some(device) => device.ask(move |core, _| job(core)),
             None => process::lock()?.ask_keeper(job).ok_or(Error::System("reach the keeper", Errno::SRCH))?,
         }
     }

@@ -14,8 +14,10 @@ mod closing;
 mod coherent;
 mod coherent_races;
 mod conformance;
+mod contract;
 mod dying;
 mod evict;
+mod failing;
 mod faults;
 mod harness;
 mod hints;
@@ -41,6 +43,7 @@ mod races;
 mod raw_fork;
 mod scopes;
 mod stories;
+mod tiny;
 mod undeclared;
 
 fn main() {
@@ -48,8 +51,10 @@ fn main() {
     tests.extend(advice::TESTS);
     tests.extend(ahead::TESTS);
     tests.extend(basics::TESTS);
+    tests.extend(contract::TESTS);
     tests.extend(dying::TESTS);
     tests.extend(evict::TESTS);
+    tests.extend(failing::TESTS);
     tests.extend(faults::TESTS);
     tests.extend(hints::TESTS);
     tests.extend(kernel_access::TESTS);
@@ -80,6 +85,7 @@ fn main() {
     tests.extend(races::TESTS);
     tests.extend(raw_fork::TESTS);
     tests.extend(stories::TESTS);
+    tests.extend(tiny::TESTS);
     tests.extend(undeclared::TESTS);
     harness::run(&tests, modes::LESSER);
 }

@@ -40,6 +40,8 @@ const FULL_ONLY: &[&str] = &[
     "basics::a_changed_row_moves_a_block",
     "basics::prefetch_and_evict",
     "basics::two_devices_take_turns",
+    "contract::",
+    "failing::",
     "faults::twice_the_capacity_by_launches",
     "hints::",
     "faults::twice_the_capacity_by_faults",

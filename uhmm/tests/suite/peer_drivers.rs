@@ -2,9 +2,10 @@
 
 use crate::harness::*;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use uhmm::Error;
 use uhmm_core::args::Args;
-use uhmm_core::driver::{DeviceInfo, Dma, DmaError, DmaKind, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, DmaKind, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::kernel::{Entry, Grid};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
@@ -53,6 +54,9 @@ unsafe impl Driver for Other {
     fn peek(&self, frame: Frame) -> Option<usize> {
         self.soft.peek(frame)
     }
+    fn mapped(&self, va: usize) -> Option<usize> {
+        self.soft.mapped(va)
+    }
     fn reads_peers(&self) -> bool {
         self.reads
     }
@@ -62,10 +66,10 @@ unsafe impl Driver for Other {
     fn copy(&self, batch: &[Dma]) -> Fence {
         self.soft.copy(batch)
     }
-    fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<(), DmaError> {
-        let done = self.soft.wait(fence, batch);
+    fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
+        let done = self.soft.wait(fence, batch, limit);
         let to_device = batch.iter().any(|dma| dma.kind == DmaKind::ToDevice);
-        if to_device && FAILS.load(Ordering::Relaxed) { Err(DmaError { address: batch[0].host }) } else { done }
+        if to_device && FAILS.load(Ordering::Relaxed) { Err(DmaError::Failed(Errno::IO)) } else { done }
     }
     fn open_window(&self, span: Span) -> Result<(), Errno> {
         self.soft.open_window(span)
@@ -73,7 +77,7 @@ unsafe impl Driver for Other {
     fn close_window(&self, span: Span) {
         self.soft.close_window(span);
     }
-    fn map(&self, batch: &[MapRun]) -> Result<(), Errno> {
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
         self.soft.map(batch)
     }
     fn allow_writes(&self, batch: &[MapRun]) {

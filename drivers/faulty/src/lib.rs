@@ -1,0 +1,314 @@
+//! A device around another one, that fails on order: what uhmm does with a device that fails is tested with it.
+//!
+//! ```no_run
+//! use uhmm_core::{CoreRef, DeviceConfig};
+//! use uhmm_faulty::{Call, Fault, order};
+//!
+//! # fn main() -> Result<(), uhmm_core::Error> {
+//! let open = uhmm_faulty::around(uhmm_soft_open());
+//! let dev = CoreRef::get()?.device(DeviceConfig::new("faulty"), open)?;
+//! order(Call::ToHost, Fault::Failed, 3, 1); // the third batch from the device from now on fails, once
+//! # Ok(())
+//! # }
+//! # fn uhmm_soft_open() -> uhmm_core::OpenDriver { unimplemented!() }
+//! ```
+//!
+//! # Rules
+//! * Without an order it is the other device, but for one thing: nobody reads its memory except by copies ([`Driver::peek`] says no, unless the device is coherent).
+//! * A batch that fails has done the worst that the contract allows: what it should have written to uhmm's memory is garbage, and what it should have written to the
+//!   device or to the program is not written.
+//! * Lost is lost: every copy fails, no kernel runs, nothing is mapped. Taking pages out of the page table and freeing memory, which cannot fail, still happen.
+//! * The orders are one for the process: there are few devices of this kind in a test. They lie in `.data`, for they are read on the fault path.
+#![allow(unsafe_code)] // writes garbage into uhmm's own memory; a static in `.data`
+
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use core::time::Duration;
+use std::time::Instant;
+use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, DmaKind, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::mode::Mode;
+use uhmm_core::own::OwnBox;
+use uhmm_core::page::Span;
+use uhmm_core::{DeviceConfig, Error, OpenDriver};
+use uhmm_os::{Errno, thread};
+
+/// A call of the driver that can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// A batch of copies that has a piece to the device.
+    ToDevice,
+    /// A batch of copies that has a piece from the device.
+    ToHost,
+    /// Making a unit of memory usable.
+    Populate,
+    /// Entering pages into the page table.
+    Map,
+    /// Running a kernel. It has run when the failure is told.
+    Launch,
+}
+
+/// How it fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// With EIO (memory: ENOMEM).
+    Failed,
+    /// The device is lost, from this call on.
+    Lost,
+    /// Its fence never comes. As [`Lost`](Self::Lost) where there is no fence.
+    Never,
+}
+
+/// For ever, as the number of times.
+pub const ALWAYS: u32 = u32::MAX;
+
+struct Order {
+    /// Calls that still go well.
+    good: AtomicU32,
+    /// Calls that fail after those.
+    bad: AtomicU32,
+    fault: AtomicU32,
+}
+
+struct Orders {
+    of: [Order; 5],
+    /// The driver that is wrapped next: an [`OpenDriver`]. Not 0, for a static of zeroes lies elsewhere.
+    inner: AtomicUsize,
+}
+
+#[unsafe(link_section = ".data")]
+static ORDERS: Orders = Orders {
+    of: [const { Order { good: AtomicU32::new(0), bad: AtomicU32::new(0), fault: AtomicU32::new(0) } }; 5],
+    inner: AtomicUsize::new(1),
+};
+
+/// From now on the `nth` call (the first is number 1) fails, and those after it: `times` in all. It replaces an earlier order for that call.
+pub fn order(call: Call, fault: Fault, nth: u32, times: u32) {
+    let order = &ORDERS.of[call as usize];
+    order.bad.store(0, Ordering::SeqCst);
+    order.good.store(nth.max(1) - 1, Ordering::SeqCst);
+    order.fault.store(fault as u32, Ordering::SeqCst);
+    order.bad.store(times, Ordering::SeqCst);
+}
+
+/// Takes all orders back. A device that is lost stays so.
+pub fn all_well() {
+    ORDERS.of.iter().for_each(|order| order.bad.store(0, Ordering::SeqCst));
+}
+
+/// How many failures of a call are still to come.
+pub fn outstanding(call: Call) -> u32 {
+    ORDERS.of[call as usize].bad.load(Ordering::SeqCst)
+}
+
+/// One call: how it fails, if it does.
+fn strike(call: Call) -> Option<Fault> {
+    let order = &ORDERS.of[call as usize];
+    let less = |n: u32| (n > 0).then(|| if n == ALWAYS { n } else { n - 1 });
+    if order.bad.load(Ordering::SeqCst) == 0 || order.good.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
+        return None;
+    }
+    order.bad.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).ok()?;
+    Some(match order.fault.load(Ordering::SeqCst) {
+        0 => Fault::Failed,
+        1 => Fault::Lost,
+        _ => Fault::Never,
+    })
+}
+
+/// What opens a device of this kind around those that `open` makes. The last call counts, for all devices that are opened later.
+pub fn around(open: OpenDriver) -> OpenDriver {
+    ORDERS.inner.store(open as usize, Ordering::SeqCst);
+    open_around
+}
+
+fn open_around(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
+    // SAFETY: a function that `around`, which alone gives this one out, has left there.
+    let open = unsafe { core::mem::transmute::<usize, OpenDriver>(ORDERS.inner.load(Ordering::SeqCst)) };
+    let faulty = Faulty { inner: open(config, mode, others)?, lost: AtomicBool::new(false) };
+    let faulty = OwnBox::new(c"uhmm faulty device", faulty)
+        .map_err(|e| Error::Device { name: config.name.into(), why: format!("cannot reserve address space: {e}") })?;
+    Ok(faulty.unsize(|p| p as *mut dyn Driver))
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Faulty {
+    inner: OwnBox<dyn Driver>,
+    lost: AtomicBool,
+}
+
+/// Fences of batches that the other device has not seen.
+const FAILED: Fence = Fence(u64::MAX);
+const NEVER: Fence = Fence(u64::MAX - 1);
+const LOST: Fence = Fence(u64::MAX - 2);
+
+impl Faulty {
+    /// One call: how it fails, if it does. A lost device fails all.
+    fn strike(&self, call: Call) -> Option<Fault> {
+        if self.is_lost() {
+            return Some(Fault::Lost);
+        }
+        let fault = strike(call)?;
+        if fault == Fault::Lost || (fault == Fault::Never && !matches!(call, Call::ToDevice | Call::ToHost)) {
+            self.lost.store(true, Ordering::SeqCst);
+        }
+        Some(fault)
+    }
+
+    fn fails(&self, call: Call, errno: Errno) -> Result<(), Errno> {
+        match self.strike(call) {
+            None => Ok(()),
+            Some(Fault::Failed) => Err(errno),
+            Some(_) => Err(Errno::NODEV),
+        }
+    }
+}
+
+/// What a failed batch leaves in uhmm's memory.
+fn garble(batch: &[Dma]) {
+    for dma in batch.iter().filter(|dma| dma.kind == DmaKind::ToHost) {
+        // SAFETY: the batch would have written there.
+        unsafe { (dma.host as *mut u8).write_bytes(0xdb, dma.len) };
+    }
+}
+
+// SAFETY: what the other device promises; nothing is done that it would not do.
+unsafe impl Driver for Faulty {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+
+    fn populate(&self, unit: usize) -> Result<(), Errno> {
+        self.fails(Call::Populate, Errno::NOMEM)?;
+        self.inner.populate(unit)
+    }
+
+    fn release(&self, unit: usize) {
+        self.inner.release(unit);
+    }
+
+    fn peek(&self, frame: Frame) -> Option<usize> {
+        if self.info().coherent { self.inner.peek(frame) } else { None }
+    }
+
+    fn mapped(&self, va: usize) -> Option<usize> {
+        self.inner.mapped(va)
+    }
+
+    fn reads_peers(&self) -> bool {
+        self.inner.reads_peers()
+    }
+
+    fn take_back(&self, frame: Frame, host: usize, pages: usize) -> usize {
+        self.inner.take_back(frame, host, pages)
+    }
+
+    fn address(&self, frame: Frame) -> usize {
+        self.inner.address(frame)
+    }
+
+    fn stand_by(&self) {
+        self.inner.stand_by();
+    }
+
+    fn copy(&self, batch: &[Dma]) -> Fence {
+        let has = |to_host| batch.iter().any(|dma| matches!(dma.kind, DmaKind::ToHost | DmaKind::GuardedToHost) == to_host);
+        let out = if has(false) { self.strike(Call::ToDevice) } else { None };
+        match out.or_else(|| if has(true) { self.strike(Call::ToHost) } else { None }) {
+            None => self.inner.copy(batch),
+            Some(Fault::Failed) => FAILED,
+            Some(Fault::Never) => NEVER,
+            Some(Fault::Lost) => LOST,
+        }
+    }
+
+    fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
+        let error = match fence {
+            FAILED => DmaError::Failed(Errno::IO),
+            LOST => DmaError::Lost,
+            NEVER => {
+                let start = Instant::now();
+                while start.elapsed() < limit {
+                    thread::sleep_micros(1000);
+                }
+                self.lost.store(true, Ordering::SeqCst);
+                DmaError::Lost
+            }
+            fence => return self.inner.wait(fence, batch, limit),
+        };
+        garble(batch);
+        Err(error)
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::SeqCst)
+    }
+
+    fn open_window(&self, span: Span) -> Result<(), Errno> {
+        self.inner.open_window(span)
+    }
+
+    fn close_window(&self, span: Span) {
+        self.inner.close_window(span);
+    }
+
+    fn share(&self, span: Span) -> Result<(), Errno> {
+        self.inner.share(span)
+    }
+
+    fn unshare(&self, span: Span) {
+        self.inner.unshare(span);
+    }
+
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
+        self.fails(Call::Map, Errno::IO)?;
+        self.inner.map(batch)
+    }
+
+    fn allow_writes(&self, batch: &[MapRun]) {
+        self.inner.allow_writes(batch);
+    }
+
+    fn unmap(&self, batch: &[MapRun]) {
+        self.inner.unmap(batch);
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
+        if self.is_lost() {
+            return Err(KernelFault::Lost);
+        }
+        let result = self.inner.launch(launch);
+        match self.strike(Call::Launch) {
+            None => result,
+            Some(Fault::Failed) => Err(KernelFault::Device { source: Errno::IO }),
+            Some(_) => Err(KernelFault::Lost),
+        }
+    }
+
+    fn note_fault(&self, va: usize, write: bool) {
+        self.inner.note_fault(va, write);
+    }
+
+    fn fail(&self, fault: KernelFault) {
+        self.inner.fail(fault);
+    }
+
+    fn host_touch(&self, tid: u32, address: usize) {
+        self.inner.host_touch(tid, address);
+    }
+
+    fn owns_thread(&self, tid: u32) -> bool {
+        self.inner.owns_thread(tid)
+    }
+
+    fn in_window(&self, address: usize) -> bool {
+        self.inner.in_window(address)
+    }
+
+    fn reaches(&self, va: usize) -> bool {
+        self.inner.reaches(va)
+    }
+
+    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
+        self.inner.scratch(address, fault)
+    }
+}

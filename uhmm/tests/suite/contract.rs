@@ -1,0 +1,270 @@
+//! What uhmm owes to drivers: a driver around another one that keeps its own books, and notes what does not agree with docs/driver-contract.md.
+
+use crate::harness::*;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use uhmm_core::conformance::{CHECKS, Subject};
+use uhmm_core::driver::*;
+use uhmm_core::kernel::Entry;
+use uhmm_core::mode::Mode;
+use uhmm_core::own::{OwnBox, OwnSlice, Zeroed};
+use uhmm_core::page::Span;
+use uhmm_core::{CoreRef, DeviceConfig, Error};
+use uhmm_os::{BLOCK, Errno, PAGE};
+
+crate::tests![uhmm_keeps_its_side, uhmm_keeps_its_side_with_a_device_that_fails];
+
+/// A number that lies in memory of uhmm's: these books are kept on the fault path.
+#[derive(Debug)]
+struct Number(AtomicU64);
+// SAFETY: 0.
+unsafe impl Zeroed for Number {}
+
+impl Number {
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    fn set(&self, value: u64) -> u64 {
+        self.0.swap(value, Ordering::SeqCst)
+    }
+}
+
+#[derive(Debug)]
+struct Books {
+    inner: OwnBox<dyn Driver>,
+    /// Of each unit, whether it is populated.
+    populated: OwnSlice<Number>,
+    /// Of each frame, whether it holds data.
+    valid: OwnSlice<Number>,
+    /// Of each frame, the address at which it is mapped; 0 if it is not.
+    mapped: OwnSlice<Number>,
+    units: AtomicU64,
+    fences: AtomicU64,
+    /// Uhmm has been told that the device is lost.
+    told: Number,
+}
+
+/// The first line of this file where something did not agree, and how many lines did, in all. Not in `.bss`.
+#[unsafe(link_section = ".data")]
+static WRONG: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+/// Calls that were looked at: copies, maps, unmaps.
+#[unsafe(link_section = ".data")]
+static SEEN: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+
+macro_rules! agree {
+    ($what:expr) => {
+        if !$what {
+            let _ = WRONG[0].compare_exchange(0, u64::from(line!()), Ordering::SeqCst, Ordering::SeqCst);
+            WRONG[1].fetch_add(1, Ordering::SeqCst);
+        }
+    };
+}
+
+fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
+    let inner = uhmm_faulty::around(uhmm_soft::open)(config, mode, others)?;
+    let units = 2 * inner.info().memory / BLOCK;
+    let numbers = |n| OwnSlice::new(c"books", n).unwrap();
+    let (populated, valid, mapped) = (numbers(units), numbers(units * 512), numbers(units * 512));
+    let books =
+        Books { inner, populated, valid, mapped, units: AtomicU64::new(0), fences: AtomicU64::new(0), told: Number(AtomicU64::new(0)) };
+    Ok(OwnBox::new(c"books", books).unwrap().unsize(|p| p as *mut dyn Driver))
+}
+
+/// The frames that a piece of a batch touches.
+fn frames(dma: &Dma) -> std::ops::Range<usize> {
+    let at = dma.frame as usize * PAGE + dma.offset;
+    at / PAGE..(at + dma.len).div_ceil(PAGE)
+}
+
+impl Books {
+    fn each(&self, batch: &[MapRun], mut f: impl FnMut(usize, u64)) {
+        for run in batch {
+            agree!(run.pages > 0 && run.va.is_multiple_of(PAGE) && run.va / BLOCK == (run.va + run.pages * PAGE - 1) / BLOCK);
+            (0..run.pages).for_each(|i| f(run.frame as usize + i, (run.va + i * PAGE) as u64));
+        }
+    }
+}
+
+// SAFETY: what the other driver promises.
+unsafe impl Driver for Books {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+
+    fn populate(&self, unit: usize) -> Result<(), Errno> {
+        agree!(self.populated[unit].get() == 0);
+        self.inner.populate(unit)?;
+        self.populated[unit].set(1);
+        self.valid[unit * 512..][..512].iter().for_each(|frame| _ = frame.set(0));
+        agree!((self.units.fetch_add(1, Ordering::SeqCst) as usize) < self.info().memory / BLOCK);
+        Ok(())
+    }
+
+    fn release(&self, unit: usize) {
+        agree!(self.populated[unit].set(0) == 1);
+        agree!(self.mapped[unit * 512..][..512].iter().all(|frame| frame.get() == 0));
+        self.units.fetch_sub(1, Ordering::SeqCst);
+        self.inner.release(unit);
+    }
+
+    fn address(&self, frame: Frame) -> usize {
+        self.inner.address(frame)
+    }
+
+    fn stand_by(&self) {
+        self.inner.stand_by();
+    }
+
+    fn copy(&self, batch: &[Dma]) -> Fence {
+        SEEN[0].fetch_add(1, Ordering::SeqCst);
+        agree!(self.told.get() == 0);
+        for dma in batch {
+            let out = matches!(dma.kind, DmaKind::ToHost | DmaKind::GuardedToHost);
+            for frame in frames(dma) {
+                agree!(self.populated[frame / 512].get() == 1);
+                agree!(self.mapped[frame].get() == 0);
+                agree!(!out || self.valid[frame].get() == 1);
+            }
+        }
+        self.fences.fetch_add(1, Ordering::SeqCst);
+        self.inner.copy(batch)
+    }
+
+    fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
+        agree!(self.fences.fetch_sub(1, Ordering::SeqCst) > 0);
+        agree!(limit == DeviceConfig::FENCE_LIMIT);
+        let result = self.inner.wait(fence, batch, limit);
+        if result == Err(DmaError::Lost) {
+            self.told.set(1);
+        }
+        let done = |dma: &&Dma| match dma.kind {
+            DmaKind::ToDevice | DmaKind::Zero => !matches!(result, Err(DmaError::Failed(_) | DmaError::Lost)),
+            DmaKind::GuardedToDevice => result.is_ok(),
+            DmaKind::ToHost | DmaKind::GuardedToHost => false,
+        };
+        batch.iter().filter(done).flat_map(frames).for_each(|frame| _ = self.valid[frame].set(1));
+        result
+    }
+
+    fn is_lost(&self) -> bool {
+        self.inner.is_lost()
+    }
+
+    fn open_window(&self, span: Span) -> Result<(), Errno> {
+        self.inner.open_window(span)
+    }
+
+    fn close_window(&self, span: Span) {
+        let inside = |frame: &Number| (span.start as u64..span.end as u64).contains(&frame.get()) && frame.get() != 0;
+        agree!(span.start.is_multiple_of(BLOCK) && span.end.is_multiple_of(BLOCK) && !self.mapped.iter().any(inside));
+        self.inner.close_window(span);
+    }
+
+    fn share(&self, span: Span) -> Result<(), Errno> {
+        self.inner.share(span)
+    }
+
+    fn unshare(&self, span: Span) {
+        self.inner.unshare(span);
+    }
+
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
+        SEEN[1].fetch_add(1, Ordering::SeqCst);
+        self.each(&batch, |frame, _| agree!(self.valid[frame].get() == 1 && self.mapped[frame].get() == 0));
+        self.inner.map(batch)?;
+        self.each(&batch, |frame, va| _ = self.mapped[frame].set(va));
+        Ok(())
+    }
+
+    fn allow_writes(&self, batch: &[MapRun]) {
+        self.each(batch, |frame, va| agree!(self.mapped[frame].get() == va));
+        self.inner.allow_writes(batch);
+    }
+
+    fn unmap(&self, batch: &[MapRun]) {
+        SEEN[2].fetch_add(1, Ordering::SeqCst);
+        self.each(batch, |frame, va| agree!(self.mapped[frame].set(0) == va));
+        self.inner.unmap(batch);
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
+        self.inner.launch(launch)
+    }
+
+    fn note_fault(&self, va: usize, write: bool) {
+        self.inner.note_fault(va, write);
+    }
+
+    fn fail(&self, fault: KernelFault) {
+        self.inner.fail(fault);
+    }
+
+    fn host_touch(&self, tid: u32, address: usize) {
+        self.inner.host_touch(tid, address);
+    }
+
+    fn owns_thread(&self, tid: u32) -> bool {
+        self.inner.owns_thread(tid)
+    }
+
+    fn in_window(&self, address: usize) -> bool {
+        self.inner.in_window(address)
+    }
+
+    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
+        self.inner.scratch(address, fault)
+    }
+}
+
+impl Drop for Books {
+    fn drop(&mut self) {
+        agree!(self.fences.load(Ordering::SeqCst) == 0);
+        agree!(self.mapped.iter().all(|frame| frame.get() == 0));
+    }
+}
+
+fn right() {
+    let [line, times] = [&WRONG[0], &WRONG[1]].map(|n| n.load(Ordering::SeqCst));
+    assert_eq!(line, 0, "line {line} of this file did not agree, {times} times in all");
+    assert!(SEEN.iter().all(|n| n.load(Ordering::SeqCst) > 10), "{SEEN:?}");
+}
+
+fn uhmm_keeps_its_side() {
+    let dev = CoreRef::get().unwrap().device(DeviceConfig { memory: 16 << 20, threads: 2, ..DeviceConfig::new("books") }, open).unwrap();
+    for check in CHECKS {
+        println!("{}", check.name);
+        (check.run)(&mut Subject::new(&dev));
+    }
+    drop(dev);
+    right();
+}
+
+/// The same while calls of every kind fail, and when the device is lost.
+fn uhmm_keeps_its_side_with_a_device_that_fails() {
+    use uhmm_faulty::{Call, Fault, all_well, order};
+    let mut data: Vec<u32> = (0..2_000_000).collect();
+    for fault in [Fault::Failed, Fault::Lost] {
+        for call in [Call::ToDevice, Call::Map, Call::Populate, Call::Launch] {
+            for nth in 1..12 {
+                let config = DeviceConfig { memory: 8 << 20, threads: 2, ..DeviceConfig::new("books") };
+                let dev = CoreRef::get().unwrap().device(config, open).unwrap();
+                order(call, fault, nth, 2);
+                for part in data.chunks_mut(700_000) {
+                    let first = part[0];
+                    let read = |ctx: &uhmm::Ctx<'_>| _ = std::hint::black_box(ctx.inp::<u32>(0)[ctx.group() * 1000]);
+                    let kernel = if fault == Fault::Lost { Entry::new(&read) } else { Entry::new(&increment) };
+                    let moved = match fault {
+                        // Private pages that are lost are lost to this test's own books as well.
+                        Fault::Lost => dev.run(kernel, groups(part.len()).into(), &uhmm::args![uhmm::inp(part)]),
+                        _ => dev.run(kernel, groups(part.len()).into(), &uhmm::args![uhmm::inout(part)]),
+                    };
+                    assert!(moved.is_ok() || part[0] == first || part[0] == first + 1, "{moved:?}");
+                }
+                all_well();
+                drop(dev);
+            }
+        }
+    }
+    right();
+}
