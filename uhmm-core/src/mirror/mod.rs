@@ -53,6 +53,7 @@ pub(crate) mod registry;
 mod table;
 mod walk;
 
+pub use crate::page::Span;
 pub use entry::{Entry, Fault, Pages, Request, Want};
 pub use table::{HasTable, Miss, PageTable};
 
@@ -61,7 +62,7 @@ use crate::desk::Desk;
 use crate::error::Error;
 use crate::mode::Mode;
 use crate::own::{self, OwnBox};
-use crate::page::{Span, Va};
+use crate::page::Va;
 use crate::process::{self, CoreRef};
 use crate::sync::*;
 use core::mem::ManuallyDrop;

@@ -4,9 +4,9 @@ use crate::harness::*;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
+use uhmm::mirror::Span;
 use uhmm::mirror::{Fault, HasTable, PageTable, Reason, Request, change};
 use uhmm::{Mirror, Notifier, Uhmm};
-use uhmm_core::page::Span;
 
 crate::tests![
     unmapping_is_told_and_the_entry_is_gone,

@@ -41,7 +41,12 @@ fn what_a_look_says() {
     assert_eq!((look().on_device(), look().on_coherent_device()), (None, None));
     // Shared with a child: whoever writes first gets a copy.
     let (hold, let_go) = std::io::pipe().unwrap();
-    let child = fork(false, || std::io::Read::read(&mut &hold, &mut [0]).is_ok());
+    let writer = std::os::fd::AsRawFd::as_raw_fd(&let_go);
+    let child = fork(false, || {
+        // SAFETY: the child's copy, which it does not use: so it ends with its parent, whatever happens there.
+        unsafe { libc::close(writer) };
+        std::io::Read::read(&mut &hold, &mut [0]).is_ok()
+    });
     assert_eq!(flags(look()), (true, false, false, PAGE), "shared copy-on-write");
     assert_eq!(flags(fault(&Request::write())), (true, true, false, PAGE));
     std::io::Write::write_all(&mut &let_go, &[0]).unwrap();

@@ -6,14 +6,13 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::Instant;
+use uhmm::mirror::Span;
 use uhmm::mirror::{Fault, HasTable, PageTable, Reason, Request, change};
 use uhmm::{Mirror, Notifier, Uhmm, args, inp};
-use uhmm_core::page::Span;
 
 crate::tests![
     sums_while_pages_are_unmapped_protected_dropped_and_refilled,
     no_entry_outlives_the_call_that_changes_its_page,
-    what_is_dropped_while_it_is_sent_away_reads_zero,
     sums_while_the_list_migrates,
     writes_while_mappings_change,
 ];
@@ -267,31 +266,6 @@ fn no_entry_outlives_the_call_that_changes_its_page() {
                 assert!(mirror.write(at, &[1; 8]).is_err(), "written after change {what}");
             }
         }
-    }
-}
-
-/// The kernel announces a drop to who watches, and makes it later. What a mirror watches, and no migration has registered yet, does not leave with its old contents in
-/// between.
-fn what_is_dropped_while_it_is_sent_away_reads_zero() {
-    const LEN: usize = 64;
-    let (hmm, dev) = device(16);
-    let end = Instant::now() + seconds(5);
-    let mut random = fastrand::Rng::with_seed(6);
-    while Instant::now() < end {
-        let mut memory = Pages::new(LEN * PAGE);
-        memory.slice::<u8>().fill(9);
-        let mirror = hmm.mirror(range(&memory), Summer::new(range(&memory))).unwrap();
-        mirror.snapshot(range(&memory), SECOND).unwrap();
-        let (start, dev) = (memory.start() as usize, &dev);
-        let wait = random.u64(0..60);
-        std::thread::scope(|scope| {
-            scope.spawn(move || dev.prefetch_range(start, LEN * PAGE).unwrap());
-            std::thread::sleep(std::time::Duration::from_micros(wait));
-            // SAFETY: pages of the test's own.
-            assert_eq!(unsafe { libc::madvise(start as *mut _, LEN * PAGE, libc::MADV_DONTNEED) }, 0);
-            let wrong = memory.atomics::<std::sync::atomic::AtomicU8>().iter().position(|x| x.load(SeqCst) != 0);
-            assert_eq!(wrong, None);
-        });
     }
 }
 
