@@ -282,7 +282,7 @@ impl Device {
             fence_limit,
             lost: AtomicBool::new(false),
             removed: AtomicBool::new(false),
-            desk: Desk::new(),
+            desk: Desk::new().map_err(reserve)?,
         })
     }
 

@@ -9,9 +9,10 @@
 //! device ([`crate::line`]). Everything else is done alone: it begins when what came before has ended, and what comes after begins when it has ended.
 #![allow(unsafe_code)] // moves closures and results through untyped memory
 
+use crate::own::OwnSlice;
 use crate::sync::*;
-use core::cell::UnsafeCell;
-use core::mem::{MaybeUninit, align_of, size_of};
+use core::mem::{align_of, size_of};
+use uhmm_os::Errno;
 
 /// Bytes of a piece of work, and of its result.
 const ROOM: usize = 8192;
@@ -38,9 +39,6 @@ pub(crate) enum Kind {
     /// Alone.
     Alone,
 }
-
-#[repr(align(64))]
-struct Room(UnsafeCell<[MaybeUninit<u8>; ROOM]>);
 
 #[derive(Clone, Copy, Debug)]
 struct Slot {
@@ -69,7 +67,8 @@ pub(crate) struct Desk {
     changed: Condvar,
     /// For who serves.
     filled: Condvar,
-    rooms: [Room; ROOMS],
+    /// Bytes, a room after the other.
+    rooms: OwnSlice<u8>,
 }
 
 impl core::fmt::Debug for Desk {
@@ -77,11 +76,6 @@ impl core::fmt::Debug for Desk {
         f.debug_struct("Desk").finish_non_exhaustive()
     }
 }
-
-// SAFETY: a room is used by one side at a time, as its slot's phase says, which is changed under the lock.
-unsafe impl Sync for Desk {}
-// SAFETY: as above.
-unsafe impl Send for Desk {}
 
 /// # Safety
 /// `room` holds an `F`, `context` is a `&C`.
@@ -110,17 +104,20 @@ impl Work {
 
 impl Desk {
     /// A desk without work.
-    pub(crate) fn new() -> Self {
-        Desk {
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Desk {
             work: Mutex::new(Work { slots: [FREE; ROOMS], arrivals: 0, launches: 0, closed: false }),
             changed: Condvar::new(),
             filled: Condvar::new(),
-            rooms: [const { Room(UnsafeCell::new([MaybeUninit::uninit(); ROOM])) }; ROOMS],
-        }
+            rooms: OwnSlice::new(c"uhmm desk", ROOM * ROOMS)?,
+        })
     }
 
     fn room(&self, index: usize) -> *mut u8 {
-        self.rooms[index].0.get().cast()
+        self.rooms.at(index * ROOM) // rooms begin where pages do
     }
 
     /// Puts a job into a room. `None` if the desk is closed.
@@ -233,19 +230,13 @@ impl Desk {
     }
 }
 
-impl Default for Desk {
-    fn default() -> Self {
-        Desk::new()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn work_is_done_by_the_desks_thread_and_its_result_comes_back() {
-        let desk = Desk::new();
+        let desk = Desk::new().unwrap();
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 let context = String::from("context");
@@ -264,7 +255,9 @@ mod tests {
             for _ in 0..40 {
                 let left = left.clone();
                 // SAFETY: as above; the job owns what it uses.
-                assert!(unsafe { desk.leave(Kind::Launch, move |_: &String, _| drop(left.fetch_add(1, Ordering::Relaxed))) });
+                assert!(unsafe {
+                    desk.leave(Kind::Launch, move |_: &String, _| left.store(left.load(Ordering::Relaxed) + 1, Ordering::Relaxed))
+                });
             }
             desk.close();
             let id = thread.join().unwrap();
@@ -278,7 +271,7 @@ mod tests {
     /// Two threads serve. Launches overlap, and are numbered in the order of their arrival; what is done alone overlaps nothing.
     #[test]
     fn launches_overlap_and_the_rest_is_done_alone() {
-        let desk = Desk::new();
+        let desk = Desk::new().unwrap();
         let (launches, others) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let together = AtomicUsize::new(0);
         std::thread::scope(|scope| {
@@ -314,7 +307,7 @@ mod tests {
                 unsafe { desk.leave(Kind::Launch, move |_: &(), number| order.lock().unwrap().push((number, n))) };
             }
             desk.close();
-            servers.map(|server| server.join().unwrap());
+            servers.into_iter().for_each(|server| server.join().unwrap());
             let mut order = order.lock().unwrap().clone();
             order.sort_unstable();
             assert!(order.iter().map(|&(_, n)| n).eq(0..30), "numbers follow arrival: {order:?}");

@@ -74,7 +74,7 @@ fn on_worker(core: &Core, dev: &Device, info: &FaultInfo) -> bool {
     match serve(core, dev, va, info.write) {
         Ok(()) => true,
         Err(fault) => {
-            if let KernelFault::Wild { write: true, .. } = fault {
+            if info.write && matches!(fault, KernelFault::Wild { .. } | KernelFault::NoRoom { .. }) {
                 let_write(core, dev, va);
             }
             dev.shares.damaged(va);
@@ -309,7 +309,7 @@ impl Touch<'_> {
     }
 }
 
-/// A kernel wrote what the process may only read. Its launch fails; that it can run on, the page becomes a snapshot that nobody writes back.
+/// A kernel wrote what the process may only read, or what no twin could be made of. Its launch fails; that it can run on, the page becomes a snapshot that nobody writes back.
 fn let_write(core: &Core, dev: &Device, va: Va) {
     let Some(block) = core.dir.get(va) else { return };
     let (start, one) = (Span::block(va).start, Bits::one(va % BLOCK / PAGE));

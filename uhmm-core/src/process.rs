@@ -469,7 +469,8 @@ fn no_thread(e: Errno) -> Error {
 fn start() -> Result<Running, Error> {
     system::pin_library(start as *const () as usize);
     fork::register().map_err(|e| Error::System("register fork handlers", e))?;
-    let desk = OwnBox::new(c"uhmm desk", Desk::new())
+    let desk = Desk::new()
+        .and_then(|desk| OwnBox::new(c"uhmm desk", desk))
         .map_err(|e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e))?;
     /// # Safety
     /// The argument is a `&Desk` that outlives the thread.

@@ -179,7 +179,8 @@ impl CoreRef {
         if !span.and(own::PLACE).is_empty() {
             return Err(Error::Mirror { why: "the range holds addresses of uhmm's own memory (0x200000000000 to 0x2fffffffffff)" });
         }
-        let head = Head { core: core::ptr::from_ref(core), watch: Watch { span, seq: AtomicU64::new(0) }, desk: Desk::new() };
+        let head =
+            Head { core: core::ptr::from_ref(core), watch: Watch { span, seq: AtomicU64::new(0) }, desk: Desk::new().map_err(reserve)? };
         let hold = CoreRef::get()?;
         let inner = OwnBox::new(c"uhmm mirror", Inner { head, notifier }).map_err(reserve)?;
         let at = &raw const *inner as usize;

@@ -28,7 +28,7 @@ fn a_device_is_closed_with_its_last_handle() {
         let dev = hmm.soft("second").memory(mib << 20).threads(workers).open().unwrap();
         assert_eq!((dev.memory(), dev.threads()), (mib << 20, workers), "the new configuration counts");
         assert_eq!(hmm.devices().len(), 2);
-        assert_eq!(threads().len(), before.0.len() + workers + 2, "workers, queues, a copy engine");
+        assert_eq!(threads().len(), before.0.len() + workers + 3, "workers, queues, a copy engine");
         dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
         assert_eq!(pages_present(&data), 0, "the data is on the device");
         drop(dev);

@@ -108,6 +108,10 @@ unsafe impl Driver for Books {
         self.inner.release(unit);
     }
 
+    fn mapped(&self, va: usize) -> Option<usize> {
+        self.inner.mapped(va)
+    }
+
     fn address(&self, frame: Frame) -> usize {
         self.inner.address(frame)
     }
