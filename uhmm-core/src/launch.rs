@@ -370,34 +370,29 @@ fn unpark(core: &Core, parked: &Parked) {
 /// Moves the pages inside a byte range to the device, as far as they can move.
 pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<(), Error> {
     core.space.settle();
-    if !takes(core, dev, Span::inside(start, end).len())? {
-        return Ok(());
-    }
     let _turn = core.turns.enter(Who::Device(dev.index()));
     let _prepare = core.prepare.lock();
-    send(core, dev, (start, end), core.next_launch())
+    send(core, dev, (start, end), Span::inside(start, end).len(), core.next_launch())
 }
 
-/// Whether pages can be sent to the device at all; otherwise every page stays.
-///
-/// # Errors
-/// [`Error::TooLarge`] if `bytes` are more than it holds.
-pub(crate) fn takes(core: &Core, dev: &Device, bytes: usize) -> Result<bool, Error> {
-    let info = dev.driver.info();
-    if info.memory > 0 && bytes > info.memory && !info.coherent {
-        return Err(Error::TooLarge { device: info.name, needed: bytes, capacity: info.memory });
-    }
-    Ok(info.memory > 0 && (!info.coherent || core.space.mode == Mode::Full))
-}
-
-/// Sends the pages inside a byte range, which may be a part of what goes under one pin. It is the device's turn, and `prepare` is held.
-pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), pin: u64) -> Result<(), Error> {
+/// The same for a part of a range with `whole` bytes to move, under one pin for all its parts. `prepare` is held.
+pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usize, pin: u64) -> Result<(), Error> {
     let inside = Span::inside(start, end);
+    let info = dev.driver.info();
+    if info.memory == 0 {
+        return Ok(()); // every page stays
+    }
+    if info.coherent && core.space.mode != Mode::Full {
+        return Ok(()); // as above
+    }
+    if whole > info.memory && !info.coherent {
+        return Err(Error::TooLarge { device: info.name, needed: whole, capacity: info.memory });
+    }
     dev.driver.stand_by();
     dev.set_pin(pin);
     dev.changed(); // the last launch's pins are gone
     dev.full.store(false, Ordering::Relaxed);
-    if dev.driver.info().coherent {
+    if info.coherent {
         coherent::pin(core, dev, start, end);
     }
     check::pieces(core, start, end, |piece| {

@@ -5,13 +5,12 @@
 //! harmless to whoever uses them, and what was unmapped meanwhile is not there to be moved.
 //!
 //! # Rules
-//! * What goes to a device is made in that device's turn with `prepare` held, like the preparation of a launch: beside a kernel of the device, never beside one of another, whose pages it could
-//!   take. What comes home is made alone. It is made in parts, 32 MiB at a time, and all is free for a moment between two, so that a launch does not wait for
-//!   all of a prefetch.
-//! * The queue's lock is a leaf: nothing is waited for while it is held. It is taken by who has a turn; so a thread of the program takes it with signals
-//!   deferred, for a handler there would wait for the evictor, and that for a turn.
-//! * Who closes a device is alone. What is still to go there is cancelled then, also what has begun; so a device that is not cancelled, looked at in a turn,
-//!   is open.
+//! * A migration is made with the turn alone ([`crate::line`]), so that no launch runs whose pages it could take. It is made in parts, 32 MiB at a time, and
+//!   the turn is free for a moment between two, so that a launch does not wait for all of a prefetch.
+//! * The queue's lock is a leaf: nothing is waited for while it is held. It is taken by who has the turn; so a thread of the program takes it with signals
+//!   deferred, for a handler there would wait for the evictor, and that for the turn.
+//! * A device is closed by who is alone. What is still to go there is cancelled then, also what has begun; so a device that is not cancelled, looked at with
+//!   the turn, is open.
 #![allow(unsafe_code)] // a thread that has the core's address, and entries in memory of zeros
 
 use crate::core::{Core, DeviceRef};
@@ -181,7 +180,7 @@ impl Prefetches {
         queue.entry(ticket).and_then(|entry| entry.failed).map_or(Ok(()), |failure| Err(failure.into()))
     }
 
-    /// The device is being closed; who asks is alone.
+    /// The device is being closed, by who is alone.
     pub(crate) fn cancel(&self, device: usize, name: &'static str) {
         let mut queue = self.queue.lock();
         for ticket in self.done() + 1..=queue.asked {
@@ -231,23 +230,14 @@ impl Prefetches {
             let to = (at / BLOCK * BLOCK + PART).min(end);
             core.space.settle();
             {
-                let _turn = core.turns.enter(match target {
-                    Target::Device(index) => Who::Device(index),
-                    Target::Home => Who::Alone,
-                });
+                let _alone = core.turns.enter(Who::Alone);
                 let _prepare = core.prepare.lock();
                 let closed = self.queue.lock().entry(ticket).and_then(|entry| entry.closed);
                 if let Some(device) = closed {
                     return Err(Error::Closed { device });
                 }
                 match target {
-                    Target::Device(index) => {
-                        let dev = core.device(index);
-                        if !launch::takes(core, dev, whole)? {
-                            return Ok(());
-                        }
-                        launch::send(core, dev, (at, to), pin)?;
-                    }
+                    Target::Device(index) => launch::send(core, core.device(index), (at, to), whole, pin)?,
                     Target::Home => home_part(core, at, to)?,
                 }
             }
@@ -255,13 +245,13 @@ impl Prefetches {
                 return Ok(());
             }
             at = to;
-            // Who waits for a lock must have woken before it is taken again.
+            // Who waits for the lock must have woken before it is taken again.
             thread::sleep_micros(50);
         }
     }
 }
 
-/// Brings home what any device has of the pages that a part of a range touches, but for what leases hold. The caller is alone.
+/// Brings home what any device has of the pages that a part of a range touches. `prepare` is held.
 fn home_part(core: &Core, start: Va, end: Va) -> Result<(), Error> {
     let mut result = Ok(());
     core.dir.for_each(Span::touching(start, end), |block, part| {

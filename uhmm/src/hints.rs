@@ -147,7 +147,7 @@ impl Uhmm {
     /// To a device go the whole pages of the range, as by [`Device::prefetch`]; home comes what it touches. Pages that cannot move stay. Moving is harmless to whoever
     /// uses the memory meanwhile: a touch waits, or takes the page back. So the range may be anything's, and what was unmapped before its turn came is skipped.
     ///
-    /// Prefetches are made in the order in which they were asked for: to a device beside its launches, home while no launch runs. A launch that comes meanwhile waits for 32 MiB of them at most. With
+    /// Prefetches are made in the order in which they were asked for, while no launch runs; a launch that comes meanwhile waits for 32 MiB of them at most. With
     /// 4096 that wait, the next one waits for room.
     ///
     /// ```no_run
