@@ -234,6 +234,24 @@ pub(crate) fn begin(core: &Core, dev: &Device, args: &[RawArg], purpose: Purpose
     Ok(flight)
 }
 
+/// What is under way with bytes of a range that somebody wants to have alone: a lease's is [`Conflict::Busy`], of which the address counts.
+pub(crate) fn who_has(core: &Core, start: Va, end: Va) -> Option<Conflict> {
+    let mut mine = [(0, 0, None); MAX_ARGS];
+    mine[0] = (start, end, Some(Access::Out));
+    let mut conflict = None;
+    core.for_each_device(|dev| {
+        for brief in dev.flights.list.lock().iter().flatten() {
+            let Some((index, address)) = meets(&mine, brief, true) else { continue };
+            match (brief.purpose, &conflict) {
+                (Purpose::Lease, _) => conflict = Some(Conflict::Busy(Error::Busy { index, address, device: dev.driver.info().name })),
+                (_, None) => conflict = Some(Conflict::Wait),
+                _ => {}
+            }
+        }
+    });
+    conflict
+}
+
 /// The argument and the address at which a new flight meets one that is under way.
 fn meets(mine: &[(Va, Va, Option<Access>); MAX_ARGS], other: &Brief, same: bool) -> Option<(usize, Va)> {
     for (index, &(start, end, access)) in mine.iter().enumerate() {

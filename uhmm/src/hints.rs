@@ -176,7 +176,8 @@ impl Uhmm {
     }
 
     /// Tells that what `data` holds is not needed any more: nothing of it is copied, wherever it is. Its whole pages read as zeros from now on, their memory and
-    /// the devices' is free; the bytes at its ends that share a page with others stay as they are. Waits for running launches.
+    /// the devices' is free; the bytes at its ends that share a page with others stay as they are. Waits for running launches, and for
+    /// leases of it that were released.
     ///
     /// The frames of a block of 2 MiB that went to a device as a whole are free when its last page has gone.
     ///
@@ -193,7 +194,7 @@ impl Uhmm {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Discard`] for shared memory and that of files, with nothing changed; [`Error::Reentrant`] from a kernel.
+    /// [`Error::Discard`] for shared memory and that of files, and for what a lease has, with nothing changed; [`Error::Reentrant`] from a kernel.
     pub fn discard<T: Pod>(&self, data: &mut [T]) -> Result<(), Error> {
         let range = data.as_range();
         // SAFETY: borrowed exclusively, and zeros are a `T`.

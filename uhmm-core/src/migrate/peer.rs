@@ -9,7 +9,8 @@
 //! | private | private on the other device: copied |
 //! | duplicated | duplicated there: copied; where that cannot be (a coherent device), the program's alone |
 //! | coherent | taken out of the program, then as private ones; what will not leave is the program's alone |
-//! | parked, snapshots, held | the block waits for the end of their launch |
+//! | parked, snapshots, held by a launch | the block waits for its end |
+//! | held by a lease | the block stays where it is |
 //! | beside what is asked for | come along; home, if the other device has no replayable faults, or no room for them |
 //!
 //! The copy is direct where the receiver's engine reads what the sender lets be seen ([`Driver::reads_peers`], [`Driver::peek`]), else by host pages of the pool.

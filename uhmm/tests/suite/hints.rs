@@ -16,6 +16,7 @@ crate::tests![
     discarding_coherent_and_locked_memory,
     what_cannot_be_discarded_is_left_as_it_is,
     discarding_waits_for_the_launch_that_uses_it,
+    hints_leave_alone_what_a_lease_has,
     hints_race_with_launches_and_touches,
 ];
 
@@ -314,6 +315,40 @@ fn discarding_waits_for_the_launch_that_uses_it() {
         assert!(!early, "the kernel was going to write to these pages");
     });
     assert!(pages.slice::<u8>().iter().all(|&x| x == 0), "what the kernel wrote was discarded");
+}
+
+/// Who has a lease uses the pages on the device and could not fetch them again.
+fn hints_leave_alone_what_a_lease_has() {
+    let (hmm, dev) = device(32);
+    let other = hmm.soft("other").memory(32 << 20).threads(1).open().unwrap();
+    let mut pages = Pages::huge(8 << 20);
+    let range = pages.start() as usize..pages.start() as usize + (8 << 20);
+    let data = pages.slice::<u32>();
+    data.fill(1);
+    let (leased, rest) = data.split_at_mut(1 << 20);
+    let lease = dev.acquire(args![inout(leased)]).unwrap();
+    // SAFETY: it is refused.
+    let error = unsafe { hmm.discard_range(range.clone()) }.unwrap_err().to_string();
+    assert!(error.contains("a lease has it"), "{error}");
+    assert!(rest.iter().all(|&x| x == 1), "nothing of the range has changed");
+    for to in [To::Home, To::Device(&other), To::Home] {
+        hmm.prefetch(range.clone(), to).unwrap().wait().unwrap();
+        let place = hmm.residency(range.start..range.start + (4 << 20)).unwrap().runs()[0];
+        assert_eq!((place.bytes(), place.place), (4 << 20, Place::Private { device: "soft" }));
+    }
+    hmm.discard(rest).unwrap();
+    let (fence, signal) = uhmm::fence();
+    lease.release(fence);
+    std::thread::scope(|scope| {
+        // SAFETY: nobody needs it.
+        let discard = scope.spawn(|| unsafe { hmm.discard_range(range.clone()) });
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let early = discard.is_finished();
+        signal.done();
+        discard.join().unwrap().unwrap();
+        assert!(!early, "who works under the lease was not done");
+    });
+    assert!(data.iter().all(|&x| x == 0));
 }
 
 /// Threads take parts of one range, which share pages and blocks, and launch on them, touch them, send them here and there, and discard them. Each part has a
