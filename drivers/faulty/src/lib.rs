@@ -268,6 +268,10 @@ unsafe impl Driver for Faulty {
         self.inner.allow_writes(batch);
     }
 
+    fn protect(&self, run: MapRun) -> Option<usize> {
+        if self.is_lost() { None } else { self.inner.protect(run) }
+    }
+
     fn unmap(&self, batch: &[MapRun]) {
         self.inner.unmap(batch);
     }

@@ -108,7 +108,7 @@ impl Core {
         if let Err(e) = self.peer_copy(dev, other, room.list(), &state, &there, all) {
             self.release(dev, &mut there, all);
             let _ = ranges::map(self, other, &mut state, va, all); // else a device fault maps it
-            return Err(other.failed(e));
+            return Err(e);
         }
         self.hand_over(dev, other, &mut state, &mut there, va, all);
         match ranges::map(self, dev, &mut state, va, all) {
@@ -139,7 +139,7 @@ impl Core {
     }
 
     /// Copies pages, which are in no device's page table, from the frames of `here` on `other` to those of `there` on `dev`.
-    fn peer_copy(&self, dev: &Device, other: &Device, list: &mut [Dma], here: &State, there: &State, pages: Bits) -> Result<(), Errno> {
+    fn peer_copy(&self, dev: &Device, other: &Device, list: &mut [Dma], here: &State, there: &State, pages: Bits) -> Result<(), Error> {
         let bytes = pages.count() * PAGE;
         let first = pages.next(0).and_then(|page| other.driver.peek(self.dir.frame(here, page)));
         if dev.driver.reads_peers() && first.is_some() {
@@ -184,7 +184,9 @@ impl Core {
         n
     }
 
-    fn batch(&self, dev: &Device, list: &[Dma]) -> Result<(), Errno> {
-        dev.transfer(list).map_err(|_| Errno::IO)
+    /// # Errors
+    /// With the name of the device that fails.
+    fn batch(&self, dev: &Device, list: &[Dma]) -> Result<(), Error> {
+        dev.transfer(list).map_err(|e| dev.copy_failed(e))
     }
 }

@@ -30,6 +30,7 @@ crate::tests![
     a_coherent_device_that_fails_leaves_what_the_program_has,
     a_result_that_is_not_given_back,
     a_twin_that_is_not_given,
+    one_of_two_devices_fails,
 ];
 
 /// A device of `mib` MiB that fails on order.
@@ -490,4 +491,25 @@ fn a_twin_that_is_not_given() {
     all_well();
     run(&dev, &write, 1, args![bare(&mut data[7..])]).unwrap();
     assert!(data.iter().enumerate().all(|(i, &x)| x == 4 + u32::from(i == 7)));
+}
+
+/// A block goes from one device to another, and one of them fails: the launch says which, the block stays where it was, and goes when both are well.
+fn one_of_two_devices_fails() {
+    let dev = faulty(16);
+    let config = DeviceConfig { memory: 16 << 20, threads: 2, ..DeviceConfig::new("other") };
+    let other = CoreRef::get().unwrap().device(config, uhmm_soft::open).unwrap();
+    let mut memory = Pages::new(6 << 20);
+    let data = memory.slice::<u32>();
+    data.iter_mut().zip(0..).for_each(|(x, i)| *x = i);
+    for (round, (from, to, call)) in [(&dev, &other, Call::ToHost), (&other, &dev, Call::ToDevice)].into_iter().enumerate() {
+        let first = 2 * round as u32;
+        add_one(from, data).unwrap();
+        order(call, Fault::Failed, 1, ALWAYS);
+        let error = add_one(to, data).unwrap_err();
+        all_well();
+        assert!(matches!(error, Error::Driver { device: "faulty", .. }), "{error}");
+        add_one(to, data).unwrap();
+        assert!(is(data, first + 2), "round {round}");
+    }
+    assert_eq!(dev.stats().pages_lost + other.stats().pages_lost, 0);
 }
