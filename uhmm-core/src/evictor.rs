@@ -248,13 +248,12 @@ impl CoreRef {
         if self.core().has_worker(thread::gettid()) {
             return Err(Error::Reentrant);
         }
-        // Any device's queue can do it; without a device there is nothing to do. Unlike the keeper's, its work needs no lock that others want meanwhile.
-        let mut desk = None;
-        self.core().for_each_device(|dev| desk = desk.or(Some(core::ptr::from_ref(dev.desk()))));
-        let Some(desk) = desk else { return Ok(()) };
-        // SAFETY: devices stay until the core ends, and this is a hold on it; queues serve with a Seat.
+        // Any device's queue can do it, and the device stays open meanwhile; without one there is nothing to do. Unlike the keeper's, its work needs no lock that
+        // others want.
+        let Some(device) = self.any_device()? else { return Ok(()) };
+        // SAFETY: queues serve with a Seat.
         let asked = unsafe {
-            (*desk).ask(|seat: &Seat| {
+            device.dev().desk().ask(|seat: &Seat| {
                 let _no_launch = seat.core.turns.enter(Who::Alone);
                 seat.core.evict_all();
             })

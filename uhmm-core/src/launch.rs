@@ -139,8 +139,7 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> 
         return bare(dev, request, groups); // it holds no data
     }
     let (_turn, mut flight) = take_off(core, dev, args, Purpose::Launch)?;
-    drop(entrance);
-    let result = fly(core, dev, request, groups, &mut flight, &place);
+    let result = fly(core, dev, request, groups, &mut flight, entrance, &place);
     flight::end(core, dev, &flight);
     counted(dev, result)
 }
@@ -168,11 +167,20 @@ pub(crate) fn take_off<'a>(core: &'a Core, dev: &Device, args: &[RawArg], purpos
 }
 
 /// A launch between its beginning and its end.
-fn fly(core: &Core, dev: &Device, request: &Request, groups: usize, flight: &mut Flight, place: &Place<'_>) -> Result<(), Error> {
+fn fly(
+    core: &Core,
+    dev: &Device,
+    request: &Request,
+    groups: usize,
+    flight: &mut Flight,
+    entrance: Place<'_>,
+    place: &Place<'_>,
+) -> Result<(), Error> {
     let args = &request.args[..request.count];
     let mut ledger = dev.flights.ledger(flight, dev.driver.info().memory).map_err(|e| Error::System("reserve address space", e))?;
     let Some(ledger) = ledger.as_mut() else { return Err(Error::System("reserve address space", Errno::NOMEM)) };
     let prepared = make_ready(core, dev, flight, ledger, args, place);
+    drop(entrance); // who comes next may take what room is left, and not before
     place.wait();
     let result = match prepared {
         Ok(()) => execute(dev, request, groups).map_err(|fault| dev.launch_failed(fault)),
@@ -195,16 +203,21 @@ fn make_ready(
     if !place.is_first() && dev.flights.has_other_launch(flight) {
         let overwrites = args.iter().filter_map(RawArg::process_range).any(|range| range.2 == Access::Out);
         let part = if overwrites && flight.fetches(dev) { Part::Read } else { Part::All };
-        {
+        let early = {
             let _prepare = core.prepare.lock();
-            prepare(core, dev, flight, ledger, args, part)?;
-        }
+            let early = prepare(core, dev, flight, ledger, args, part);
+            if let Err(Error::NoRoom { .. }) = early {
+                let _ = finish(core, dev, flight, ledger, args, false); // the device holds one of both only
+            }
+            early
+        };
         place.wait();
-        if part == Part::All {
-            return Ok(());
-        }
         let _prepare = core.prepare.lock();
-        return prepare(core, dev, flight, ledger, args, Part::Overwritten);
+        return match early {
+            Err(Error::NoRoom { .. }) => prepare(core, dev, flight, ledger, args, Part::All),
+            Ok(()) if part == Part::Read => prepare(core, dev, flight, ledger, args, Part::Overwritten),
+            early => early,
+        };
     }
     place.wait();
     let _prepare = core.prepare.lock();

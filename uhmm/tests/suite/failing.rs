@@ -460,15 +460,20 @@ fn a_coherent_device_that_fails_leaves_what_the_program_has() {
 /// What a kernel has written to a snapshot, and the device does not give back, is an error of the launch; the bytes are as before.
 fn a_result_that_is_not_given_back() {
     let dev = faulty(16);
-    let mut few: Vec<u32> = (0..700).collect();
-    add_one(&dev, &mut few).unwrap();
+    let mut memory = Pages::new(64 << 10);
+    let data = memory.slice::<u32>();
+    data.iter_mut().enumerate().for_each(|(i, x)| *x = i as u32);
+    if !lock(data) {
+        return; // as below
+    }
+    add_one(&dev, data).unwrap();
     order(Call::ToHost, Fault::Failed, 1, ALWAYS);
-    let error = add_one(&dev, &mut few).unwrap_err();
+    let error = add_one(&dev, data).unwrap_err();
     assert!(matches!(error, Error::Driver { device: "faulty", .. }), "{error}");
-    assert!(is(&few, 1));
+    assert!(is(data, 1));
     all_well();
-    add_one(&dev, &mut few).unwrap();
-    assert!(is(&few, 2));
+    add_one(&dev, data).unwrap();
+    assert!(is(data, 2));
 }
 
 /// Without the twin that tells what a kernel has changed, the kernel may not write: its launch fails, and the page is as before.

@@ -12,6 +12,7 @@ crate::tests![
     errors_come_from_who_waits_or_from_the_scope,
     the_next_launch_is_prepared_while_one_runs,
     what_a_launch_overwrites_is_not_taken_early,
+    launches_of_which_the_device_holds_one,
     a_launch_waits_for_an_event_of_another_device,
     a_panic_waits_for_the_launches,
     more_launches_than_a_queue_holds,
@@ -145,6 +146,27 @@ fn what_a_launch_overwrites_is_not_taken_early() {
         })
         .unwrap();
         assert!(data.iter().all(|&x| x == 2));
+    }
+}
+
+/// A launch that was prepared while another ran failed for want of room, though alone it fits.
+fn launches_of_which_the_device_holds_one() {
+    let hmm = uhmm::Uhmm::new().unwrap();
+    for faults in [true, false] {
+        let name = if faults { "small" } else { "small without faults" };
+        let dev = hmm.soft(name).memory(16 << 20).threads(2).replayable_faults(faults).open().unwrap();
+        let (mut x, mut y) = (vec![1u32; 3 << 20], vec![2u32; 3 << 20]);
+        for _ in 0..3 {
+            scope(|scope| {
+                let (x, y) = (scope.lend(&mut x), scope.lend(&mut y));
+                for _ in 0..3 {
+                    scope.launch(&dev, &increment, groups(3 << 20), args![x.inout()]);
+                    scope.launch(&dev, &increment, groups(3 << 20), args![y.inout()]);
+                }
+            })
+            .unwrap();
+        }
+        assert!(x.iter().all(|&x| x == 10) && y.iter().all(|&y| y == 11));
     }
 }
 
