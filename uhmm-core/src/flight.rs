@@ -22,7 +22,7 @@ use crate::sync::*;
 use uhmm_os::{BLOCK, Errno};
 
 /// Flights of one device at a time.
-pub const MAX_FLIGHTS: usize = 64;
+pub(crate) const MAX_FLIGHTS: usize = 64;
 
 /// What a flight is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -88,6 +88,7 @@ impl Flight {
 
 /// What stands in the way of a new flight.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // an error's text is inline
 pub(crate) enum Conflict {
     /// It will end by itself.
     Wait,

@@ -1,6 +1,6 @@
 //! Leases: memory stays resident on a device for somebody who launches there by himself.
 //!
-//! A lease is a flight without a launch ([`crate::flight`]): prepared as a launch is, held until it is released, and finished as a launch is that went well. Who uses the
+//! A lease is a flight without a launch (`flight`): prepared as a launch is, held until it is released, and finished as a launch is that went well. Who uses the
 //! pages under it cannot fetch them again, so nothing but its end makes them leave.
 //!
 //! The assistant ends leases: the device's own threads may all be waiting for just that.

@@ -5,7 +5,7 @@
 //! harmless to whoever uses them, and what was unmapped meanwhile is not there to be moved.
 //!
 //! # Rules
-//! * A migration is made with the turn alone ([`crate::line`]), so that no launch runs whose pages it could take. It is made in parts, 32 MiB at a time, and
+//! * A migration is made with the turn alone (`line`), so that no launch runs whose pages it could take. It is made in parts, 32 MiB at a time, and
 //!   the turn is free for a moment between two, so that a launch does not wait for all of a prefetch.
 //! * The queue's lock is a leaf: nothing is waited for while it is held. It is taken by who has the turn; so a thread of the program takes it with signals
 //!   deferred, for a handler there would wait for the evictor, and that for the turn.

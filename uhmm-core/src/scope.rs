@@ -19,6 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // an error's text is inline
 enum State {
     Pending,
     Ended(Result<(), Error>),
