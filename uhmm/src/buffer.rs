@@ -9,6 +9,22 @@ use uhmm_core::driver::{Dma, DmaKind, Frame};
 use uhmm_core::{DeviceRef, Error};
 
 /// `len` elements in device memory. Freed when dropped.
+///
+/// ```no_run
+/// # fn main() -> Result<(), uhmm::Error> {
+/// # let hmm = uhmm::Uhmm::new()?;
+/// # let dev = hmm.device("soft")?;
+/// use uhmm::{Ctx, args};
+///
+/// let mut buffer = dev.alloc::<f32>(1000)?;
+/// buffer.upload(&[2.0; 1000])?;
+/// dev.run(&|ctx: &Ctx<'_>| ctx.out::<f32>(0).chunk(1000).iter_mut().for_each(|x| *x *= *x), 1, args![buffer.inout()])?;
+/// let mut data = [0.0; 1000];
+/// buffer.download(&mut data)?;
+/// assert_eq!(data[7], 4.0);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Buffer<'d, T> {
     dev: &'d DeviceRef,

@@ -56,6 +56,21 @@ impl<R: AsRange + ?Sized> AsRange for &mut R {
 }
 
 /// Where a prefetch goes.
+///
+/// ```no_run
+/// # fn main() -> Result<(), uhmm::Error> {
+/// # let hmm = uhmm::Uhmm::new()?;
+/// # let dev = hmm.device("soft")?;
+/// use uhmm::To;
+///
+/// let data = vec![0u8; 64 << 20];
+/// let there = hmm.prefetch(&data, To::Device(&dev))?;
+/// // ... something else ...
+/// there.wait()?;
+/// hmm.prefetch(&data, To::Home)?; // nobody waits for this one
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub enum To<'a> {
     /// To this device.

@@ -9,6 +9,20 @@ use uhmm_core::kernel::{Bound, Ctx, Entry, Grid, Kernel, LOCAL_BYTES};
 use uhmm_core::{Error, kernel};
 
 /// Runs kernels on threads of the program, in place. Its threads live as long as a run.
+///
+/// ```no_run
+/// # fn main() -> Result<(), uhmm::Error> {
+/// # let hmm = uhmm::Uhmm::new()?;
+/// # let dev = hmm.device("soft")?;
+/// use uhmm::{Ctx, Host, args, out};
+///
+/// let mut data = vec![0u32; 4096];
+/// let fill = |ctx: &Ctx<'_>| ctx.out::<u32>(0).chunk(1024).fill(ctx.group() as u32);
+/// Host::new(2).run(&fill, 4, args![out(&mut data)])?; // the same kernel, without a device
+/// assert_eq!(data[4095], 3);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Host {
     local: Vec<Mutex<Vec<u128>>>,

@@ -120,6 +120,18 @@ pub struct Signal {
 }
 
 /// A new fence and its signal.
+///
+/// ```no_run
+/// # fn main() -> Result<(), uhmm::Error> {
+/// # let hmm = uhmm::Uhmm::new()?;
+/// # let dev = hmm.device("soft")?;
+/// let (fence, signal) = uhmm::fence();
+/// std::thread::spawn(move || signal.done()); // when the work is done
+/// fence.wait();
+/// assert!(fence.is_done());
+/// # Ok(())
+/// # }
+/// ```
 pub fn fence() -> (Fence, Signal) {
     let shared = Arc::new(Shared::default());
     (Fence { shared: shared.clone() }, Signal { shared })

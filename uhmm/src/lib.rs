@@ -25,6 +25,67 @@
 //! What moves, and when: a launch makes what it declares resident ([`inp`] is duplicated, [`inout`] moves, [`out`] moves without an upload).
 //! After it nothing is copied back; the CPU's touch of a page brings its surroundings home. A second launch moves only what the CPU wrote or fetched back in
 //! between. Ranges need no alignment.
+//!
+//! The ways of passing arguments, and what a kernel does with them:
+//!
+//! ```no_run
+//! use uhmm::{Ctx, Uhmm, args, inout, inp, out, ptr, val};
+//!
+//! struct Node {
+//!     value: u64,
+//!     next: *const Node,
+//! }
+//!
+//! fn kernel(ctx: &Ctx<'_>) {
+//!     let [_, y, _] = ctx.group3(); // the grid has up to three sides
+//!     let scale = ctx.value::<f32>(3) + ctx.value::<[f32; 2]>(4)[0];
+//!     let scratch = ctx.local::<f32>(100); // this group's own
+//!     scratch[0] = ctx.inp::<f32>(0)[y] * scale;
+//!     ctx.out::<f32>(1).chunk(1)[0] = scratch[0]; // a part for each group
+//!     ctx.out::<u32>(2).chunk(1)[0] += 1;
+//!     let mut node = ctx.pointer::<Node>(5).cast_const(); // as the device sees it
+//!     // SAFETY: the list outlives the launch, and nobody changes it.
+//!     while let Some(here) = unsafe { node.as_ref() } {
+//!         assert!(here.value < 100);
+//!         node = if here.next.is_null() { here.next } else { ctx.ptr(here.next) }; // a pointer that was stored in memory
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), uhmm::Error> {
+//! # let dev = Uhmm::new()?.device("soft")?;
+//! let (a, mut r, mut counts) = ([1.0f32; 8], [0.0f32; 16], [0u32; 16]);
+//! let tail = Box::new(Node { value: 2, next: std::ptr::null() });
+//! let list = Box::new(Node { value: 1, next: &*tail });
+//! // SAFETY: the list outlives the launch, and nobody changes it.
+//! let list = unsafe { ptr(&*list) };
+//! dev.run(&kernel, [2, 8], args![inp(&a), out(&mut r), inout(&mut counts), 0.5f32, val([1.0f32, 2.0]), list])?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Launches that nobody waits for at once, with an order between two devices:
+//!
+//! ```no_run
+//! # use uhmm::{Ctx, Uhmm, args, scope};
+//! # fn main() -> Result<(), uhmm::Error> {
+//! # let hmm = Uhmm::new()?;
+//! # let (one, two) = (hmm.soft("one").open()?, hmm.soft("two").open()?);
+//! let fill = |ctx: &Ctx<'_>| ctx.out::<u32>(0).chunk(1 << 20).fill(1);
+//! let sum = |ctx: &Ctx<'_>| assert_eq!(ctx.inp::<u32>(0).iter().sum::<u32>(), 1 << 20);
+//! let mut data = vec![0u32; 1 << 20];
+//! scope(|scope| {
+//!     let data = scope.lend(&mut data); // several launches use it, one after the other
+//!     let filled = scope.launch(&one, &fill, 1, args![data.out()]);
+//!     let mut queue = scope.queue(&two);
+//!     queue.wait_for(&filled.event());
+//!     queue.launch(&sum, 1, args![data.inp()]);
+//!     filled.wait()
+//! })??;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! An item without an example of its own is shown in one of these, or in that of its type.
 #![deny(unsafe_code)]
 
 mod buffer;
@@ -76,6 +137,17 @@ pub const KINDS: &[&str] = &["soft", "soft:nofault", "soft:coherent", "null"];
 
 /// The process's heterogeneous memory management. All values of this type in a process share one core, which ends with the last of them and of their
 /// devices: everything comes home, and no thread, mapping or descriptor stays.
+///
+/// ```no_run
+/// # fn main() -> Result<(), uhmm::Error> {
+/// # let hmm = uhmm::Uhmm::new()?;
+/// # let dev = hmm.device("soft")?;
+/// let one = uhmm::Uhmm::new()?;
+/// let other = uhmm::Uhmm::new()?; // the same core
+/// println!("{:?}: {:?}", one.mode(), other.devices());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Uhmm {
     core: CoreRef,
@@ -125,6 +197,15 @@ impl Uhmm {
 
     /// Brings everything home that any device has: afterwards all memory is the CPU's alone, until the next launch. Waits for the running launch.
     ///
+    /// ```no_run
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// # let hmm = uhmm::Uhmm::new()?;
+    /// # let dev = hmm.device("soft")?;
+    /// hmm.evict_all()?; // a debugger, or whoever reads this process's memory from outside, sees all of it now
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Reentrant`] from a kernel.
     pub fn evict_all(&self) -> Result<(), Error> {
@@ -138,6 +219,15 @@ impl Uhmm {
     /// goes on. SIGUSR1, SIGUSR2 and real-time signals without a handler only bring everything home. A handler that is installed later replaces this, unless
     /// it calls the one before it. A running launch is waited for, 5 seconds at most; then what it uses stays on its device. It may be called for several
     /// signals; the first call starts a thread.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// # let hmm = uhmm::Uhmm::new()?;
+    /// # let dev = hmm.device("soft")?;
+    /// hmm.evict_on_signal(6)?; // SIGABRT: the core dump has everything
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`Error::Signal`] for SIGKILL, SIGSTOP and what is no signal; [`Error::System`] if a thread is refused; [`Error::Reentrant`] from a kernel.
@@ -165,6 +255,18 @@ impl Uhmm {
     }
 
     /// Sets the policy for the whole pages of `data`, as long as they are mapped. It is asked before those of the device and the process; which block leaves a full device it is not asked.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// # let hmm = uhmm::Uhmm::new()?;
+    /// # let dev = hmm.device("soft")?;
+    /// use uhmm::policy::OnDemand;
+    ///
+    /// let table = vec![0u64; 1 << 24];
+    /// hmm.set_policy_for(&table, OnDemand)?; // kernels touch little of it
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`set_policy`](Self::set_policy); [`Error::TooManyRanges`].
@@ -212,12 +314,34 @@ impl Uhmm {
     }
 
     /// The counters of all open devices, added up.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// # let hmm = uhmm::Uhmm::new()?;
+    /// # let dev = hmm.device("soft")?;
+    /// let before = hmm.stats();
+    /// // ... a launch, and touches ...
+    /// let moved = hmm.stats() - before;
+    /// println!("{} bytes there, {} back, {} faults", moved.bytes_to_device, moved.bytes_to_cpu, moved.cpu_faults);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn stats(&self) -> Stats {
         self.core.stats()
     }
 }
 
 /// The configuration of a software device.
+///
+/// ```no_run
+/// # fn main() -> Result<(), uhmm::Error> {
+/// # let hmm = uhmm::Uhmm::new()?;
+/// # let dev = hmm.device("soft")?;
+/// let small = hmm.soft("small").memory(64 << 20).threads(2).replayable_faults(false).open()?;
+/// assert_eq!(small.threads(), 2);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct SoftBuilder<'a> {
     core: &'a CoreRef,
@@ -262,6 +386,22 @@ impl SoftBuilder<'_> {
 
 /// A user's hold on an open device. With the last one the device is closed: what it has comes home, its threads and its memory go, and its name is free for
 /// a device with another configuration. That waits for the running launch, whatever its device; a kernel that drops the last handle leaves it to whoever opens or closes a device next.
+///
+/// ```no_run
+/// # fn main() -> Result<(), uhmm::Error> {
+/// # let hmm = uhmm::Uhmm::new()?;
+/// # let dev = hmm.device("soft")?;
+/// use uhmm::{Ctx, args, inout};
+///
+/// let mut data = vec![1u32; 1 << 20];
+/// dev.prefetch(&data)?; // a hint: the launch would fetch it
+/// dev.run(&|ctx: &Ctx<'_>| ctx.out::<u32>(0).chunk(1024).fill(7), 1024, args![inout(&mut data)])?;
+/// dev.evict(&data)?; // a hint: the touch would fetch it
+/// assert_eq!(data[5], 7);
+/// println!("{} of {} bytes: {:?}", dev.name(), dev.memory(), dev.stats());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Device {
     dev: DeviceRef,
@@ -317,6 +457,16 @@ impl Device {
     ///
     /// In user-mode-only mode, system calls on such pages fail with `EFAULT` while they are away, and a child that was forked past libc's fork has no
     /// memory there.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// # let hmm = uhmm::Uhmm::new()?;
+    /// # let dev = hmm.device("soft")?;
+    /// let mut data = vec![0u32; 1 << 20];
+    /// dev.leave(&mut data)?; // results of launches stay there, also without root's rights
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`Error::Stay`] in [`Mode::None`], and for memory that cannot move.
