@@ -363,6 +363,11 @@ impl DeviceRef {
         self.hold.core()
     }
 
+    /// Whether it belongs to this process, and not to a parent.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.hold.is_ours()
+    }
+
     pub(crate) fn index(&self) -> usize {
         self.index
     }

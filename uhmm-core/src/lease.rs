@@ -140,11 +140,16 @@ impl DeviceRef {
 
     /// The lease will end by itself soon: who needs its memory waits for that.
     pub fn will_release(&self, lease: LeaseId) {
-        self.dev().flights.released(lease.index, lease.number);
+        if self.is_ours() {
+            self.dev().flights.released(lease.index, lease.number);
+        }
     }
 
-    /// Ends a lease, once: what was written under it is the program's again when this returns.
+    /// Ends a lease, once: what was written under it is the program's again when this returns. In a forked child it does nothing, for there is no lease.
     pub fn release(&self, lease: LeaseId) {
+        if !self.is_ours() {
+            return;
+        }
         let core = self.core();
         self.will_release(lease);
         core.ending.push(self.index(), lease);

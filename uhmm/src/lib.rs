@@ -195,7 +195,7 @@ impl Uhmm {
         SoftBuilder { core: &self.core, config: DeviceConfig::new(name) }
     }
 
-    /// Brings everything home that any device has: afterwards all memory is the CPU's alone, until the next launch. Waits for the running launch.
+    /// Brings everything home that any device has, but for what a [lease](Lease) holds: afterwards all other memory is the CPU's alone, until the next launch. Waits for the running launch.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), uhmm::Error> {
