@@ -19,10 +19,13 @@ use crate::error::Error;
 use crate::launch::Ledger;
 use crate::page::{Span, Va};
 use crate::sync::*;
-use uhmm_os::{BLOCK, Errno};
+use uhmm_os::{BLOCK, Errno, PAGE};
 
 /// Flights of one device at a time.
 pub(crate) const MAX_FLIGHTS: usize = 64;
+
+/// Bytes of a page, a bit each.
+pub(crate) type Bytes = [u64; PAGE / 64];
 
 /// What a flight is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -132,6 +135,32 @@ impl Flights {
         let list = self.list.lock();
         let others = list.iter().enumerate().filter(|(index, _)| *index != flight.index).filter_map(|(_, brief)| brief.as_ref());
         others.flat_map(Brief::ranges).fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::touching(start, end).and(block).bits())
+    }
+
+    /// Calls `f` with each page that leases cover in part, and a set of the bytes that they cover there.
+    pub(crate) fn leased_edges(&self, mut f: impl FnMut(Va, &Bytes)) {
+        let list = *self.list.lock();
+        let leases = || list.iter().flatten().filter(|brief| brief.purpose != Purpose::Launch);
+        for (start, end, _) in leases().flat_map(Brief::ranges) {
+            let inside = Span::inside(start, end);
+            for page in [Span::touching(start, start + 1), Span::touching(end - 1, end)] {
+                if inside.and(page) == page {
+                    continue;
+                }
+                let mut covered = [0u64; PAGE / 64];
+                for (from, to, _) in leases().flat_map(Brief::ranges) {
+                    for at in from.max(page.start)..to.min(page.end) {
+                        covered[(at - page.start) / 64] |= 1 << (at % 64);
+                    }
+                }
+                f(page.start, &covered);
+            }
+        }
+    }
+
+    /// Whether there is a lease.
+    pub(crate) fn has_lease(&self) -> bool {
+        self.list.lock().iter().flatten().any(|brief| brief.purpose != Purpose::Launch)
     }
 
     /// Whether a launch besides `flight` is under way.
@@ -334,7 +363,6 @@ impl Bell {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use uhmm_os::PAGE;
 
     fn brief(ranges: &[(Va, Va, Access)], holds: bool) -> Brief {
         let mut all = [(0, 0, None); MAX_ARGS];

@@ -1,7 +1,7 @@
 //! The life of a launch: check, prepare, run, finish. It runs on one of the device's queue threads, as a flight ([`crate::flight`]).
 //!
-//! A launch is prepared while the one before it runs, with one exception: on a device with replayable faults what it overwrites is taken when it is its turn, for
-//! the kernel that runs may follow a pointer there. A lease ([`crate::lease`]) is prepared and finished in the same way, and what runs in between is not ours.
+//! A launch is prepared while the one before it runs, with one exception: on a device with replayable faults what it overwrites, and its snapshots, are taken when it is its
+//! turn, for the kernel that runs may follow a pointer there. A lease ([`crate::lease`]) is prepared and finished in the same way, and what runs in between is not ours.
 //!
 //! *Prepare* makes what is declared resident ([`crate::prepare`]): by migration, or by a snapshot while the CPU keeps its page. *Finish* gives parked pages to
 //! the pool, or puts them back if the kernel failed; and of each snapshot writes exactly the bytes back that a written argument covers
@@ -10,6 +10,7 @@
 //! A launch with the same arguments as the last one, after which nothing has changed on the device, skips the preparation.
 
 use crate::args::{Access, MAX_ARGS, RawArg};
+use crate::beside;
 use crate::bits::Bits;
 use crate::check;
 use crate::coherent;
@@ -201,8 +202,7 @@ fn make_ready(
     place: &Place<'_>,
 ) -> Result<(), Error> {
     if !place.is_first() && dev.flights.has_other_launch(flight) {
-        let overwrites = args.iter().filter_map(RawArg::process_range).any(|range| range.2 == Access::Out);
-        let part = if overwrites && flight.fetches(dev) { Part::Read } else { Part::All };
+        let part = if flight.fetches(dev) { Part::Read } else { Part::All };
         let early = {
             let _prepare = core.prepare.lock();
             let early = prepare(core, dev, flight, ledger, args, part);
@@ -213,9 +213,10 @@ fn make_ready(
         };
         place.wait();
         let _prepare = core.prepare.lock();
+        beside::refresh(core, dev)?;
         return match early {
             Err(Error::NoRoom { .. }) => prepare(core, dev, flight, ledger, args, Part::All),
-            Ok(()) if part == Part::Read => prepare(core, dev, flight, ledger, args, Part::Overwritten),
+            Ok(()) if part == Part::Read => prepare(core, dev, flight, ledger, args, Part::Rest),
             early => early,
         };
     }
@@ -223,6 +224,7 @@ fn make_ready(
     let _prepare = core.prepare.lock();
     dev.full.store(false, Ordering::Relaxed);
     dev.shares.verify(core, dev);
+    beside::refresh(core, dev)?;
     match unchanged(core, dev, args) {
         Some(number) => {
             dev.flights.renumber(flight, number);
@@ -291,6 +293,8 @@ pub(crate) fn finish(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Le
         core.pool.put(tray);
     }
     let ended = snapshot::finish(core, dev, flight, ledger, args, success);
+    let ended =
+        if flight.purpose == Purpose::Launch { ended.and_then(|pages| beside::finish(core, dev, success).map(|()| pages)) } else { ended };
     {
         let mut last = dev.last.lock();
         last.ranges = signature(args);

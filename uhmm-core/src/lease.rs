@@ -6,6 +6,7 @@
 //! The assistant ends leases: the device's own threads may all be waiting for just that.
 
 use crate::args::{MAX_ARGS, RawArg};
+use crate::beside;
 use crate::check;
 use crate::core::{Core, Device, DeviceRef};
 use crate::error::Error;
@@ -123,9 +124,14 @@ fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<(), 
     let _turn = core.turns.enter(crate::line::Who::Device(dev.index()));
     drop(entrance);
     place.wait();
+    {
+        let _prepare = core.prepare.lock();
+        beside::refresh(core, dev)?;
+    }
     let result = launch::bare(dev, request, groups);
     let _prepare = core.prepare.lock();
     let ended = snapshot::finish_fetched(core, dev, &Flight::none(), result.is_ok());
+    let ended = ended.and_then(|()| beside::finish(core, dev, result.is_ok()));
     result.and(ended.map_err(|e| dev.copy_failed(e)))
 }
 

@@ -11,7 +11,7 @@
 //! | [`mirror`] | devices that use memory where it is: looks, notifiers, a page table for models |
 //! | [`migrate`], `home`, `share` | moving pages to a device and back; the CPU gets copies of what a device keeps |
 //! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
-//! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `flight`, [`lease`], `line`, [`scope`] | the life of a launch |
+//! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `flight`, `beside`, [`lease`], `line`, [`scope`] | the life of a launch |
 //! | [`residency`], `discard`, [`prefetch`] | hints: where pages are, for who asks; what is not needed any more; what goes ahead, in the background |
 //! | `coherent` | devices whose memory the CPU uses in place |
 //! | `fixed` | pages that never leave |
@@ -25,6 +25,7 @@ mod advice;
 mod ahead;
 pub mod args;
 mod assist;
+mod beside;
 pub mod bits;
 pub mod check;
 mod coherent;

@@ -31,8 +31,8 @@ pub(crate) enum Part {
     All,
     /// Those whose contents count.
     Read,
-    /// The others, after those.
-    Overwritten,
+    /// The others, after those, and the snapshots of all.
+    Rest,
 }
 
 impl Part {
@@ -40,7 +40,7 @@ impl Part {
         match self {
             Part::All => true,
             Part::Read => access != Access::Out,
-            Part::Overwritten => access == Access::Out,
+            Part::Rest => access == Access::Out,
         }
     }
 }
@@ -84,7 +84,7 @@ fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger,
     if coherent && core.space.mode != Mode::Full {
         return Ok(()); // it uses everything in place
     }
-    if part != Part::Overwritten {
+    if part != Part::Rest {
         ledger.sealed = open(core, dev, flight, args)?;
         if !flight.fetches(dev) {
             edges_home(core, dev, args)?;
@@ -107,7 +107,10 @@ fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger,
         return Ok(()); // what has not moved is used in place
     }
     advice::bring_accessed(core, dev, pins);
-    for range in ranges(args).filter(|range| part.has(range.2)) {
+    if part == Part::Read {
+        return Ok(());
+    }
+    for range in ranges(args) {
         snapshot_rest(core, dev, flight, ledger, args, range)?;
     }
     Ok(())
@@ -284,7 +287,7 @@ impl Plan<'_> {
                 Access::Out => Intent::Blank,
                 _ => Intent::Snapshot,
             };
-            return Ask { twins: beyond(self.dev, self.flight, self.args, part), ..Ask::new(part, part.bits(), intent) };
+            return Ask { twins: beyond(self.dev, self.args, part), ..Ask::new(part, part.bits(), intent) };
         }
         // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
         let block = Span::block(part.start);
@@ -298,8 +301,9 @@ impl Plan<'_> {
 }
 
 /// Pages of a part of a block that no argument covers whole: where the kernel can follow pointers, it may write beyond what is declared.
-fn beyond(dev: &Device, flight: &Flight, args: &[RawArg], part: Span) -> Bits {
-    if !flight.fetches(dev) {
+fn beyond(dev: &Device, args: &[RawArg], part: Span) -> Bits {
+    // Also under a lease: launches beside it follow pointers.
+    if !dev.driver.info().replayable_faults {
         return Bits::EMPTY;
     }
     ranges(args).fold(part.bits(), |rest, (start, end, _)| rest - Span::inside(start, end).and(part).bits())
@@ -380,7 +384,7 @@ fn snapshot_rest(
             }
             looks += 1;
             let want = part.bits() - usable(core, dev, part, access) - left;
-            let ask = Ask { twins: beyond(dev, flight, args, part), ..Ask::new(part, want, Intent::Snapshot) };
+            let ask = Ask { twins: beyond(dev, args, part), ..Ask::new(part, want, Intent::Snapshot) };
             if core.make_block_resident(dev, &ask)?.again {
                 core.space.settle();
             }

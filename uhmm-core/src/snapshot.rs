@@ -367,23 +367,71 @@ fn write_shared(core: &Core, dev: &Device, args: &[RawArg], va: Va, page: usize)
 /// # Errors
 /// If the device does not take them.
 pub(crate) fn refresh(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) -> Result<(), DmaError> {
+    let ranges = args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1);
+    ranges.map(|(start, end, _)| refresh_range(core, dev, flight, start, end)).fold(Ok(()), Result::and)
+}
+
+/// As [`refresh`], for the bytes of one range.
+pub(crate) fn refresh_range(core: &Core, dev: &Device, flight: &Flight, start: Va, end: Va) -> Result<(), DmaError> {
     let mut result = Ok(());
-    for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1) {
-        core.dir.for_each(Span::touching(start, end), |block, part| {
-            let va = Span::block(part.start).start;
-            let Some(pages) = claim_snapshots(core, dev, flight, block, part) else { return };
-            for page in pages.pages() {
-                result = result.and(refresh_page(core, dev, va, page, start, end));
-            }
-            let _hold = core.space.hold();
-            let mut state = block.lock();
-            state.mover = 0;
-            if core::mem::take(&mut state.waiters) {
-                let _ = core.space.uffd.wake(va, BLOCK);
+    core.dir.for_each(Span::touching(start, end), |block, part| {
+        let va = Span::block(part.start).start;
+        let Some(pages) = claim_snapshots(core, dev, flight, block, part) else { return };
+        for page in pages.pages() {
+            result = result.and(refresh_page(core, dev, va, page, start, end));
+        }
+        unclaim(core, block, va);
+    });
+    result
+}
+
+/// What kernels have changed in the snapshot of a page, which stays, is written to the program, but for the bytes of `leased`. The caller holds `prepare`.
+///
+/// # Errors
+/// As [`finish`].
+pub(crate) fn write_beside(core: &Core, dev: &Device, at: Va, leased: &dyn Fn(usize) -> bool) -> Result<(), DmaError> {
+    let (va, page) = (Span::block(at).start, at % BLOCK / PAGE);
+    let Some(block) = core.dir.get(va) else { return Ok(()) };
+    if claim_snapshots(core, dev, &Flight::none(), block, Span { start: at, end: at + PAGE }).is_none() {
+        return Ok(());
+    }
+    let slot = Some(block.lock()).filter(|state| state.twins.has(page)).map(|state| state.twin);
+    let mut result = Ok(());
+    if let Some(slot) = slot
+        && let Some(now) = read_page(core, dev, va, page).unwrap_or_else(|e| {
+            result = Err(e);
+            None
+        })
+    {
+        let twin = *core.twins.of(slot, page);
+        twins::changes(&twin, &now, |range| {
+            let mut from = range.start;
+            while from < range.end {
+                let end = (from..range.end).find(|&byte| leased(byte) != leased(from)).unwrap_or(range.end);
+                if !leased(from) {
+                    // SAFETY: as in `write_changes`.
+                    match unsafe { copy::guarded((at + from) as *mut u8, now[from..].as_ptr(), end - from) } {
+                        Ok(()) => count_bytes(dev, end - from),
+                        Err(address) => result = Err(DmaError::Gone { address }),
+                    }
+                    core.twins.set(slot, page, &now, from..end);
+                }
+                from = end;
             }
         });
     }
+    unclaim(core, block, va);
     result
+}
+
+/// A block that was taken is free again.
+fn unclaim(core: &Core, block: &Block, va: Va) {
+    let _hold = core.space.hold();
+    let mut state = block.lock();
+    state.mover = 0;
+    if core::mem::take(&mut state.waiters) {
+        let _ = core.space.uffd.wake(va, BLOCK);
+    }
 }
 
 /// Takes a block whose part has snapshots for ourselves.
