@@ -82,6 +82,7 @@ impl RawArg {
 #[derive(Debug)]
 pub struct Arg<'a> {
     raw: RawArg,
+    lent: bool,
     borrow: PhantomData<&'a mut u8>,
 }
 
@@ -92,7 +93,7 @@ impl Arg<'_> {
     /// The range, if it is one, must hold `count` initialised values of the type that `ty` names, borrowed for the lifetime of the
     /// argument (exclusively if it is written).
     pub unsafe fn from_raw(raw: RawArg) -> Self {
-        Arg { raw, borrow: PhantomData }
+        Arg { raw, lent: false, borrow: PhantomData }
     }
 }
 
@@ -110,17 +111,17 @@ fn slice<T: Pod>(start: *const T, count: usize, access: Access) -> RawArg {
 
 /// An argument that the kernel only reads.
 pub fn inp<T: Pod>(data: &[T]) -> Arg<'_> {
-    Arg { raw: slice(data.as_ptr(), data.len(), Access::In), borrow: PhantomData }
+    Arg { lent: false, raw: slice(data.as_ptr(), data.len(), Access::In), borrow: PhantomData }
 }
 
 /// An argument that the kernel only writes: its old contents are not sent to the device.
 pub fn out<T: Pod>(data: &mut [T]) -> Arg<'_> {
-    Arg { raw: slice(data.as_ptr(), data.len(), Access::Out), borrow: PhantomData }
+    Arg { lent: false, raw: slice(data.as_ptr(), data.len(), Access::Out), borrow: PhantomData }
 }
 
 /// An argument that the kernel reads and writes.
 pub fn inout<T: Pod>(data: &mut [T]) -> Arg<'_> {
-    Arg { raw: slice(data.as_ptr(), data.len(), Access::InOut), borrow: PhantomData }
+    Arg { lent: false, raw: slice(data.as_ptr(), data.len(), Access::InOut), borrow: PhantomData }
 }
 
 /// Memory that several launches of one [scope](crate::scope) use, one after the other: each waits for those before it that write what it uses, or use what it
@@ -147,17 +148,17 @@ impl<'a, T: Pod> Lent<'a, T> {
 
     /// As an argument that the kernel only reads.
     pub fn inp(self) -> Arg<'a> {
-        Arg { raw: slice(self.start, self.count, Access::In), borrow: PhantomData }
+        Arg { lent: true, raw: slice(self.start, self.count, Access::In), borrow: PhantomData }
     }
 
     /// As an argument that the kernel only writes.
     pub fn out(self) -> Arg<'a> {
-        Arg { raw: slice(self.start, self.count, Access::Out), borrow: PhantomData }
+        Arg { lent: true, raw: slice(self.start, self.count, Access::Out), borrow: PhantomData }
     }
 
     /// As an argument that the kernel reads and writes.
     pub fn inout(self) -> Arg<'a> {
-        Arg { raw: slice(self.start, self.count, Access::InOut), borrow: PhantomData }
+        Arg { lent: true, raw: slice(self.start, self.count, Access::InOut), borrow: PhantomData }
     }
 }
 
@@ -167,7 +168,7 @@ impl<'a, T: Pod> Lent<'a, T> {
 /// Whatever the kernel reaches through this pointer must be valid for the accesses it makes until the launch has ended, as if the
 /// kernel were a function that this thread calls.
 pub unsafe fn ptr<'a, T>(address: *const T) -> Arg<'a> {
-    Arg { raw: RawArg::Pointer { address: address as usize }, borrow: PhantomData }
+    Arg { lent: false, raw: RawArg::Pointer { address: address as usize }, borrow: PhantomData }
 }
 
 /// A value of any plain type up to 16 bytes. Numbers need no wrapper in [`args!`](crate::args!).
@@ -179,7 +180,7 @@ pub fn val<'a, T: Pod>(value: T) -> Arg<'a> {
     assert!(size <= 16, "a value argument has at most 16 bytes, {} has {size}: pass inp(&[value])", core::any::type_name::<T>());
     let mut bytes = [0; 16];
     bytes[..size].copy_from_slice(bytemuck::bytes_of(&value));
-    Arg { raw: RawArg::Value { bytes, size, ty: TypeId::of::<T>(), name: core::any::type_name::<T>() }, borrow: PhantomData }
+    Arg { lent: false, raw: RawArg::Value { bytes, size, ty: TypeId::of::<T>(), name: core::any::type_name::<T>() }, borrow: PhantomData }
 }
 
 /// What [`args!`](crate::args!) accepts: an [`Arg`], or a number.
@@ -206,6 +207,7 @@ numbers!(u8 u16 u32 u64 u128 usize i8 i16 i32 i64 i128 isize f32 f64);
 pub struct Args<'a> {
     raw: [RawArg; MAX_ARGS],
     count: usize,
+    lent: bool,
     borrow: PhantomData<&'a mut u8>,
 }
 
@@ -217,10 +219,17 @@ impl<'a> Args<'a> {
     pub fn new<const N: usize>(list: [Arg<'a>; N]) -> Self {
         const { assert!(N <= MAX_ARGS, "a launch takes at most 16 arguments") };
         let mut raw = [RawArg::Pointer { address: 0 }; MAX_ARGS];
+        let mut lent = false;
         for (slot, arg) in raw.iter_mut().zip(list) {
             *slot = arg.raw;
+            lent |= arg.lent;
         }
-        Args { raw, count: N, borrow: PhantomData }
+        Args { raw, count: N, lent, borrow: PhantomData }
+    }
+
+    /// Whether [`Lent`] memory is among them, which launches of devices may be using at this moment.
+    pub fn are_lent(&self) -> bool {
+        self.lent
     }
 
     /// The arguments as plain numbers.

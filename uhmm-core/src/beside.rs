@@ -39,12 +39,12 @@ pub(crate) fn refresh(core: &Core, dev: &Device) -> Result<(), Error> {
 /// # Errors
 /// Why some of what the kernel has written could not be written to the program: the first reason.
 pub(crate) fn finish(core: &Core, dev: &Device, success: bool) -> Result<(), DmaError> {
-    if !success || !may_follow(dev) {
-        return Ok(()); // what a failed kernel wrote there is written with the next changes
+    if !may_follow(dev) {
+        return Ok(());
     }
     let mut result = Ok(());
     dev.flights.leased_edges(|page, leased| {
-        result = result.and(snapshot::write_beside(core, dev, page, &|byte| has(leased, byte)));
+        result = result.and(snapshot::write_beside(core, dev, page, &|byte| has(leased, byte), success));
     });
     result
 }

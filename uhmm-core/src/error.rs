@@ -196,6 +196,9 @@ pub enum Error {
         /// The device that the lease is on.
         device: &'static str,
     },
+    /// Memory that is lent to a scope was to be used without a device.
+    #[error("memory that is lent to a scope cannot be used by the host: launches of devices may be using it")]
+    Lent,
     /// A bare pointer in a lease.
     #[error("argument {index} is a bare pointer: a lease declares what is used under it with inp, out or inout")]
     LeasedPointer {

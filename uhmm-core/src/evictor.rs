@@ -154,6 +154,7 @@ impl Post {
     /// Waits for the running launch, and lets no other begin. `None`: it does not end.
     fn stop_launches<'a>(&self, core: &'a Core) -> Option<Turn<'a>> {
         let limit = Instant::now() + PATIENCE;
+        let _wanting = core.turns.wanting();
         loop {
             if let Some(guard) = core.turns.try_enter(Who::Alone) {
                 return Some(guard);

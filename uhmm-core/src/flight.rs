@@ -70,12 +70,14 @@ pub(crate) struct Flight {
     pub(crate) number: u64,
     pub(crate) purpose: Purpose,
     pub(crate) holds: bool,
+    /// Its kernel has begun to run.
+    pub(crate) ran: bool,
 }
 
 impl Flight {
     /// None that is under way: all of these are others.
     pub(crate) fn none() -> Self {
-        Flight { index: MAX_FLIGHTS, number: 0, purpose: Purpose::Launch, holds: false }
+        Flight { index: MAX_FLIGHTS, number: 0, purpose: Purpose::Launch, holds: false, ran: false }
     }
 
     /// Whether another flight is under way on the device.
@@ -129,6 +131,17 @@ impl Flights {
         holding.fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::inside(start, end).and(block).bits())
     }
 
+    /// Likewise, that a lease holds.
+    pub(crate) fn leased(&self, va: Va) -> Bits {
+        if !self.any.load(Ordering::Acquire) {
+            return Bits::EMPTY;
+        }
+        let block = Span::block(va);
+        let list = self.list.lock();
+        let leases = list.iter().flatten().filter(|brief| brief.holds && brief.purpose != Purpose::Launch).flat_map(Brief::ranges);
+        leases.fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::inside(start, end).and(block).bits())
+    }
+
     /// Pages of the block at `va` that other flights than `flight` declare, in whole or in part.
     pub(crate) fn others(&self, flight: &Flight, va: Va) -> Bits {
         let block = Span::block(va);
@@ -158,6 +171,22 @@ impl Flights {
         }
     }
 
+    /// Pages of the block at `va` that the flight itself declares, in whole or in part.
+    pub(crate) fn mine(&self, flight: &Flight, va: Va) -> Bits {
+        let block = Span::block(va);
+        let brief = self.list.lock().get(flight.index).copied().flatten();
+        let ranges = brief.iter().flat_map(Brief::ranges).map(|(start, end, _)| Span::touching(start, end).and(block).bits());
+        ranges.fold(Bits::EMPTY, |pages, more| pages | more)
+    }
+
+    /// Whether a lease has a part in the block at `va`.
+    pub(crate) fn leases(&self, va: Va) -> bool {
+        let block = Span::block(va);
+        let list = self.list.lock();
+        let mut leased = list.iter().flatten().filter(|brief| brief.purpose != Purpose::Launch).flat_map(Brief::ranges);
+        leased.any(|(start, end, _)| start < block.end && block.start < end)
+    }
+
     /// Whether there is a lease.
     pub(crate) fn has_lease(&self) -> bool {
         self.list.lock().iter().flatten().any(|brief| brief.purpose != Purpose::Launch)
@@ -169,16 +198,18 @@ impl Flights {
         list.iter().enumerate().any(|(index, brief)| index != flight.index && brief.is_some_and(|brief| brief.purpose == Purpose::Launch))
     }
 
-    /// The smallest number of those under way: blocks that were needed since must stay.
+    /// The smallest number of launches under way: blocks that were needed since must stay. What leases hold stays in any case.
     pub(crate) fn oldest(&self) -> u64 {
-        self.list.lock().iter().flatten().map(|brief| brief.number).min().unwrap_or(u64::MAX)
+        let list = self.list.lock();
+        let launches = list.iter().flatten().filter(|brief| brief.purpose == Purpose::Launch);
+        launches.map(|brief| brief.number).min().unwrap_or(u64::MAX)
     }
 
     /// Takes a lease, once, to end it.
     pub(crate) fn claim(&self, index: usize, number: u64) -> Option<Flight> {
         let mut list = self.list.lock();
         let brief = list[index].as_mut().filter(|brief| brief.number == number && brief.purpose != Purpose::Launch)?;
-        let flight = Flight { index, number, purpose: brief.purpose, holds: brief.holds };
+        let flight = Flight { index, number, purpose: brief.purpose, holds: brief.holds, ran: false };
         brief.purpose = Purpose::Launch; // from now on it ends by itself
         Some(flight)
     }
@@ -255,7 +286,7 @@ pub(crate) fn begin(core: &Core, dev: &Device, args: &[RawArg], purpose: Purpose
         list[index] = Some(Brief { number, purpose, holds, ranges: mine });
         index
     };
-    let flight = Flight { index, number, purpose, holds };
+    let flight = Flight { index, number, purpose, holds, ran: false };
     if holds {
         dev.flights.any.store(true, Ordering::Release);
         // From here on no page comes home but to the device's own workers. Who looked before has finished when his block's lock is free.
@@ -383,7 +414,7 @@ mod tests {
         assert!(flights.held(at) == (Bits::range(1..3) | Bits::range(7..512)));
         assert!(flights.held(at + BLOCK + 123) == Bits::ALL);
         assert!(flights.held(at + 2 * BLOCK).is_empty());
-        let flight = Flight { index: 1, number: 7, purpose: Purpose::Launch, holds: false };
+        let flight = Flight { index: 1, number: 7, purpose: Purpose::Launch, holds: false, ran: false };
         assert!(flights.others(&flight, at) == (Bits::range(0..3) | Bits::range(7..512)), "edges too");
     }
 

@@ -26,7 +26,7 @@ use crate::migrate::{Intent, Parked};
 use crate::mode::Mode;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
-use crate::prepare::{Part, prepare, register_ahead};
+use crate::prepare::{Part, note_ends, prepare, register_ahead};
 use crate::ranges;
 use crate::snapshot;
 use crate::sync::*;
@@ -149,21 +149,32 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> 
 ///
 /// # Errors
 /// [`Error::Busy`], [`Error::TooMany`].
-pub(crate) fn take_off<'a>(core: &'a Core, dev: &Device, args: &[RawArg], purpose: Purpose) -> Result<(Turn<'a>, Flight), Error> {
+fn take_off<'a>(core: &'a Core, dev: &Device, args: &[RawArg], purpose: Purpose) -> Result<(Turn<'a>, Flight), Error> {
     loop {
         let bell = core.flown.count();
-        let turn = core.turns.enter(Who::Device(dev.index()));
-        let begun = {
-            let _prepare = core.prepare.lock();
-            flight::begin(core, dev, args, purpose, core.next_launch())
-        };
-        match begun {
-            Ok(flight) => return Ok((turn, flight)),
-            Err(Conflict::Busy(e)) => return Err(e),
-            Err(Conflict::Wait) => {}
+        if let Some(begun) = try_take_off(core, dev, args, purpose)? {
+            return Ok(begun);
         }
-        drop(turn); // the one who is waited for may need it
-        core.flown.wait(bell);
+        core.flown.wait(bell); // without a turn, for the one who is waited for may need it
+    }
+}
+
+/// One attempt; `None` if something is in the way that will end.
+///
+/// # Errors
+/// As [`take_off`].
+pub(crate) fn try_take_off<'a>(
+    core: &'a Core,
+    dev: &Device,
+    args: &[RawArg],
+    purpose: Purpose,
+) -> Result<Option<(Turn<'a>, Flight)>, Error> {
+    let turn = core.turns.enter(Who::Device(dev.index()));
+    let _prepare = core.prepare.lock();
+    match flight::begin(core, dev, args, purpose, core.next_launch()) {
+        Ok(flight) => Ok(Some((turn, flight))),
+        Err(Conflict::Busy(e)) => Err(e),
+        Err(Conflict::Wait) => Ok(None),
     }
 }
 
@@ -183,11 +194,13 @@ fn fly(
     let prepared = make_ready(core, dev, flight, ledger, args, place);
     drop(entrance); // who comes next may take what room is left, and not before
     place.wait();
+    flight.ran = prepared.is_ok();
     let result = match prepared {
         Ok(()) => execute(dev, request, groups).map_err(|fault| dev.launch_failed(fault)),
         Err(e) => Err(e),
     };
     let _prepare = core.prepare.lock();
+    note_ends(core, dev, ledger, args);
     let ended = finish(core, dev, flight, ledger, args, result.is_ok());
     result.and(ended)
 }
@@ -213,10 +226,13 @@ fn make_ready(
         };
         place.wait();
         let _prepare = core.prepare.lock();
+        dev.full.store(false, Ordering::Relaxed);
+        dev.shares.verify(core, dev);
         beside::refresh(core, dev)?;
         return match early {
             Err(Error::NoRoom { .. }) => prepare(core, dev, flight, ledger, args, Part::All),
-            Ok(()) if part == Part::Read => prepare(core, dev, flight, ledger, args, Part::Rest),
+            // Without replayable faults once more, for what it uses in place may have been replaced.
+            Ok(()) => prepare(core, dev, flight, ledger, args, if part == Part::Read { Part::Rest } else { Part::All }),
             early => early,
         };
     }

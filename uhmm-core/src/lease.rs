@@ -12,8 +12,8 @@ use crate::core::{Core, Device, DeviceRef};
 use crate::error::Error;
 use crate::flight::{self, Flight, MAX_FLIGHTS, Purpose};
 use crate::kernel::{Entry, Grid};
-use crate::launch::{self, Request, take_off};
-use crate::prepare::{Part, prepare};
+use crate::launch::{self, Request, try_take_off};
+use crate::prepare::{Part, note_ends, prepare};
 use crate::process::MAX_DEVICES;
 use crate::snapshot;
 use crate::sync::*;
@@ -66,17 +66,18 @@ pub(crate) fn work(core: &Core) {
     }
 }
 
-fn acquire(core: &Core, dev: &Device, args: &[RawArg]) -> Result<LeaseId, Error> {
+/// One attempt; `None`: something is in the way that will end.
+fn acquire(core: &Core, dev: &Device, args: &[RawArg]) -> Result<Option<LeaseId>, Error> {
     core.space.settle();
     if let Some(index) = args.iter().position(|arg| matches!(arg, RawArg::Pointer { .. })) {
         return Err(Error::LeasedPointer { index });
     }
     check::launch(core, dev, Grid::from(1), args)?;
-    let (_turn, flight) = take_off(core, dev, args, Purpose::Lease)?;
+    let Some((_turn, flight)) = try_take_off(core, dev, args, Purpose::Lease)? else { return Ok(None) };
     let lease = LeaseId { index: flight.index, number: flight.number };
     let info = dev.driver.info();
     if info.memory == 0 {
-        return Ok(lease); // it holds no data
+        return Ok(Some(lease)); // it holds no data
     }
     let prepared = (|| {
         let mut ledger = dev.flights.ledger(&flight, info.memory).map_err(|e| Error::System("reserve address space", e))?;
@@ -85,14 +86,17 @@ fn acquire(core: &Core, dev: &Device, args: &[RawArg]) -> Result<LeaseId, Error>
         ledger.args[..args.len()].copy_from_slice(args);
         let _prepare = core.prepare.lock();
         dev.full.store(false, Ordering::Relaxed);
-        dev.shares.verify(core, dev);
+        // A running kernel may be using what is shared.
+        if !dev.flights.has_other_launch(&flight) {
+            dev.shares.verify(core, dev);
+        }
         prepare(core, dev, &flight, ledger, args, Part::All)
     })();
     if let Err(e) = prepared {
         finish(core, dev, &flight, false);
         return Err(e);
     }
-    Ok(lease)
+    Ok(Some(lease))
 }
 
 /// Ends a lease, which is the caller's. Without `success` nothing is written to the program.
@@ -102,6 +106,7 @@ fn finish(core: &Core, dev: &Device, flight: &Flight, success: bool) {
     {
         let args = ledger.args;
         let _prepare = core.prepare.lock();
+        note_ends(core, dev, ledger, &args);
         // What cannot be written to was unmapped by who had leased it.
         let _ = launch::finish(core, dev, flight, ledger, &args, success);
     }
@@ -141,7 +146,14 @@ impl DeviceRef {
     /// # Errors
     /// Those of a launch before its kernel runs; [`Error::Busy`], [`Error::TooMany`], [`Error::LeasedPointer`].
     pub fn acquire(&self, args: &[RawArg]) -> Result<LeaseId, Error> {
-        self.ask_beside(|core, dev| acquire(core, dev, args))
+        // Whoever waits does so here, and not on one of the device's threads, which have launches to run meanwhile.
+        loop {
+            let bell = self.core().flown.count();
+            if let Some(lease) = self.ask_beside(|core, dev| acquire(core, dev, args))? {
+                return Ok(lease);
+            }
+            self.core().flown.wait(bell);
+        }
     }
 
     /// The lease will end by itself soon: who needs its memory waits for that.

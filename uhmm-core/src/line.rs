@@ -115,6 +115,12 @@ impl Turns {
         self.take(&mut state, who)
     }
 
+    /// For who tries again and again: while he has this, no device goes on and on.
+    pub(crate) fn wanting(&self) -> Wanting<'_> {
+        self.state.lock().waiting += 1;
+        Wanting(self)
+    }
+
     /// Takes a turn, unless it is somebody else's.
     pub(crate) fn try_enter(&self, who: Who) -> Option<Turn<'_>> {
         let mut state = self.state.lock();
@@ -130,6 +136,16 @@ impl Turns {
             drop(state);
             self.changed.notify_all();
         }
+    }
+}
+
+/// Somebody tries to get a turn.
+#[derive(Debug)]
+pub(crate) struct Wanting<'a>(&'a Turns);
+
+impl Drop for Wanting<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().waiting -= 1;
     }
 }
 

@@ -298,6 +298,10 @@ impl Monitor {
                 let dev = core.device(state.device as usize - 1);
                 count(&dev.counters.cpu_faults, 1);
                 policy::one_more(&state.block().past.cpu_faults);
+                if dev.flights.leased(va).has(page) && !dev.is_lost() {
+                    state.waiters = true; // who uses it there could not fetch it again
+                    return Served::Done;
+                }
                 // One write releases the block: the next ones would only follow. What a launch must keep stays, but for the page itself.
                 let all = state.duplicated() - (dev.flights.held(va) - Bits::one(page));
                 home::drop_duplicates(core, dev, state, va, all)

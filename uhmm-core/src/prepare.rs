@@ -64,6 +64,22 @@ pub(crate) fn prepare(core: &Core, dev: &Device, flight: &Flight, ledger: &mut L
     prepared
 }
 
+/// Notes the blocks at the ends of arguments that have snapshots: a lease may have made one of a page that was the device's when this flight began.
+pub(crate) fn note_ends(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) {
+    for (start, end, _) in ranges(args) {
+        for va in [start, end - 1].map(|at| Span::block(at).start) {
+            let bounced = core.dir.get(va).is_some_and(|block| {
+                let state = block.lock();
+                state.device == dev.id() && !state.bounced().is_empty()
+            });
+            if bounced && ledger.bounced_count < ledger.bounced.len() {
+                ledger.bounced[ledger.bounced_count] = va;
+                ledger.bounced_count += 1;
+            }
+        }
+    }
+}
+
 /// Notes every block with snapshots: who was stopped on the way has not noted those that he had taken by then, and nobody would end them.
 fn note_all(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) {
     for (start, end, _) in ranges(args) {
@@ -106,7 +122,9 @@ fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger,
     if coherent {
         return Ok(()); // what has not moved is used in place
     }
-    advice::bring_accessed(core, dev, pins);
+    if flight.fetches(dev) {
+        advice::bring_accessed(core, dev, pins);
+    }
     if part == Part::Read {
         return Ok(());
     }
@@ -223,11 +241,13 @@ impl Plan<'_> {
         // What is copied comes first: then what is only moved is collected while the copies run.
         let order = |access| ranges(self.args).enumerate().filter(move |(_, range)| range.2 == access);
         for (index, (start, end, access)) in order(Access::In).chain(order(Access::InOut)).chain(order(Access::Out)) {
-            if !self.part.has(access) {
-                continue;
-            }
             check::pieces(self.core, start, end, |piece| {
                 let piece = self.flight.sees(self.core, piece);
+                // What does not move gets a snapshot, as of its turn.
+                let due = if piece.movable { self.part.has(access) } else { self.part != Part::Read };
+                if !due {
+                    return Ok(());
+                }
                 if !piece.movable && self.dev.driver.info().coherent {
                     return Ok(());
                 }
@@ -349,7 +369,7 @@ impl Want {
 }
 
 /// Pages of a block that the device can use as `access` needs.
-fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
+fn usable(core: &Core, dev: &Device, flight: &Flight, part: Span, access: Access) -> Bits {
     let shared = dev.shares.bits(part, access.writes());
     let Some(block) = core.dir.get(part.start) else { return shared };
     let state = block.lock();
@@ -357,6 +377,8 @@ fn usable(core: &Core, dev: &Device, part: Span, access: Access) -> Bits {
         return shared;
     }
     let pages = if access.writes() { state.private() | state.bounced() } else { state.resident() };
+    // What a flight uses and does not hold could leave under it.
+    let pages = if flight.holds { pages & (dev.flights.held(part.start) | state.bounced()) } else { pages };
     pages & state.win & part.bits() | shared
 }
 
@@ -373,17 +395,17 @@ fn snapshot_rest(
     let (span, inside) = (Span::touching(start, end), Span::inside(start, end));
     for part in span.blocks() {
         let mut left = Bits::EMPTY; // to the kernel's touch
-        if usable(core, dev, part, access) != part.bits() {
+        if usable(core, dev, flight, part, access) != part.bits() {
             left = Wishes::of(core, dev, flight.fetches(dev), access, end - start, part).left_to_touch(access) & inside.and(part).bits();
         }
         // A thread that touches what lies beside the range brings pages of it home between two looks: look again.
         let mut looks = 0;
-        while let Some(page) = (part.bits() - usable(core, dev, part, access) - left).next(0) {
+        while let Some(page) = (part.bits() - usable(core, dev, flight, part, access) - left).next(0) {
             if looks == 100 {
                 return Err(Error::Gone { address: Span::block(part.start).start + page * PAGE });
             }
             looks += 1;
-            let want = part.bits() - usable(core, dev, part, access) - left;
+            let want = part.bits() - usable(core, dev, flight, part, access) - left;
             let ask = Ask { twins: beyond(dev, args, part), ..Ask::new(part, want, Intent::Snapshot) };
             if core.make_block_resident(dev, &ask)?.again {
                 core.space.settle();

@@ -12,7 +12,7 @@ use crate::counters::count;
 use crate::directory::{Block, BlockGuard, Frame};
 use crate::driver::{Dma, DmaError, DmaKind};
 use crate::fixed::{self, Sealed};
-use crate::flight::{Flight, Purpose};
+use crate::flight::{Flight, MAX_FLIGHTS};
 use crate::launch::{LARGE, Ledger};
 use crate::migrate;
 use crate::own::OwnSlice;
@@ -52,7 +52,7 @@ pub(crate) fn finish(
     for index in 0..core::mem::take(&mut ledger.bounced_count) {
         end(ledger.bounced[index], true);
     }
-    if flight.purpose == Purpose::Launch {
+    if flight.ran {
         // Those that the kernel itself asked for. It has ended: there will be no more.
         while let Some(va) = dev.fetched.lock().pop() {
             end(va, false);
@@ -200,7 +200,10 @@ impl Fetched {
 /// Takes the block's snapshots off the device, with `success` after what the kernel wrote there has been written to the program: how many pages went. Those
 /// that other flights have a part in stay, with twins that know what was written.
 fn end_block(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], success: bool) -> Result<usize, DmaError> {
-    let others = dev.flights.others(flight, va);
+    let mut others = dev.flights.others(flight, va);
+    if flight.index < MAX_FLIGHTS && !flight.ran {
+        others |= Bits::ALL - dev.flights.mine(flight, va); // a running kernel may have asked for it
+    }
     let Some((block, pages, twins, slot)) = claim(core, dev, va, others) else { return Ok(0) };
     let stay = pages & others;
     let mut result = Ok(pages.count());
@@ -217,6 +220,14 @@ fn end_block(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg]
         for page in twins.pages() {
             if let Err(e) = write_changes(core, dev, va, page, slot) {
                 result = Err(e);
+            }
+        }
+    }
+    if !success {
+        // What this kernel has written is no change that the others' end has to write.
+        for page in (stay & twins).pages() {
+            if let Ok(Some(now)) = read_page(core, dev, va, page) {
+                core.twins.set(slot, page, &now, 0..PAGE);
             }
         }
     }
@@ -385,11 +396,11 @@ pub(crate) fn refresh_range(core: &Core, dev: &Device, flight: &Flight, start: V
     result
 }
 
-/// What kernels have changed in the snapshot of a page, which stays, is written to the program, but for the bytes of `leased`. The caller holds `prepare`.
+/// What kernels have changed in the snapshot of a page, which stays, is written to the program, but for the bytes of `leased`; without `success` it is forgotten. The caller holds `prepare`.
 ///
 /// # Errors
 /// As [`finish`].
-pub(crate) fn write_beside(core: &Core, dev: &Device, at: Va, leased: &dyn Fn(usize) -> bool) -> Result<(), DmaError> {
+pub(crate) fn write_beside(core: &Core, dev: &Device, at: Va, leased: &dyn Fn(usize) -> bool, success: bool) -> Result<(), DmaError> {
     let (va, page) = (Span::block(at).start, at % BLOCK / PAGE);
     let Some(block) = core.dir.get(va) else { return Ok(()) };
     if claim_snapshots(core, dev, &Flight::none(), block, Span { start: at, end: at + PAGE }).is_none() {
@@ -409,10 +420,12 @@ pub(crate) fn write_beside(core: &Core, dev: &Device, at: Va, leased: &dyn Fn(us
             while from < range.end {
                 let end = (from..range.end).find(|&byte| leased(byte) != leased(from)).unwrap_or(range.end);
                 if !leased(from) {
-                    // SAFETY: as in `write_changes`.
-                    match unsafe { copy::guarded((at + from) as *mut u8, now[from..].as_ptr(), end - from) } {
-                        Ok(()) => count_bytes(dev, end - from),
-                        Err(address) => result = Err(DmaError::Gone { address }),
+                    if success {
+                        // SAFETY: as in `write_changes`.
+                        match unsafe { copy::guarded((at + from) as *mut u8, now[from..].as_ptr(), end - from) } {
+                            Ok(()) => count_bytes(dev, end - from),
+                            Err(address) => result = Err(DmaError::Gone { address }),
+                        }
                     }
                     core.twins.set(slot, page, &now, from..end);
                 }

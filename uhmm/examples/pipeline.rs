@@ -47,7 +47,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let lease = dev.acquire(args![inout(&mut data)])?;
     let at = lease.addr(0);
     let (done, signal) = fence();
-    lease.release(done);
+    // SAFETY: the vector stays until the signal, and its first and last page are not touched before.
+    unsafe { lease.release(done) };
     let worker = std::thread::spawn(move || {
         for i in 0..LEN {
             // SAFETY: leased, and so at this address on the device, until the signal; nobody else uses it.

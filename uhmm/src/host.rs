@@ -38,12 +38,15 @@ impl Host {
     /// Runs `kernel` once for each group of `grid`.
     ///
     /// # Errors
-    /// [`Error::Kernel`] if a group panicked, [`Error::OtherDevice`] if an argument is a device's memory, [`Error::Grid`].
+    /// [`Error::Kernel`] if a group panicked, [`Error::OtherDevice`] if an argument is a device's memory, [`Error::Lent`] if one is [lent](crate::Lent) to a scope, [`Error::Grid`].
     pub fn run<K: Kernel>(&self, kernel: &K, grid: impl Into<Grid>, args: Args<'_>) -> Result<(), Error> {
         let grid = grid.into();
         let groups = grid.groups().filter(|&n| n > 0).ok_or(Error::Grid(grid.size))?;
         if let Some(index) = args.raw().iter().position(|arg| matches!(arg, RawArg::Slice { device: Some(_), .. })) {
             return Err(Error::OtherDevice { index });
+        }
+        if args.are_lent() {
+            return Err(Error::Lent);
         }
         uhmm_core::check::overlap(args.raw())?;
         let bound = Bound::new(args.raw(), grid, 0);

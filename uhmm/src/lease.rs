@@ -1,4 +1,5 @@
 //! Leases: memory that stays on a device for who launches there by himself.
+#![allow(unsafe_code)] // a release whose caller keeps the memory as it is
 
 use crate::Device;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -34,7 +35,8 @@ impl Device {
     /// // SAFETY: what is leased is resident at the device's address, and nobody else uses it until the lease ends.
     /// unsafe { *at += 1 };
     /// let (done, signal) = fence();
-    /// lease.release(done); // whoever works there signals when he is done
+    /// // SAFETY: the vector stays, and nobody touches it before the signal.
+    /// unsafe { lease.release(done) }; // whoever works there signals when he is done
     /// signal.done();
     /// assert_eq!(data[0], 2);
     /// # Ok(())
@@ -73,8 +75,14 @@ impl Lease<'_> {
         self.dev.dev.run_leased(Entry::new(kernel), grid.into(), self.args.raw())
     }
 
-    /// Gives the memory back once `fence` is signalled. This returns at once; what is written on the device until then must stay allocated.
-    pub fn release(self, fence: Fence) {
+    /// Gives the memory back once `fence` is signalled, and returns at once. Until then the CPU's touch of a whole page of what is written waits, and so does its write to
+    /// a whole page of what is read.
+    ///
+    /// # Safety
+    /// The borrow of the memory ends here, its use on the device does not: until the fence is signalled the memory must stay allocated, and the CPU must not use those bytes of it
+    /// that lie on the pages at its ends, which hold other data too (to align arrays to pages avoids them). In the lesser modes and on coherent devices that is so for all of its bytes, for there
+    /// no touch waits.
+    pub unsafe fn release(self, fence: Fence) {
         let mut state = fence.state();
         if !state.done
             && let Ok(dev) = self.dev.dev.again()

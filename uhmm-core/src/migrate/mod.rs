@@ -316,10 +316,10 @@ impl Core {
         }
         if state.device != 0 && state.device != dev.id() {
             let other = state.device as usize - 1;
-            return Ok(match self.device(other).flights.held(part.start).is_empty() {
-                false => Look::Refused, // a lease has pages of it there
-                true if state.bounced().is_empty() => Look::Elsewhere(other),
-                true => Look::Wait,
+            return Ok(match self.device(other).flights.leases(part.start) {
+                true => Look::Refused, // a lease has pages of it there
+                false if state.bounced().is_empty() => Look::Elsewhere(other),
+                false => Look::Wait,
             });
         }
         if pinned {

@@ -40,7 +40,9 @@ use uhmm_os::{Errno, PAGE};
 /// Devices of one process.
 pub const MAX_DEVICES: usize = 16;
 /// Bytes of the stacks of uhmm's service threads.
-const STACK: usize = 1 << 20;
+///
+/// What a device is made of passes over the keeper's, several times without optimisation.
+const STACK: usize = 4 << 20;
 /// Mapped while somebody starts, joins or ends the core.
 const LOCK: usize = 0x2f00_0000_0000;
 /// Mapped while there is a core.

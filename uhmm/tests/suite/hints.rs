@@ -338,7 +338,8 @@ fn hints_leave_alone_what_a_lease_has() {
     }
     hmm.discard(rest).unwrap();
     let (fence, signal) = uhmm::fence();
-    lease.release(fence);
+    // SAFETY: the memory stays until the signal.
+    unsafe { lease.release(fence) };
     std::thread::scope(|scope| {
         // SAFETY: nobody needs it.
         let discard = scope.spawn(|| unsafe { hmm.discard_range(range.clone()) });

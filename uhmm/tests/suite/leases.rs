@@ -65,7 +65,8 @@ fn a_touch_waits_for_the_fence() {
     let lease = dev.acquire(args![inout(&mut data)]).unwrap();
     let at = lease.addr(0);
     let (done, signal) = fence();
-    lease.release(done.clone());
+    // SAFETY: the memory stays, and whoever touches it waits, or does not care.
+    unsafe { lease.release(done.clone()) };
     let touched = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let toucher = scope.spawn(|| {
@@ -94,7 +95,8 @@ fn a_fence_that_came_before() {
     drop(signal);
     let lease = dev.acquire(args![inout(&mut data)]).unwrap();
     add_there(lease.addr(0), 1 << 16, 1);
-    lease.release(done);
+    // SAFETY: the signal has come.
+    unsafe { lease.release(done) };
     assert!(data.iter().all(|&x| x == 2));
 }
 
@@ -219,7 +221,8 @@ fn a_released_lease_is_waited_for() {
         let lease = dev.acquire(args![inout(&mut *mine)]).unwrap();
         let at = lease.addr(0);
         let (done, signal) = fence();
-        lease.release(done);
+        // SAFETY: the memory stays, and is not touched before the signal.
+        unsafe { lease.release(done) };
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 std::thread::sleep(Duration::from_millis(100));
@@ -381,7 +384,8 @@ fn one_of_them(hmm: &uhmm::Uhmm, dev: &Device, thread: u64, end: Instant, turns:
                 let lease = dev.acquire(args![inout(data)]).unwrap();
                 let at = lease.addr(0);
                 let (done, signal) = fence();
-                lease.release(done);
+                // SAFETY: the array is not touched before the signal.
+                unsafe { lease.release(done) };
                 add_there(at, len, 1);
                 signal.done();
                 *value += 1;

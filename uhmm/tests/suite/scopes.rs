@@ -14,6 +14,7 @@ crate::tests![
     what_a_launch_overwrites_is_not_taken_early,
     launches_of_which_the_device_holds_one,
     a_launch_waits_for_an_event_of_another_device,
+    the_host_does_not_take_part,
     a_panic_waits_for_the_launches,
     more_launches_than_a_queue_holds,
     scopes_of_many_threads_on_two_devices,
@@ -190,6 +191,20 @@ fn a_launch_waits_for_an_event_of_another_device() {
         .unwrap();
         assert_eq!(order.load(Ordering::SeqCst), 2);
     }
+}
+
+/// The host knows nothing of what devices do: two kernels could have had the same memory for writing, in safe code.
+fn the_host_does_not_take_part() {
+    let (_hmm, dev) = device(16);
+    let mut data = vec![0u32; 1000];
+    let refused = scope(|scope| {
+        let data = scope.lend(&mut data);
+        scope.launch(&dev, &increment, 1, args![data.inout()]);
+        uhmm::Host::new(1).run(&increment, 1, args![data.inout()])
+    });
+    assert!(matches!(refused, Ok(Err(Error::Lent))));
+    uhmm::Host::new(1).run(&increment, 1, args![inout(&mut data)]).unwrap();
+    assert!(data.iter().all(|&x| x == 2));
 }
 
 fn a_panic_waits_for_the_launches() {
