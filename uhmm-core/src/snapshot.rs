@@ -257,6 +257,9 @@ fn claim<'a>(core: &'a Core, dev: &Device, va: Va, others: Bits) -> Option<(&'a 
             thread::yield_now();
             continue;
         }
+        if state.device != 0 && state.device != dev.id() {
+            return None; // what was asked for could not come from the device that has it
+        }
         let pages = state.bounced();
         if pages.is_empty() && state.parked.is_empty() {
             block.keep.store(false, Ordering::Relaxed);

@@ -19,6 +19,7 @@ mod dying;
 mod evict;
 mod failing;
 mod faults;
+mod flights;
 mod harness;
 mod hints;
 mod kernel_access;
@@ -62,6 +63,7 @@ fn main() {
     tests.extend(kernel_futex::TESTS);
     tests.extend(leases::TESTS);
     tests.extend(scopes::TESTS);
+    tests.extend(flights::TESTS);
     tests.extend(bad_input::TESTS);
     tests.extend(lifecycle::TESTS);
     tests.extend(closing::TESTS);
