@@ -91,10 +91,11 @@ fn a_small_lease_does_not_fill_the_device() {
     let (_hmm, dev) = device(16);
     let mut small = [0u32; 500];
     let _lease = dev.acquire(args![inout(&mut small)]).unwrap();
-    for _ in 0..6 {
-        let mut data = vec![1u32; 3 << 19];
-        dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+    let mut arrays = vec![vec![1u32; 3 << 19]; 6];
+    for data in &mut arrays {
+        dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
     }
+    assert!(arrays.iter().flatten().all(|&x| x == 2));
 }
 
 /// Two that waited for the ends of leases took both of the device's threads: launches waited too, and whoever was to end the leases after one waited for ever.
