@@ -45,6 +45,7 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> 
     }
     overlap(args)?;
     if core.has_lost.load(Ordering::Relaxed) {
+        drop(core.space.hold()); // what has been unmapped is followed, not only announced
         lost(core, args)?;
     }
     // A coherent device uses in place what it has no room for.
