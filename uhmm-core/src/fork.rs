@@ -5,11 +5,10 @@
 //! What bypasses libc's fork (raw clone, `_Fork`) goes past this; vfork and posix_spawn need nothing, for they share the address space until exec.
 #![allow(unsafe_code)] // handlers that libc calls, and a lock that is taken in one and released in another
 
-use crate::core::{CURRENT, Core, NONE, current};
+use crate::core::{CURRENT, Core, EVERYTHING, NONE, current};
 use crate::left;
 use crate::line::Who;
 use crate::mirror::Reason;
-use crate::page::Span;
 use crate::process::{self, Held};
 use crate::sync::*;
 use uhmm_os::signal::Deferred;
@@ -45,7 +44,7 @@ extern "C" fn before() {
     let asked = held.ask_keeper(|core: &Core| {
         core::mem::forget(core.turns.enter(Who::Alone));
         core.evict_all();
-        core.space.mirrors.invalidate(Span { start: 0, end: 1 << 47 }, Reason::Fork);
+        core.space.mirrors.invalidate(EVERYTHING, Reason::Fork);
         core.space.left.for_each(|span| left::inherit(span, true));
         core::ptr::from_ref(core) as usize
     });

@@ -4,15 +4,11 @@
 //! has not finished a batch in [`fence_limit`](crate::DeviceConfig::fence_limit). Nothing but `unmap` and `release` is asked of it from then on. Its private pages are poisoned, block by
 //! block: at once by the call that finds it out, and before that by whoever touches one. What both had, and what a launch had parked, is the CPU's as before.
 
-use crate::core::{Core, Device};
+use crate::core::{Core, Device, EVERYTHING};
 use crate::driver::{Dma, DmaError, Done, Fence, KernelFault};
 use crate::error::Error;
 use crate::home;
-use crate::page::Span;
 use crate::sync::*;
-
-/// All addresses of the process.
-const EVERYTHING: Span = Span { start: 0, end: 1 << 47 };
 
 impl Device {
     /// Waits for a batch that was handed to the copy engine.

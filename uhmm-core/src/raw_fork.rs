@@ -11,17 +11,17 @@
 
 use crate::bits::Bits;
 use crate::coherent;
-use crate::core::Core;
+use crate::core::{Core, EVERYTHING};
 use crate::directory::State;
 use crate::home;
-use crate::page::{Span, Va};
+use crate::page::Va;
 use crate::ranges;
 use uhmm_os::uffd::{CopyMode, Userfaultfd};
 use uhmm_os::{Errno, PAGE, thread};
 
 /// Fills the child whose userfaultfd this is.
 pub(crate) fn fill(core: &Core, child: &Userfaultfd) {
-    core.dir.for_each(Span { start: 0, end: 1 << 47 }, |block, part| {
+    core.dir.for_each(EVERYTHING, |block, part| {
         let mut state = block.lock();
         let va = part.start;
         // The child has these too: whoever writes first gets a copy, and nothing tells who.

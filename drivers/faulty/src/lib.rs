@@ -5,12 +5,11 @@
 //! use uhmm_faulty::{Call, Fault, order};
 //!
 //! # fn main() -> Result<(), uhmm_core::Error> {
-//! let open = uhmm_faulty::around(uhmm_soft_open());
+//! let open = uhmm_faulty::around(uhmm_soft::open);
 //! let dev = CoreRef::get()?.device(DeviceConfig::new("faulty"), open)?;
 //! order(Call::ToHost, Fault::Failed, 3, 1); // the third batch from the device from now on fails, once
 //! # Ok(())
 //! # }
-//! # fn uhmm_soft_open() -> uhmm_core::OpenDriver { unimplemented!() }
 //! ```
 //!
 //! # Rules
