@@ -99,13 +99,20 @@ fn residency_agrees_with_the_page_table() {
     }
 }
 
-fn residency_of_coherent_memory() {
+/// A coherent device that has 4 MiB of twos.
+fn near() -> (Uhmm, uhmm::Device, Pages) {
     let hmm = Uhmm::new().unwrap();
     let dev = hmm.soft("near").memory(16 << 20).coherent(true).open().unwrap();
     let mut pages = Pages::new(4 << 20);
     let data = pages.slice::<u32>();
     data.fill(1);
     dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
+    (hmm, dev, pages)
+}
+
+fn residency_of_coherent_memory() {
+    let (hmm, dev, mut pages) = near();
+    let data = pages.slice::<u32>();
     let residency = hmm.residency(&*data).unwrap();
     assert_eq!((residency.coherent(), residency.on("near")), (4 << 20, 4 << 20));
     check_residency(&hmm, data.as_ptr() as usize, 4 << 20);
@@ -223,12 +230,8 @@ fn discarding_frees_the_devices_memory() {
 }
 
 fn discarding_coherent_and_locked_memory() {
-    let hmm = Uhmm::new().unwrap();
-    let dev = hmm.soft("near").memory(16 << 20).coherent(true).open().unwrap();
-    let mut pages = Pages::new(4 << 20);
+    let (hmm, dev, mut pages) = near();
     let data = pages.slice::<u32>();
-    data.fill(1);
-    dev.run(&increment, groups(data.len()), args![inout(data)]).unwrap();
     let before = dev.stats();
     hmm.discard(&mut data[1..]).unwrap();
     let residency = hmm.residency(&*data).unwrap();
