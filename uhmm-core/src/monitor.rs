@@ -380,9 +380,10 @@ impl Monitor {
         state.touches = state.touches.saturating_add(1);
         count(&dev.counters.cpu_faults, 1);
         if pages == away {
-            let run = self.stream.add(va, core.last_launch(), answer.ahead, answer.duplicate);
+            let launch = core.last_launch();
+            let run = self.stream.add(va, launch, answer.ahead, answer.duplicate);
             if run.left > 0 {
-                core.ahead.ask(run);
+                core.ahead.ask(run, launch);
                 core.assist.nudge();
             }
         }

@@ -10,6 +10,7 @@ crate::tests![
     a_stream_can_go_down,
     touches_here_and_there_bring_no_others,
     a_launch_ends_a_stream,
+    a_prefetch_is_not_undone_by_what_was_to_come_before_it,
     a_stream_beside_launches_and_unmapping,
 ];
 
@@ -108,6 +109,22 @@ fn a_launch_ends_a_stream() {
     away.touch(12);
     std::thread::sleep(Duration::from_millis(200));
     assert!((13..BLOCKS).all(|number| !away.is_home(number)), "one touch a launch is no stream");
+}
+
+/// Blocks were read in order, then all was prefetched to the device. What the stream had asked for before went on: it brought blocks home again that the
+/// prefetch had just sent.
+fn a_prefetch_is_not_undone_by_what_was_to_come_before_it() {
+    let (_hmm, dev) = device(256);
+    let mut away = Away::new(&dev);
+    for turn in 0..200 {
+        (0..4).for_each(|number| away.touch(number));
+        let data = away.pages.slice::<u8>();
+        dev.prefetch(data).unwrap();
+        let end = Instant::now() + Duration::from_micros(500);
+        while Instant::now() < end {
+            assert!((0..BLOCKS).all(|number| !away.is_home(number)), "a block came back in turn {turn}");
+        }
+    }
 }
 
 /// What comes ahead may be launched over, or unmapped, at any moment: nothing is lost, and nobody hangs.
