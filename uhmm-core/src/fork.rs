@@ -7,10 +7,11 @@
 
 use crate::core::{CURRENT, Core, EVERYTHING, NONE, current};
 use crate::left;
-use crate::line::Who;
+use crate::line::{Turn, Who};
 use crate::mirror::Reason;
-use crate::process::{self, Held};
+use crate::process::{self, CoreRef, Held};
 use crate::sync::*;
+use std::time::Duration;
 use uhmm_os::signal::Deferred;
 use uhmm_os::{Errno, system, thread};
 
@@ -37,33 +38,42 @@ extern "C" fn before() {
     if core.has_worker(thread::gettid()) {
         return; // a kernel that forks: its own launch cannot be waited for
     }
-    // Held until the fork is over, so that the core neither begins nor ends meanwhile.
-    let Ok(held) = process::lock() else { return };
+    let Some(user) = CoreRef::running() else { return }; // it has ended since
     // A handler on this thread that waits for the evictor would wait for one that waits for this. Once `under_way` tells of the fork, the evictor does not wait.
     let _deferred = Deferred::new();
+    let Some((held, turn)) = alone(user.core()) else { return };
     let asked = held.ask_keeper(|core: &Core| {
-        core::mem::forget(core.turns.enter(Who::Alone));
         core.evict_all();
         core.space.mirrors.invalidate(EVERYTHING, Reason::Fork);
         core.space.left.for_each(|span| left::inherit(span, true));
         core::ptr::from_ref(core) as usize
     });
-    match asked {
-        Some(core) => {
-            HELD.store(core, Ordering::Release);
-            core::mem::forget(held);
+    if let Some(core) = asked {
+        HELD.store(core, Ordering::Release);
+        core::mem::forget((held, turn));
+        core::mem::forget(user);
+    }
+}
+
+/// The turn, so that no launch runs, and the lock, so that no device begins or ends, until the fork is over. The turn comes first: a launch is waited for without
+/// the lock, which its kernel may want. `None` if address space is refused.
+fn alone(core: &Core) -> Option<(Held, Turn<'_>)> {
+    loop {
+        let turn = core.turns.enter(Who::Alone);
+        if let Some(held) = process::try_lock().ok()? {
+            return Some((held, turn));
         }
-        None => drop(held), // it has ended since
+        drop(turn);
+        std::thread::sleep(Duration::from_micros(50));
     }
 }
 
 extern "C" fn after_in_parent() {
     let core = HELD.load(Ordering::Acquire);
     if core != 0 {
-        // SAFETY: the core could not end since `before`, which took this lock and gave its guard up.
-        let core = unsafe { &*(core as *const Core) };
-        core.space.left.for_each(|span| left::inherit(span, false));
-        core.turns.leave();
+        let user = CoreRef::kept(core as *const Core);
+        user.core().space.left.for_each(|span| left::inherit(span, false));
+        user.core().turns.leave();
         HELD.store(0, Ordering::Release); // as long as the turn lasts, `under_way` says so
         drop(Held::again());
     }

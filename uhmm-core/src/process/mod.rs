@@ -133,7 +133,7 @@ pub(crate) fn lock() -> Result<Held, Error> {
     }
 }
 
-fn try_lock() -> Result<Option<Held>, Error> {
+pub(crate) fn try_lock() -> Result<Option<Held>, Error> {
     match page(LOCK) {
         Ok(()) => Ok(Some(Held)),
         Err(Errno::EXIST) => Ok(None),
@@ -265,6 +265,21 @@ impl CoreRef {
         let running = unsafe { &mut *running };
         running.users += 1;
         Ok(CoreRef { core: &raw const *running.core, process: std::process::id() })
+    }
+
+    /// A hold on the process's core, if it has one.
+    pub(crate) fn running() -> Option<Self> {
+        let held = lock().ok()?;
+        let running = held.running().ok().flatten()?;
+        // SAFETY: the lock is held, so this is the only reference.
+        let running = unsafe { &mut *running };
+        running.users += 1;
+        Some(CoreRef { core: &raw const *running.core, process: std::process::id() })
+    }
+
+    /// The hold on `core` that somebody had in this process, and gave up the value of without dropping it.
+    pub(crate) fn kept(core: *const Core) -> Self {
+        CoreRef { core, process: std::process::id() }
     }
 
     pub(crate) fn core(&self) -> &Core {

@@ -12,6 +12,7 @@ crate::tests![
     a_handle_that_a_kernel_drops_is_closed_later,
     devices_open_and_close_while_others_work,
     devices_close_before_forks,
+    kernels_open_handles_while_threads_fork,
     kernels_open_and_drop_handles_while_devices_close,
 ];
 
@@ -193,6 +194,28 @@ fn devices_close_before_forks() {
         assert!(data.iter().all(|&x| x == rounds));
         stop.store(true, Ordering::Relaxed);
     });
+}
+
+/// Whoever forked waited for the running launch with the lock held that its kernel wanted to open a handle.
+fn kernels_open_handles_while_threads_fork() {
+    let (_hmm, dev) = device(16);
+    let end = std::time::Instant::now() + seconds(3);
+    let opened = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let opened = &opened;
+        scope.spawn(move || {
+            let kernel = |_: &Ctx<'_>| {
+                opened.fetch_add(Uhmm::new().unwrap().devices().len(), Ordering::Relaxed);
+            };
+            while std::time::Instant::now() < end {
+                dev.run(&kernel, 2, args![]).unwrap();
+            }
+        });
+        while std::time::Instant::now() < end {
+            in_a_child(|| true);
+        }
+    });
+    assert!(opened.load(Ordering::Relaxed) > 10);
 }
 
 /// Whoever closed a device waited for the running launch with the lock held that its kernel wanted to open or drop a handle.
