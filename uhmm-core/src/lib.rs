@@ -61,6 +61,7 @@ pub mod own;
 pub mod page;
 pub mod policy;
 pub mod pool;
+pub mod port;
 pub mod prefetch;
 mod prepare;
 pub mod process;

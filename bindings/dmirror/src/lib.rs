@@ -1,0 +1,1 @@
+//! The interface of Linux's dummy HMM device, served by uhmm.
