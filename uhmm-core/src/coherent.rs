@@ -39,8 +39,9 @@ const LOOKS: usize = 4;
 /// # Errors
 /// `EAGAIN` if an event is unread: let it be read, and try the others again.
 pub(crate) fn enter(core: &Core, dev: &Device, state: &mut State, va: Va, pages: Bits) -> Result<(), Errno> {
+    let pages = pages - core.tags.private(va, dev.id());
     dev.changed();
-    core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate);
+    core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate { to: Some(dev.id()) });
     let (mut entered, mut result) = (Bits::EMPTY, Ok(()));
     ranges::frame_runs(core, state, pages & state.private(), |run, frame| {
         if result.is_ok()
@@ -121,7 +122,7 @@ pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: V
             let _ = ranges::unprotect(core, va, sealed);
             return Err(Errno::AGAIN);
         };
-        let (moved, end) = ranges::move_out(&core.space, va, sealed, &tray, false);
+        let (moved, end) = ranges::move_out(&core.space, va, sealed, &tray, None, false);
         tray.full |= moved;
         let failed = take_back(core, dev, state, &mut tray, moved);
         core.pool.put(tray);

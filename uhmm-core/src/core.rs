@@ -25,6 +25,7 @@ use crate::line::{Line, Turns};
 use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::{Span, Va};
+use crate::port::tags::Tags;
 use crate::policy::Policies;
 use crate::pool::Pool;
 use crate::prefetch::Prefetches;
@@ -83,6 +84,7 @@ pub struct Core {
     pub(crate) ahead: Ahead,
     pub(crate) prefetches: Prefetches,
     pub(crate) twins: Twins,
+    pub(crate) tags: Tags,
     pub(crate) devices: DeviceTable,
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
     /// Threads that are making pages the program's own.
@@ -160,6 +162,7 @@ impl Core {
             c_library: fixed::c_library(),
             assist: Assist::default(),
             ahead: Ahead::default(),
+            tags: Tags::default(),
             prefetches: Prefetches::new().map_err(reserve)?,
             twins: Twins::new(blocks).map_err(reserve)?,
             devices: DeviceTable::default(),

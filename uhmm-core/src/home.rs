@@ -47,8 +47,9 @@ pub(crate) fn bring_home_to(core: &Core, dev: &Device, state: &mut BlockGuard<'_
     if core.space.uffd.event_pending() {
         return Err(Errno::AGAIN);
     }
-    core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate);
+    core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate { to: None });
     ranges::unmap(core, dev, state, va, pages);
+    ranges::clear_marks(core, dev, pages, to)?;
     let Home { arrived, lost, mut result } = match pages.count() {
         _ if dev.is_lost() => Home { lost: pages, ..Home::NOTHING },
         0..=COPY_UP_TO => copy_home(core, dev, state, pages, to),

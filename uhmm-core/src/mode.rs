@@ -58,7 +58,7 @@ impl Mode {
     }
 
     /// The mode that the environment asks for, else the best that can be had, with its userfaultfd for the program's memory.
-    pub(crate) fn choose() -> Result<(Mode, Userfaultfd), Error> {
+    pub(crate) fn choose(markers: bool) -> Result<(Mode, Userfaultfd), Error> {
         let asked = match std::env::var(Self::VARIABLE) {
             Err(_) => None,
             Ok(name) => match [Mode::Full, Mode::UserModeOnly, Mode::None].into_iter().find(|mode| mode.name() == name) {
@@ -68,25 +68,26 @@ impl Mode {
             },
         };
         if let Some(mode) = asked {
-            return Ok((mode, mode.program()?));
+            return Ok((mode, mode.program(markers)?));
         }
         for mode in [Mode::Full, Mode::UserModeOnly] {
-            match mode.program() {
+            match mode.program(markers) {
                 Ok(uffd) => return Ok((mode, uffd)),
                 Err(Error::NoUserfaultfd(OpenError::Os { what, errno })) => return Err(OpenError::Os { what, errno }.into()),
                 Err(_) => {}
             }
         }
-        Ok((Mode::None, Mode::None.program()?))
+        Ok((Mode::None, Mode::None.program(false)?))
     }
 
-    fn program(self) -> Result<Userfaultfd, Error> {
+    fn program(self, markers: bool) -> Result<Userfaultfd, Error> {
+        let markers = if markers { Features::WP_UNPOPULATED } else { Features::empty() };
         // Forks that go past libc's are told where the process may know of them (CAP_SYS_PTRACE).
         if self == Mode::Full
-            && let Ok(uffd) = self.open(NEEDED.union(Features::EVENT_FORK))
+            && let Ok(uffd) = self.open(NEEDED.union(Features::EVENT_FORK).union(markers))
         {
             return Ok(uffd);
         }
-        self.open(if self == Mode::UserModeOnly { NEEDED_BY_USERS } else { NEEDED })
+        self.open(if self == Mode::UserModeOnly { NEEDED_BY_USERS } else { NEEDED.union(markers) })
     }
 }

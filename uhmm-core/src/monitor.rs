@@ -374,7 +374,13 @@ impl Monitor {
             advice: Default::default(),
             history: past.now(),
         };
-        let answer = policy::cpu_fault(core, ask);
+        let answer = if core.tags.store() == dev.id() {
+            // As the kernel does: the page, or the huge page that it is a part of.
+            let pages = if state.huge && away == Bits::ALL { Bits::ALL } else { Bits::one(page) };
+            policy::Return { pages, duplicate: false, ahead: 0 }
+        } else {
+            policy::cpu_fault(core, ask)
+        };
         let pages = (answer.pages | Bits::one(page)) & away;
         policy::one_more(&past.cpu_faults);
         state.touches = state.touches.saturating_add(1);

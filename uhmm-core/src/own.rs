@@ -193,3 +193,5 @@ unsafe impl Zeroed for usize {}
 unsafe impl Zeroed for crate::bits::Bits {}
 // SAFETY: a plain number.
 unsafe impl Zeroed for crate::sync::AtomicU64 {}
+// SAFETY: as above.
+unsafe impl Zeroed for crate::sync::AtomicU32 {}

@@ -45,9 +45,10 @@ pub(crate) fn hull(block: Span, bits: Bits) -> Span {
     pages(block, first..end)
 }
 
-/// Moves pages of the block at `va` into the same slots of a tray, which are empty. With `hasty`, stops at the first page that is refused. Mirrors are told first.
-pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, hasty: bool) -> (Bits, MoveEnd) {
-    space.mirrors.invalidate(hull(Span::block(va), bits), Reason::Migrate);
+/// Moves pages of the block at `va` into the same slots of a tray, which are empty. With `hasty`, stops at the first page that is refused. Mirrors are told first
+/// that they go `to` a device, or home.
+pub(crate) fn move_out(space: &Space, va: Va, bits: Bits, tray: &Tray, to: Option<u32>, hasty: bool) -> (Bits, MoveEnd) {
+    space.mirrors.invalidate(hull(Span::block(va), bits), Reason::Migrate { to });
     take_out(space, va, bits, tray, hasty)
 }
 
@@ -128,6 +129,25 @@ pub(crate) fn watch_and(core: &Core, span: Span, mut f: impl FnMut(Span)) -> Res
 pub(crate) fn protect(core: &Core, span: Span) -> Result<(), Errno> {
     // SAFETY: it changes no contents; a writer waits until the monitor has served it.
     unsafe { core.space.uffd.write_protect(span.start, span.len(), true) }
+}
+
+/// Takes the marks out of empty entries of the program's block at `to`, which nothing could be moved onto. See [`crate::port`].
+///
+/// # Errors
+/// `EAGAIN` if an event is unread.
+pub(crate) fn clear_marks(core: &Core, dev: &Device, pages: Bits, to: Va) -> Result<(), Errno> {
+    if !core.space.has_markers() || core.tags.store() != dev.id() {
+        return Ok(());
+    }
+    for run in pages.runs() {
+        let span = Span { start: to + run.start * PAGE, end: to + run.end * PAGE };
+        // SAFETY: as in `protect`; who waits there is woken when the pages have come, or touches them again.
+        match unsafe { core.space.uffd.write_protect(span.start, span.len(), false) } {
+            Err(Errno::AGAIN) => return Err(Errno::AGAIN),
+            _ => {} // unmapped, of which an event tells
+        }
+    }
+    Ok(())
 }
 
 /// Lets the program write pages again, and wakes who waits for that.

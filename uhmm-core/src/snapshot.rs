@@ -128,7 +128,7 @@ fn keep_page(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, page
     let frame = core.dir.frame(state, page);
     let Ok(now) = read_frame(dev, frame) else { return Ok(()) }; // it stays a snapshot, whose end tells
     let Some(mut tray) = core.pool.take_empty(Size::Small, one) else { return Ok(()) };
-    let (moved, end) = ranges::move_out(&core.space, va, one, &tray, false);
+    let (moved, end) = ranges::move_out(&core.space, va, one, &tray, Some(dev.id()), false);
     tray.full |= moved;
     if end == MoveEnd::All {
         // What the kernel wrote, declared or found by the twin, goes over the CPU's page; all of that is the device's page from now on.

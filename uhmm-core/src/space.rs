@@ -41,6 +41,14 @@ pub struct Present {
     pub huge: bool,
 }
 
+/// Whether the next [`Space`] is to be able to put markers into empty entries.
+static MARKERS: AtomicBool = AtomicBool::new(false);
+
+/// Has the process's core, if it starts from now on, be able to give pages that are away the look of swapped ones ([`crate::port`]).
+pub(crate) fn want_markers() {
+    MARKERS.store(true, Ordering::Release);
+}
+
 /// The process's address space.
 #[derive(Debug)]
 pub struct Space {
@@ -54,6 +62,7 @@ pub struct Space {
     pub left: Left,
     /// Who is told of changes.
     pub(crate) mirrors: Mirrors,
+    markers: bool,
     pagemap: Pagemap,
     events: RwLock<()>,
     /// How many find an event unread whenever they look: see [`Refusals`].
@@ -66,17 +75,24 @@ impl Space {
     /// # Errors
     /// [`crate::Error::NoUserfaultfd`] with what is missing; system errors of /proc.
     pub fn open() -> Result<Self, crate::Error> {
-        let (mode, uffd) = Mode::choose()?;
+        let markers = MARKERS.load(Ordering::Acquire);
+        let (mode, uffd) = Mode::choose(markers)?;
         Ok(Space {
             uffd,
             mode,
             left: Left::default(),
             mirrors: Mirrors::default(),
+            markers: markers && mode == Mode::Full,
             maps: Maps::open().map_err(|e| crate::Error::System("open /proc/self/maps", e))?,
             pagemap: Pagemap::open().map_err(|e| crate::Error::System("open /proc/self/pagemap", e))?,
             events: RwLock::new(()),
             impatient: AtomicU32::new(0),
         })
+    }
+
+    /// Whether write-protecting an empty entry marks it.
+    pub(crate) fn has_markers(&self) -> bool {
+        self.markers
     }
 
     /// Shares the event lock: the directory follows every event that was read.
@@ -122,7 +138,7 @@ impl Space {
     pub fn watch(&self, span: Span, mut f: impl FnMut(Span)) -> Result<(), Errno> {
         // What is watched for missing pages a mirror must not write: see `mirror`'s walk.rs.
         if self.mirrors.any() {
-            self.mirrors.begin(span, Reason::Migrate);
+            self.mirrors.begin(span, Reason::Migrate { to: None });
             let done = self.register(span);
             self.mirrors.end(span);
             done?;

@@ -75,6 +75,8 @@ pub struct Vma {
     pub dev: (u32, u32),
     /// What lies behind it.
     pub kind: VmaKind,
+    /// Bytes of its pages: more than 4096 for huge pages of a pool (hugetlbfs). Where only /proc/self/maps can be asked it is always 4096.
+    pub page_size: usize,
 }
 
 impl Vma {
@@ -235,6 +237,7 @@ impl Answer {
             inode: a.inode,
             dev,
             kind: VmaKind::new(a.inode, dev, name.get(..self.name_len).unwrap_or(&[])),
+            page_size: a.vma_page_size as usize,
         }
     }
 }

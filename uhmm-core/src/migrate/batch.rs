@@ -19,6 +19,8 @@ use uhmm_os::{Errno, PAGE, thread};
 #[derive(Debug)]
 pub(super) struct Item {
     pub(super) va: Va,
+    /// Where they go.
+    pub(super) device: u32,
     pub(super) intent: Intent,
     /// Pages that were taken out of the program, in `tray`.
     pub(super) moved: Bits,
@@ -174,7 +176,7 @@ impl Failed<'_> {
 /// Gives pages of one block back to the program that have been taken out into a tray, and are `Moving`: nobody else has a part in that block's migration.
 pub(crate) fn give_back(core: &Core, dev: &Device, va: Va, pages: Bits, tray: Tray) {
     let none = Bits::EMPTY;
-    let item = Item { va, intent: Intent::Move, moved: pages, zeroed: none, copied: none, tray: Some(tray), twins: none, rdonly: none };
+    let item = Item { va, device: dev.id(), intent: Intent::Move, moved: pages, zeroed: none, copied: none, tray: Some(tray), twins: none, rdonly: none };
     undo_block(core, dev, item);
 }
 

@@ -387,7 +387,7 @@ impl Core {
         state.device = dev.id();
         let (twins, rdonly) = (ask.twins & fresh, ask.rdonly & fresh);
         let mut item =
-            Item { va: span.start, intent, twins, rdonly, moved: Bits::EMPTY, zeroed: Bits::EMPTY, copied: Bits::EMPTY, tray: None };
+            Item { va: span.start, device: dev.id(), intent, twins, rdonly, moved: Bits::EMPTY, zeroed: Bits::EMPTY, copied: Bits::EMPTY, tray: None };
         let here = present.pages & fresh;
         let huge = present.huge && fresh == Bits::ALL;
         let end = self.take(&mut item, fresh, here, huge, populated);
@@ -469,7 +469,7 @@ impl Core {
     /// The device is going to write pages that both have: the CPU's copies go.
     fn take_shared(&self, state: &mut State, block: Va, shared: Bits) -> Result<(), Errno> {
         let Some(mut tray) = self.pool.take_empty(Size::Small, shared) else { return Ok(()) };
-        let (moved, end) = ranges::move_out(&self.space, block, shared, &tray, false);
+        let (moved, end) = ranges::move_out(&self.space, block, shared, &tray, Some(state.device), false);
         tray.full |= moved;
         self.pool.put(tray);
         state.shift(moved, PageState::Duplicated, Cause::DeviceWrite, PageState::Private);
@@ -514,7 +514,7 @@ impl Core {
                     return MoveEnd::All;
                 }
                 let Some(mut tray) = self.pool.take_empty(size, here) else { return MoveEnd::All };
-                let (moved, end) = ranges::move_out(&self.space, item.va, here, &tray, !populated);
+                let (moved, end) = ranges::move_out(&self.space, item.va, here, &tray, Some(item.device), !populated);
                 tray.full |= moved;
                 item.moved = moved;
                 item.zeroed = fresh - here;

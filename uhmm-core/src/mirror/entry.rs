@@ -22,6 +22,14 @@ impl Entry {
     pub(super) const ZERO: u16 = 32;
     pub(super) const PRIVATE: u16 = 64;
     pub(super) const COHERENT: u16 = 128;
+    /// The mapping may be read, whether there is a page or not.
+    pub(super) const MAP_READ: u16 = 256;
+    /// The mapping may be written.
+    pub(super) const MAP_WRITE: u16 = 512;
+    /// Private, and the asking port's own.
+    pub(super) const OWN: u16 = 1024;
+    /// Of a file that is a device's ([`crate::port`]).
+    pub(super) const DEVICE_FILE: u16 = 2048;
 
     pub(super) fn new(flags: u16, device: u32) -> Self {
         Entry { flags, device: device as u16 }
@@ -33,6 +41,26 @@ impl Entry {
 
     fn has(self, flag: u16) -> bool {
         self.flags & flag != 0
+    }
+
+    /// For ports: whether the mapping may be read, and written.
+    pub(crate) fn mapping_allows(self) -> (bool, bool) {
+        (self.has(Self::MAP_READ), self.has(Self::MAP_WRITE))
+    }
+
+    /// For ports: whether the page is the asking port's own, in its device's memory.
+    pub(crate) fn is_own(self) -> bool {
+        self.has(Self::OWN)
+    }
+
+    /// For ports: whether it is mapped from a device's file.
+    pub(crate) fn is_of_device_file(self) -> bool {
+        self.has(Self::DEVICE_FILE)
+    }
+
+    /// For ports: whether a huge page's entry maps it, wherever the page lies.
+    pub(crate) fn is_huge(self) -> bool {
+        self.has(Self::HUGE)
     }
 
     /// Whether the process has a mapping there.
@@ -121,12 +149,14 @@ pub struct Request<'a> {
     pub(super) default: Want,
     pub(super) each: &'a [Want],
     pub(super) leave: bool,
+    /// The number of the port's device that asks, whose pages stay; 0 for none. See [`crate::port`].
+    pub(super) own: u8,
 }
 
 impl<'a> Request<'a> {
     /// All pages, for reading.
     pub fn read() -> Self {
-        Request { default: Want::Read, each: &[], leave: false }
+        Request { default: Want::Read, each: &[], leave: false, own: 0 }
     }
 
     /// All pages, for reading and writing.
@@ -136,12 +166,17 @@ impl<'a> Request<'a> {
 
     /// What `wants` says of each page, from the first of the range on; of those that it does not reach, nothing.
     pub fn each(wants: &'a [Want]) -> Self {
-        Request { default: Want::Nothing, each: wants, leave: false }
+        Request { default: Want::Nothing, each: wants, leave: false, own: 0 }
     }
 
     /// A page that a device has alone stays there, and its entry says so. Otherwise it comes home, as if the CPU touched it.
     pub fn leave_on_devices(self) -> Self {
         Request { leave: true, ..self }
+    }
+
+    /// Pages that lie in the memory of the port's device with this number are as good as here.
+    pub(crate) fn for_port(self, number: u8) -> Self {
+        Request { own: number, ..self }
     }
 
     pub(super) fn of(&self, page: usize) -> Want {

@@ -96,7 +96,10 @@ pub enum Reason {
     /// What may be done there changes.
     Protect,
     /// A page leaves for a device, or is about to; or comes home from one.
-    Migrate,
+    Migrate {
+        /// The device that it goes to ([`DeviceRef::id`](crate::DeviceRef::id)); `None` if it comes home, or may go somewhere.
+        to: Option<u32>,
+    },
     /// The process is forked: pages are shared copy-on-write with the child.
     Fork,
     /// The mirror ends.
@@ -167,7 +170,6 @@ impl CoreRef {
     /// [`Error::Mirror`] in the mode without userfaultfd, for an empty range, and if there are 256 already; [`Error::System`] if a thread or address space is
     /// refused.
     pub fn mirror<N: Notifier>(&self, range: Range<Va>, notifier: N) -> Result<Mirror<N>, Error> {
-        let reserve = |e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
         let core = self.core();
         if core.space.mode == Mode::None {
             return Err(Error::Mirror { why: "there is no userfaultfd to tell of changes (see `uhmm doctor`)" });
@@ -179,6 +181,13 @@ impl CoreRef {
         if !span.and(own::PLACE).is_empty() {
             return Err(Error::Mirror { why: "the range holds addresses of uhmm's own memory (0x200000000000 to 0x2fffffffffff)" });
         }
+        self.mirror_span(span, notifier)
+    }
+
+    /// Mirrors whole pages, in a process with userfaultfd. Who asks keeps off uhmm's own memory.
+    pub(crate) fn mirror_span<N: Notifier>(&self, span: Span, notifier: N) -> Result<Mirror<N>, Error> {
+        let reserve = |e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
+        let core = self.core();
         let head =
             Head { core: core::ptr::from_ref(core), watch: Watch { span, seq: AtomicU64::new(0) }, desk: Desk::new().map_err(reserve)? };
         let hold = CoreRef::get()?;
@@ -239,7 +248,7 @@ impl<N: Notifier> Mirror<N> {
         &self.inner
     }
 
-    fn ask<R: Send>(&self, job: impl FnOnce(&Core) -> R + Send) -> Option<R> {
+    pub(crate) fn ask<R: Send>(&self, job: impl FnOnce(&Core) -> R + Send) -> Option<R> {
         // SAFETY: the thread serves with the core.
         unsafe { self.inner().head.desk.ask(job) }
     }
@@ -295,7 +304,12 @@ impl<N: Notifier> Mirror<N> {
     /// # Errors
     /// [`Fault::Busy`], [`Fault::Range`], [`Fault::System`].
     pub fn snapshot(&self, range: Range<Va>, budget: Duration) -> Result<Pages, Fault> {
-        self.look(range, Request { default: Want::Nothing, each: &[], leave: true }, budget)
+        self.look(range, Request { default: Want::Nothing, each: &[], leave: true, own: 0 }, budget)
+    }
+
+    /// As [`snapshot`](Self::snapshot), for a port.
+    pub(crate) fn snapshot_for_port(&self, range: Range<Va>, number: u8, budget: Duration) -> Result<Pages, Fault> {
+        self.look(range, Request { default: Want::Nothing, each: &[], leave: true, own: number }, budget)
     }
 
     fn look(&self, range: Range<Va>, request: Request<'_>, budget: Duration) -> Result<Pages, Fault> {

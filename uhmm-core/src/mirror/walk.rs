@@ -97,6 +97,7 @@ impl Job<'_> {
     fn touch_block(&self, vma: &Vma, part: Span) -> Result<bool, Fault> {
         let away = match self.core.dir.get(part.start) {
             Some(block) if self.request.leave => block.lock().private(),
+            Some(block) if self.request.own != 0 => self.own(&block.lock(), part.start),
             _ => Bits::EMPTY,
         };
         let left = |va: Va| away.has(va % uhmm_os::BLOCK / PAGE);
@@ -119,6 +120,13 @@ impl Job<'_> {
             at = end;
         }
         Ok(true)
+    }
+
+    /// Private pages of the asking port's device.
+    fn own(&self, state: &State, va: Va) -> Bits {
+        let tags = &self.core.tags;
+        let here = self.request.own != 0 && state.device != 0 && state.device == tags.store();
+        if here { state.private() & tags.of(va, self.request.own).own } else { Bits::EMPTY }
     }
 
     /// Faults pages in, all with the same permission. False if the mapping has changed.
@@ -178,8 +186,8 @@ impl Job<'_> {
         }
         let served = |(want, entry): (&Want, &Entry)| match want {
             Want::Nothing => true,
-            Want::Read => entry.may_read() || (self.request.leave && entry.on_device().is_some()),
-            Want::Write => entry.may_write() || (self.request.leave && entry.on_device().is_some()),
+            Want::Read => entry.may_read() || entry.is_own() || (self.request.leave && entry.on_device().is_some()),
+            Want::Write => entry.may_write() || (entry.is_own() && entry.mapping_allows().1) || (self.request.leave && entry.on_device().is_some()),
         };
         Ok(wants.iter().zip(&*found).all(served))
     }
@@ -190,7 +198,7 @@ impl Job<'_> {
         let mut written = Bits::EMPTY;
         wants.iter().enumerate().filter(|(_, want)| **want == Want::Write).for_each(|(page, _)| written.set(first + page));
         // Whatever the directory says: what was registered while an event was unread is not noted there.
-        let freed = written - (state.private() | state.duplicated());
+        let freed = written - (state.private() | state.duplicated() | state.coherent());
         for run in freed.runs() {
             let span = ranges::pages(Span::block(part.start), run.clone());
             if self.core.space.uffd.unregister(span.start, span.len()).is_err() {
@@ -199,22 +207,30 @@ impl Job<'_> {
             state.reg -= Bits::range(run);
         }
         // What a device still has is brought home, or given up, by the next round's touch.
-        self.request.leave || !written.meets(state.private() | state.duplicated())
+        let own = self.own(state, part.start);
+        self.request.leave || !written.meets((state.private() - own) | state.duplicated())
     }
 
     /// The entries of pages of one mapping.
     fn describe(&self, state: &State, vma: &Vma, watched: bool, here: Span, wants: &[Want], found: &mut [Entry]) -> Result<(), Errno> {
         let present = self.core.space.present(here)?;
+        let own = self.own(state, here.start);
+        let device_file = self.core.tags.is_device(vma.dev, vma.inode);
         let mut raw = [pagemap::Entry::default(); PAGES];
         let told = self.core.space.page_entries(here.start, &mut raw[..found.len()])?;
         for (page, entry) in found.iter_mut().enumerate() {
             let bit = (here.start % uhmm_os::BLOCK) / PAGE + page;
             let mut flags = Entry::MAPPED | if watched { Entry::WATCHED } else { 0 };
+            flags |= if vma.read { Entry::MAP_READ } else { 0 };
+            flags |= if vma.write { Entry::MAP_WRITE } else { 0 };
+            flags |= if device_file { Entry::DEVICE_FILE } else { 0 };
             let private = state.private().has(bit);
             let coherent = state.coherent().has(bit);
             let now = if page < told { raw[page] } else { pagemap::Entry::default() };
             if private {
                 flags |= Entry::PRIVATE;
+                flags |= if own.has(bit) { Entry::OWN } else { 0 };
+                flags |= if state.huge && state.private() == Bits::ALL { Entry::HUGE } else { 0 };
             } else if now.present {
                 let zero = present.zero.has(bit);
                 // After a write fault the page is the program's own, whatever the count of its mappings says.

@@ -2,12 +2,36 @@
 //!
 //! A [`Station`] gives a process the memory that ports share; a [`Port`] is one opened device. Its *entries* say which pages the device may access now. Whatever changes
 //! the mapping of a page erases its entry; a migration to the port's own device does not.
+//!
+//! The contents of pages that have migrated lie in one memory for all devices of a process, and a tag for each page says whose it is: pages of one block (2 MiB) can be on several devices.
+//!
+//! | module | what |
+//! |---|---|
+//! | `table` | the entries |
+//! | `access` | reads and writes through them |
+//! | `migrate` | migration both ways, and exclusive access |
+//! | `tags` | whose pages are |
 
-use crate::page::Va;
-use crate::process::{CoreRef, DeviceConfig, OpenDriver};
+mod access;
+mod migrate;
+mod table;
+pub(crate) mod tags;
+
+use crate::core::{Core, Device, DeviceRef};
+use crate::error::Error;
+use crate::line::Who;
+use crate::mirror::registry::Mirrors;
+use crate::mirror::{Fault, Mirror, Reason, Request};
+use crate::mode::Mode;
+use crate::own;
+use crate::page::{Span, Va};
+use crate::process::{self, CoreRef, DeviceConfig, OpenDriver};
+use crate::space;
+use crate::sync::*;
 use core::ops::Range;
-use std::time::Duration;
-use uhmm_os::Errno;
+use std::time::{Duration, Instant};
+use table::Table;
+use uhmm_os::{Errno, PAGE};
 
 /// Which device a port belongs to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -101,58 +125,170 @@ pub const BUDGET: Duration = Duration::from_secs(1);
 /// The memory that all ports of a process share.
 #[derive(Debug)]
 pub struct Station {
+    store: DeviceRef,
     core: CoreRef,
 }
 
 /// One opened device.
 #[derive(Debug)]
 pub struct Port {
+    mirror: Mirror<Table>,
+    store: DeviceRef,
     owner: Owner,
+    fail: AtomicBool,
 }
 
 impl Station {
     /// Opens the memory, as the device that `config` and `open` describe: a coherent one.
     ///
     /// # Errors
-    /// Those of [`CoreRef::get`] and [`CoreRef::device`].
-    pub fn open(config: DeviceConfig, open: OpenDriver) -> Result<Self, crate::Error> {
-        let _ = (config, open);
-        Ok(Station { core: CoreRef::get()? })
+    /// Those of [`CoreRef::get`] and [`CoreRef::device`]; [`Error::Mirror`] where the process may not use userfaultfd for its own system calls.
+    pub fn open(config: DeviceConfig, open: OpenDriver) -> Result<Self, Error> {
+        space::want_markers();
+        let core = CoreRef::get()?;
+        if core.mode() != Mode::Full {
+            return Err(Error::Mirror { why: "it takes userfaultfd in full mode (see `uhmm doctor`)" });
+        }
+        let store = core.device(DeviceConfig { coherent: true, ..config }, open)?;
+        core.core().tags.begin(store.id()).map_err(no_room)?;
+        Ok(Station { store, core })
     }
 
     /// A port of a device.
     ///
     /// # Errors
     /// Those of [`CoreRef::mirror`].
-    pub fn port(&self, owner: Owner) -> Result<Port, crate::Error> {
-        let _ = &self.core;
-        Ok(Port { owner })
+    pub fn port(&self, owner: Owner) -> Result<Port, Error> {
+        let table = Table::new([self.store.id(), migrate::IDS + u32::from(owner.number)]).map_err(no_room)?;
+        let mirror = self.core.mirror_span(EVERYTHING, table)?;
+        Ok(Port { mirror, store: self.store.again()?, owner, fail: AtomicBool::new(false) })
     }
 
     /// Brings home all that lies in the memory of the device with this number, and revokes what is exclusive to it.
     pub fn release(&self, number: u8) {
-        let _ = number;
+        let store = &self.store;
+        let _ = store.ask(|core, dev| {
+            core.space.settle();
+            let _turn = core.turns.enter(Who::Alone);
+            let _prepare = core.prepare.lock();
+            core.dir.for_each(EVERYTHING, |block, part| {
+                let pages = {
+                    let _hold = core.space.hold();
+                    let state = block.lock();
+                    let all = state.private() | state.coherent();
+                    if state.device == dev.id() { all & core.tags.all_of(part.start, number) } else { crate::bits::Bits::EMPTY }
+                };
+                if !pages.is_empty() {
+                    let _ = crate::home::send_pages_home(core, dev, part.start, pages);
+                }
+            });
+            Ok(())
+        });
     }
 
     /// Pages of files with this inode on this device (major, minor) are a device's: they can be read, and do not migrate.
     pub fn add_device_file(&self, dev: (u32, u32), inode: u64) {
-        let _ = (dev, inode);
+        self.core.core().tags.add_file(dev, inode);
     }
 
-    /// The process's own userfaultfd is about to watch a range: ends uhmm's watch where nothing is on a device.
+    /// Another userfaultfd, the program's own, is about to watch a range: ends uhmm's watch where nothing is on a device.
     pub fn step_aside(&self, range: Range<Va>) {
-        let _ = range;
+        let span = Span::touching(range.start, range.end);
+        let _ = self.store.ask(|core, _| {
+            core.dir.for_each(span, |block, part| {
+                let _hold = core.space.hold();
+                let mut state = block.lock();
+                if (state.resident() | state.busy()).meets(part.bits()) {
+                    return;
+                }
+                if core.space.uffd.unregister(part.start, part.len()).is_ok() {
+                    state.reg -= part.bits();
+                }
+            });
+            Ok(())
+        });
     }
 }
 
+fn no_room(e: Errno) -> Error {
+    Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e)
+}
+
+/// Whether uhmm's own memory may lie there, or no process's: no device reaches it.
+fn is_ours(span: Span) -> bool {
+    span.end > EVERYTHING.end || !span.and(own::PLACE).is_empty()
+}
+
+/// All addresses of a process.
+const EVERYTHING: Span = Span { start: 0, end: 1 << 47 };
+
 impl Port {
+    /// Which device it belongs to.
+    pub fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    /// Does something on the port's thread.
+    fn on<R: Send>(&self, job: impl FnOnce(&Core, &Device, &Table) -> Result<R, PortError> + Send) -> Result<R, PortError> {
+        let (dev, table) = (self.store.dev(), self.mirror.notifier());
+        self.mirror.ask(move |core| job(core, dev, table)).unwrap_or(Err(PortError::System(Errno::SRCH)))
+    }
+
+    /// Faults pages in for the device, and enters them.
+    fn fault(&self, span: Span, write: bool, limit: Instant) -> Result<(), PortError> {
+        if is_ours(span) {
+            return Err(PortError::Fault { address: span.start });
+        }
+        let request = if write { Request::write() } else { Request::read() };
+        loop {
+            let left = limit.saturating_duration_since(Instant::now());
+            let pages = self
+                .mirror
+                .range_fault(span.start..span.end, &request.for_port(self.owner.number), left)
+                .map_err(|fault| told(fault, write))?;
+            let entered = self.on(|core, _, table| Ok(access::enter(core, table, &pages, || !self.mirror.read_retry(pages.seq))))?;
+            if entered {
+                return Ok(());
+            }
+            if Instant::now() >= limit {
+                return Err(PortError::Busy);
+            }
+        }
+    }
+
+    /// Accesses whole pages by `access`, which says how many were reached before one without an entry; those are faulted in.
+    fn rounds(
+        &self,
+        start: Va,
+        bytes: usize,
+        write: bool,
+        mut access: impl FnMut(usize) -> Result<usize, PortError>,
+    ) -> Result<u64, PortError> {
+        let limit = Instant::now() + BUDGET;
+        let (mut done, mut rounds) = (0, 0);
+        loop {
+            done += access(done)?;
+            if done * PAGE >= bytes {
+                return Ok(rounds);
+            }
+            if Instant::now() >= limit {
+                return Err(PortError::Busy);
+            }
+            self.fault(Span { start: start + done * PAGE, end: start + bytes }, write, limit)?;
+            rounds += 1;
+        }
+    }
+
     /// The device reads `out.len()` bytes, whole pages, from `start` on, through its page table: how many rounds of faults that took.
     ///
     /// # Errors
     /// [`PortError::Fault`], [`PortError::Busy`]. `out` has undefined contents then.
     pub fn read(&self, start: Va, out: &mut [u8]) -> Result<u64, PortError> {
-        let _ = (start, out, self.owner);
-        Err(PortError::System(Errno::NOSYS))
+        let (bytes, number) = (out.len(), self.owner.number);
+        self.rounds(start, bytes, false, |done| {
+            let out = &mut out[done * PAGE..];
+            self.on(|core, _, table| access::read(core, table, number, start + done * PAGE, out))
+        })
     }
 
     /// The device writes whole pages from `start` on: how many rounds of faults that took.
@@ -164,8 +300,23 @@ impl Port {
     /// As writing by a pointer: the program expects it.
     #[allow(unsafe_code)]
     pub unsafe fn write(&self, start: Va, data: &[u8]) -> Result<u64, PortError> {
-        let _ = (start, data);
-        Err(PortError::System(Errno::NOSYS))
+        let number = self.owner.number;
+        self.rounds(start, data.len(), true, |done| {
+            let data = &data[done * PAGE..];
+            // SAFETY: the caller's promise.
+            self.on(|core, _, table| unsafe { access::write(core, table, number, start + done * PAGE, data) })
+        })
+    }
+
+    /// Reads what the device has entries for: all of it.
+    fn read_back(&self, start: Va, out: &mut [u8]) -> Result<(), PortError> {
+        let (pages, number) = (out.len() / PAGE, self.owner.number);
+        let read = self.on(|core, _, table| access::read(core, table, number, start, out))?;
+        if read == pages { Ok(()) } else { Err(PortError::Missing { address: start + read * PAGE }) }
+    }
+
+    fn job<'a>(&'a self, core: &'a Core, dev: &'a Device, table: &'a Table, exclusive: bool) -> migrate::Job<'a> {
+        migrate::Job { core, dev, table, owner: self.owner, exclusive, fail: &self.fail }
     }
 
     /// Moves pages to the device, then reads all of them through its page table.
@@ -173,8 +324,9 @@ impl Port {
     /// # Errors
     /// [`PortError::Unfit`], with what came before it moved; [`PortError::Missing`] if a page has not moved and has no entry.
     pub fn migrate_to_device(&self, start: Va, out: &mut [u8]) -> Result<(), PortError> {
-        let _ = (start, out);
-        Err(PortError::System(Errno::NOSYS))
+        let span = access::span(start, out.len());
+        self.on(|core, dev, table| self.job(core, dev, table, false).to_device(span))?;
+        self.read_back(start, out)
     }
 
     /// Moves this device's pages of a range back to the system: how many entries moved (a block of 2 MiB that moves as one is one).
@@ -182,8 +334,8 @@ impl Port {
     /// # Errors
     /// [`PortError::Unfit`], as above.
     pub fn migrate_to_system(&self, range: Range<Va>) -> Result<u64, PortError> {
-        let _ = range;
-        Err(PortError::System(Errno::NOSYS))
+        let span = Span { start: range.start, end: range.end };
+        self.on(|core, dev, table| self.job(core, dev, table, false).to_system(span))
     }
 
     /// What the device finds at each page, without faulting anything.
@@ -191,8 +343,36 @@ impl Port {
     /// # Errors
     /// [`PortError::Busy`].
     pub fn snapshot(&self, start: Va, out: &mut [Sight]) -> Result<(), PortError> {
-        let _ = (start, out);
-        Err(PortError::System(Errno::NOSYS))
+        let end = start.saturating_add(out.len() * PAGE);
+        if is_ours(Span { start, end }) {
+            out.fill(Sight { error: true, ..Sight::default() });
+            return Ok(());
+        }
+        let pages = self.mirror.snapshot_for_port(start..end, self.owner.number, BUDGET).map_err(|fault| told(fault, false))?;
+        let tags = &self.store.core().tags;
+        for (page, (entry, sight)) in pages.entries.iter().zip(out).enumerate() {
+            let va = start + page * PAGE;
+            let (read, write) = entry.mapping_allows();
+            let own = tags.is(va, self.owner.number);
+            *sight = Sight { error: !entry.is_mapped() || !read, ..Sight::default() };
+            if sight.error {
+                continue;
+            }
+            if entry.on_device().is_some() {
+                let own = entry.is_own();
+                let place = if own { Place::Private } else { Place::System };
+                *sight = Sight { error: false, read: own, write: own && write, huge: own && entry.is_huge(), zero: false, place };
+            } else if entry.may_read() {
+                let place = match entry.on_coherent_device() {
+                    Some(_) if own => Place::Coherent,
+                    Some(_) => Place::OtherCoherent,
+                    None => Place::System,
+                };
+                let write = entry.may_write() && !entry.is_of_device_file();
+                *sight = Sight { error: false, read: true, write, huge: entry.is_huge(), zero: entry.is_zero_page(), place };
+            }
+        }
+        Ok(())
     }
 
     /// Makes pages exclusive to the device, then reads them: any touch by the CPU, a fork or a change of protection revokes that.
@@ -200,29 +380,77 @@ impl Port {
     /// # Errors
     /// [`PortError::Fault`], also for what may not be written; [`PortError::NotAnonymous`]; [`PortError::Missing`] if it was revoked before all was read.
     pub fn exclusive(&self, start: Va, out: &mut [u8]) -> Result<(), PortError> {
-        let _ = (start, out);
-        Err(PortError::System(Errno::NOSYS))
+        let span = access::span(start, out.len());
+        self.on(|core, dev, table| {
+            let mut at = span.start;
+            while at < span.end {
+                let vma = migrate::mapping(core, at)?.filter(|vma| vma.read && vma.write).ok_or(PortError::Fault { address: at })?;
+                if !vma.is_private_anonymous() {
+                    return Err(PortError::NotAnonymous { address: at });
+                }
+                let part = Span { start: at, end: vma.end.min(span.end) };
+                // As a write by the CPU: what a device has of it comes home, and it is the program's own.
+                migrate::own_pages(part).map_err(|_| PortError::Fault { address: at })?;
+                at = part.end;
+            }
+            let job = self.job(core, dev, table, true);
+            for part in span.blocks() {
+                job.take_tagged_home(part)?;
+            }
+            job.to_device(span)
+        })?;
+        self.read_back(start, out)
     }
 
     /// Whether any page of the range is still exclusive to this port.
     pub fn is_exclusive(&self, range: Range<Va>) -> bool {
-        let _ = range;
-        false
+        let table = self.mirror.notifier();
+        range.step_by(PAGE).any(|va| table.word(va).is_some_and(|word| word.has(table::EXCLUSIVE)))
     }
 
     /// Whether the port's next allocation of memory, for a block or a page, fails.
     pub fn fail_allocation(&self, fail: bool) {
-        let _ = fail;
+        self.fail.store(fail, Ordering::Relaxed);
+    }
+}
+
+/// What a fault means for a command.
+fn told(fault: Fault, write: bool) -> PortError {
+    match fault {
+        Fault::Protected { address, write: true } if write => PortError::Denied { address },
+        Fault::Unmapped { address } | Fault::Protected { address, .. } | Fault::Unreachable { address } => PortError::Fault { address },
+        Fault::Range { start, .. } => PortError::Fault { address: start },
+        Fault::Busy { .. } => PortError::Busy,
+        Fault::System(e) => PortError::System(e),
+        _ => PortError::System(Errno::IO),
     }
 }
 
 /// Tells ports that mappings of a range change in a way that nothing else announces: a change of protection, above all. To be called before it is made; the change counts as made when
 /// the value is dropped.
 #[derive(Debug)]
-pub struct Change(());
+pub struct Change(Option<Span>);
 
 /// Begins a change of a range.
 pub fn change(range: Range<Va>) -> Change {
-    let _ = range;
-    Change(())
+    let span = Span::touching(range.start, range.end.min(EVERYTHING.end));
+    let begun = !span.is_empty() && with_mirrors(|mirrors| mirrors.begin(span, Reason::Protect));
+    Change(begun.then_some(span))
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        if let Some(span) = self.0 {
+            with_mirrors(|mirrors| mirrors.end(span));
+        }
+    }
+}
+
+/// Does something with the process's mirrors, on the keeper; false if there are none.
+fn with_mirrors(f: impl FnOnce(&Mirrors) + Send) -> bool {
+    if !crate::core::current().is_some_and(|core| core.space.mirrors.any()) {
+        return false;
+    }
+    let Ok(held) = process::lock() else { return false };
+    held.ask_keeper(|core: &Core| f(&core.space.mirrors)).is_some()
 }

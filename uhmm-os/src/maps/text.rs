@@ -118,6 +118,7 @@ impl<'a> Line<'a> {
             inode: self.inode,
             dev,
             kind: VmaKind::new(self.inode, dev, self.name()),
+            page_size: crate::PAGE,
         }
     }
 }

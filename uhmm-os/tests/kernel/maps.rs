@@ -104,6 +104,7 @@ fn from_line(line: &str) -> (Vma, String) {
         inode,
         dev: (hex(major) as u32, hex(minor) as u32),
         kind,
+        page_size: uhmm_os::PAGE,
     };
     (vma, name)
 }

@@ -38,6 +38,7 @@ mod own_memory;
 mod peer_drivers;
 mod peers;
 mod policies;
+mod ports;
 mod prefetches;
 mod profiles;
 mod races;
@@ -70,6 +71,7 @@ fn main() {
     tests.extend(coherent::TESTS);
     tests.extend(coherent_races::TESTS);
     tests.extend(policies::TESTS);
+    tests.extend(ports::TESTS);
     tests.extend(profiles::TESTS);
     tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);

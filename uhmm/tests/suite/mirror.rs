@@ -46,7 +46,7 @@ impl Noting {
     }
 }
 
-const SIMPLE: [Reason; 6] = [Reason::Unmap, Reason::Discard, Reason::Protect, Reason::Migrate, Reason::Fork, Reason::Release];
+const SIMPLE: [Reason; 6] = [Reason::Unmap, Reason::Discard, Reason::Protect, Reason::Migrate { to: None }, Reason::Fork, Reason::Release];
 
 impl Notifier for Noting {
     fn invalidate(&self, span: Span, reason: Reason) {
@@ -60,6 +60,7 @@ impl Notifier for Noting {
         if let Some(note) = self.told.get(self.count.load(SeqCst)) {
             let code = match reason {
                 Reason::Remap { to } => to,
+                Reason::Migrate { .. } => 3,
                 simple => SIMPLE.iter().position(|one| *one == simple).unwrap_or(NOTES),
             };
             let values = [(span.start - self.start) / PAGE, span.len() / PAGE, code];

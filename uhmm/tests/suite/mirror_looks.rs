@@ -194,7 +194,7 @@ fn pages_on_a_device() {
     told(&mirror);
     dev.prefetch(&memory.slice::<u8>()[16 * PAGE..32 * PAGE]).unwrap();
     let notes = told(&mirror);
-    let about = |note: &Note| note.2 == Reason::Migrate && note.0 < 32 && note.0 + note.1 > 16;
+    let about = |note: &Note| matches!(note.2, Reason::Migrate { .. }) && note.0 < 32 && note.0 + note.1 > 16;
     assert!(!notes.is_empty() && notes.iter().all(about), "{notes:?}");
     assert_eq!((allowed(&mirror, 20), read_byte(&mirror, mirror.span().start + 20 * PAGE)), ((false, false), None));
     let away = 16 * PAGE..32 * PAGE;
@@ -213,7 +213,7 @@ fn pages_on_a_device() {
     told(&mirror);
     let home = fault_in(&mirror, &Request::read());
     assert!(home.entries.iter().all(|entry| entry.may_read() && entry.on_device().is_none()));
-    assert!(told(&mirror).iter().any(|note| note.2 == Reason::Migrate));
+    assert!(told(&mirror).iter().any(|note| matches!(note.2, Reason::Migrate { .. })));
     assert_eq!(read_byte(&mirror, mirror.span().start + 20 * PAGE), Some(3));
     // They are watched for missing pages by now, and leave again.
     dev.prefetch(&memory.slice::<u8>()[away.clone()]).unwrap();

@@ -39,7 +39,7 @@ fn index(reason: Reason) -> usize {
         Reason::Remap { .. } => 1,
         Reason::Discard => 2,
         Reason::Protect => 3,
-        Reason::Migrate => 4,
+        Reason::Migrate { .. } => 4,
         Reason::Fork => 5,
         _ => 6,
     }
@@ -227,7 +227,7 @@ fn sums_while_pages_are_unmapped_protected_dropped_and_refilled() {
     assert!(errors.contains("unmapped") && errors.contains("protected"), "{errors:?}");
     let told = [Reason::Unmap, Reason::Remap { to: 0 }, Reason::Discard, Reason::Protect].map(|reason| mirror.notifier().told(reason));
     assert!(told.iter().all(|&times| times > 0), "{told:?}");
-    assert_eq!(mirror.notifier().told(Reason::Migrate), 0, "no page migrates");
+    assert_eq!(mirror.notifier().told(Reason::Migrate { to: None }), 0, "no page migrates");
     assert_eq!(pages_present(list.memory.atomics::<std::sync::atomic::AtomicU64>()), LEN);
 }
 
@@ -309,7 +309,7 @@ fn sums_while_the_list_migrates() {
         done.store(true, Relaxed);
         assert!(walks.join().unwrap() > 5);
     });
-    assert!(mirror.notifier().told(Reason::Migrate) > 0);
+    assert!(mirror.notifier().told(Reason::Migrate { to: None }) > 0);
     assert!(dev.stats().pages_to_cpu > 0 && dev.stats().bytes_to_device > 0);
 }
 
@@ -383,5 +383,5 @@ fn writes_while_mappings_change() {
     for (page, count) in counts.iter().enumerate() {
         assert_eq!(words[(page * PAGE + 2040) / 8].load(SeqCst), *count, "page {page}");
     }
-    assert!(mirror.notifier().told(Reason::Migrate) > 0);
+    assert!(mirror.notifier().told(Reason::Migrate { to: None }) > 0);
 }

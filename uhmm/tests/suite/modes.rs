@@ -66,6 +66,7 @@ const FULL_ONLY: &[&str] = &[
     "kernel_futex::",
     "own_memory::",
     "policies::",
+    "ports::",
     "peer_drivers::",
     "peers::",
     "prefetches::",

@@ -1,0 +1,279 @@
+//! Migration for ports: in the manner of the kernel's `migrate_vma`, page by page, and exclusive access.
+//!
+//! It runs on the port's thread, with the turn alone, so that no launch runs whose pages it could take, and no other port migrates.
+
+use super::table::{EXCLUSIVE, READ, Table, WATCHED, WRITE};
+use super::{Owner, PortError};
+use crate::bits::Bits;
+use crate::core::{Core, Device};
+use crate::error::Error;
+use crate::home;
+use crate::line::Who;
+use crate::migrate::Intent;
+use crate::mirror::Reason;
+use crate::page::{Span, Va};
+use crate::ranges;
+use crate::sync::*;
+use uhmm_os::maps::{Vma, VmaKind};
+use uhmm_os::mem::{self, Advice, Prot};
+use uhmm_os::{Errno, PAGE, thread};
+
+/// The ids of ports' devices, as reasons of invalidations name them, begin after those of the core's.
+pub(super) const IDS: u32 = 0x100;
+/// Pages of a block whose entries are kept over a migration.
+const PAGES: usize = crate::bits::PAGES;
+
+/// One migration.
+pub(super) struct Job<'a> {
+    pub(super) core: &'a Core,
+    pub(super) dev: &'a Device,
+    pub(super) table: &'a Table,
+    pub(super) owner: Owner,
+    /// The pages become exclusive.
+    pub(super) exclusive: bool,
+    /// The next allocation fails, once.
+    pub(super) fail: &'a AtomicBool,
+}
+
+impl Job<'_> {
+    /// Moves what can move of a span to the device.
+    pub(super) fn to_device(&self, span: Span) -> Result<(), PortError> {
+        let core = self.core;
+        core.space.settle();
+        let _turn = core.turns.enter(Who::Alone);
+        let _prepare = core.prepare.lock();
+        self.dev.driver.stand_by();
+        self.dev.set_pin(core.next_launch());
+        self.dev.full.store(false, Ordering::Relaxed);
+        let mut at = span.start;
+        while at < span.end {
+            let vma = mapping(core, at)?.filter(|vma| vma.read && fits(core, vma)).ok_or(PortError::Unfit { address: at })?;
+            let part = Span { start: at, end: vma.end.min(span.end) };
+            // Others' entries go: what the migration takes is theirs no more.
+            core.space.mirrors.invalidate(part, Reason::Migrate { to: Some(IDS + u32::from(self.owner.number)) });
+            if vma.is_private_anonymous() {
+                for part in part.blocks() {
+                    self.block_to_device(&vma, part)?;
+                }
+            }
+            at = part.end;
+        }
+        Ok(())
+    }
+
+    /// Pages of one block and one mapping.
+    fn block_to_device(&self, vma: &Vma, part: Span) -> Result<(), PortError> {
+        let core = self.core;
+        let va = Span::block(part.start).start;
+        let before = self.resident(part);
+        let mut want = part.bits() - before;
+        let failing = self.fail.load(Ordering::Relaxed) && !want.is_empty();
+        // A block whose pages are one huge page asks for its memory as one. If that fails, the pages are asked for one by one; else the first page stays where it is.
+        if failing && self.fail.swap(false, Ordering::Relaxed) && !(want == Bits::ALL && self.is_huge(va)) {
+            want -= Bits::one(want.runs().next().map_or(0, |run| run.start));
+        }
+        let words: Vec<_> = (0..PAGES).map(|page| self.table.word(va + page * PAGE).filter(|word| word.has(READ))).collect();
+        core.tags.set(va, want, self.owner, self.exclusive);
+        let protected = !vma.write && unlock(core, part);
+        let skip = |asked: Span| asked.bits() - want;
+        let split = failing && want == Bits::ALL;
+        let moved = self.make_resident(part, split, &skip);
+        if protected {
+            lock(part);
+        }
+        moved?;
+        self.settle_block(vma, part, before, &words);
+        Ok(())
+    }
+
+    fn make_resident(&self, part: Span, split: bool, skip: &dyn Fn(Span) -> Bits) -> Result<(), PortError> {
+        let mut park = |parked: crate::migrate::Parked| self.core.pool.put(parked.tray);
+        let mut ask = |part: Span| self.core.make_resident(self.dev, part, Intent::Move, skip, &mut park);
+        let done = if split {
+            // In two parts, neither of which is a whole block: so its pages get their memory one by one.
+            let half = part.start + part.len() / 2;
+            ask(Span { end: half, ..part }).and_then(|()| ask(Span { start: half, ..part }))
+        } else {
+            ask(part)
+        };
+        match done {
+            Ok(()) | Err(Error::NoRoom { .. }) => Ok(()),
+            Err(Error::System(_, e) | Error::Driver { source: e, .. }) => Err(PortError::System(e)),
+            Err(_) => Err(PortError::System(Errno::IO)),
+        }
+    }
+
+    /// Enters what has moved, what was entered before and is still there, and gives what left the look of swapped pages.
+    fn settle_block(&self, vma: &Vma, part: Span, before: Bits, words: &[Option<super::table::Word>]) {
+        let core = self.core;
+        let va = Span::block(part.start).start;
+        let mut times = 0;
+        while !self.mark(part) {
+            thread::pause(times);
+            times += 1;
+            core.space.settle();
+        }
+        let _hold = core.space.hold();
+        let Some(block) = core.dir.get(va) else { return };
+        let state = block.lock();
+        let moved = (self.own(&state, va) & part.bits()) - before;
+        let write = if vma.write { WRITE } else { 0 };
+        let exclusive = if self.exclusive { EXCLUSIVE } else { 0 };
+        if !self.table.prepare(va) {
+            return;
+        }
+        for page in part.bits().pages() {
+            let at = va + page * PAGE;
+            let frame = self.frame(at);
+            if moved.has(page) {
+                self.table.enter(at, READ | write | exclusive | WATCHED, frame, || true);
+            } else if let Some(word) = words[page]
+                && self.table.word(at).is_some_and(|now| !now.has(READ))
+                && !state.private().has(page)
+                && word.is_frame(frame)
+            {
+                // Only the watch for the pages beside it had erased it.
+                let may_write = word.has(WRITE) && !state.reg.has(page);
+                self.table.enter(at, READ | if may_write { WRITE } else { 0 } | WATCHED, frame, || true);
+            }
+        }
+    }
+
+    fn frame(&self, va: Va) -> u64 {
+        let mut now = [uhmm_os::pagemap::Entry::default()];
+        self.core.space.page_entries(va, &mut now).map_or(0, |_| now[0].pfn)
+    }
+
+    /// Pages of the block that are the device's: on it alone, or used in place.
+    fn own(&self, state: &crate::directory::State, va: Va) -> Bits {
+        if state.device != self.dev.id() {
+            return Bits::EMPTY;
+        }
+        let tagged = self.core.tags.of(va, self.owner.number);
+        (state.private() | state.coherent()) & if self.exclusive { tagged.exclusive } else { tagged.own }
+    }
+
+    fn resident(&self, part: Span) -> Bits {
+        self.core.dir.get(part.start).map_or(Bits::EMPTY, |block| block.lock().resident() & part.bits())
+    }
+
+    fn is_huge(&self, va: Va) -> bool {
+        self.core.space.present(Span::block(va)).is_ok_and(|present| present.huge)
+    }
+
+    /// Pages that are on the device alone look swapped in /proc/PID/pagemap, as the kernel's do: a marker in the empty entry. False if an event is unread.
+    fn mark(&self, part: Span) -> bool {
+        if !self.core.space.has_markers() {
+            return true;
+        }
+        let va = Span::block(part.start).start;
+        let _hold = self.core.space.hold();
+        let Some(block) = self.core.dir.get(va) else { return true };
+        let state = block.lock();
+        if state.device != self.dev.id() {
+            return true;
+        }
+        let away = state.private() & self.core.tags.private(va, self.dev.id()) & part.bits();
+        away.runs().all(|run| ranges::protect(self.core, ranges::pages(Span::block(va), run)) != Err(Errno::AGAIN))
+    }
+
+    /// Takes out of the shared memory what is there of a part of one block, but for what is exclusive: what the CPU uses in place.
+    pub(super) fn take_tagged_home(&self, part: Span) -> Result<(), PortError> {
+        let core = self.core;
+        core.space.settle();
+        let _turn = core.turns.enter(Who::Alone);
+        let _prepare = core.prepare.lock();
+        let va = Span::block(part.start).start;
+        let pages = {
+            let _hold = core.space.hold();
+            let Some(block) = core.dir.get(va) else { return Ok(()) };
+            let state = block.lock();
+            if state.device == self.dev.id() { (state.coherent() | state.private()) & part.bits() } else { Bits::EMPTY }
+        };
+        if pages.is_empty() {
+            return Ok(());
+        }
+        home::send_pages_home(core, self.dev, va, pages).map_err(|_| PortError::System(Errno::IO))
+    }
+
+    /// Moves the device's pages of a span back to the system: how many entries moved.
+    pub(super) fn to_system(&self, span: Span) -> Result<u64, PortError> {
+        let core = self.core;
+        core.space.settle();
+        let _turn = core.turns.enter(Who::Alone);
+        let _prepare = core.prepare.lock();
+        let mut moved = 0;
+        let mut at = span.start;
+        while at < span.end {
+            let vma = mapping(core, at)?.filter(|vma| vma.read).ok_or(PortError::Unfit { address: at })?;
+            let part = Span { start: at, end: vma.end.min(span.end) };
+            for part in part.blocks() {
+                moved += self.block_home(part)?;
+            }
+            at = part.end;
+        }
+        Ok(moved)
+    }
+
+    /// Brings the device's pages of a part of one block home: how many entries that were.
+    pub(super) fn block_home(&self, part: Span) -> Result<u64, PortError> {
+        let core = self.core;
+        let va = Span::block(part.start).start;
+        let Some(block) = core.dir.get(va) else { return Ok(0) };
+        let (own, whole) = {
+            let _hold = core.space.hold();
+            let state = block.lock();
+            (self.own(&state, va) & part.bits(), state.huge)
+        };
+        if own.is_empty() {
+            return Ok(0);
+        }
+        home::send_pages_home(core, self.dev, va, own).map_err(|_| PortError::System(Errno::IO))?;
+        let left = {
+            let _hold = core.space.hold();
+            self.own(&block.lock(), va)
+        };
+        let came = own - left;
+        Ok(if whole && came == Bits::ALL { 1 } else { came.count() as u64 })
+    }
+}
+
+/// The mapping at an address.
+pub(super) fn mapping(core: &Core, at: Va) -> Result<Option<Vma>, PortError> {
+    let found = core.space.mapping(at).map_err(PortError::System)?;
+    Ok(found.filter(|vma| !super::is_ours(Span { start: vma.start, end: vma.end })))
+}
+
+/// Whether pages of a mapping can migrate at all.
+fn fits(core: &Core, vma: &Vma) -> bool {
+    vma.kind != VmaKind::Special && !core.tags.is_device(vma.dev, vma.inode) && !is_pool(vma)
+}
+
+/// Whether it is of huge pages of a pool (hugetlbfs).
+fn is_pool(vma: &Vma) -> bool {
+    vma.page_size > PAGE
+}
+
+/// Makes a read-only range writable for the kernel's move, while userfaultfd keeps the program from writing there: what is there is write-protected first, and what is not is
+/// watched. A writer waits, and gets its SIGSEGV when the protection is back.
+fn unlock(core: &Core, part: Span) -> bool {
+    if ranges::watch_span(core, part).is_err() || ranges::protect(core, part).is_err() {
+        return false;
+    }
+    #[allow(unsafe_code)]
+    // SAFETY: nobody can write there meanwhile.
+    unsafe { mem::mprotect(part.start, part.len(), Prot::ReadWrite) }.is_ok()
+}
+
+fn lock(part: Span) {
+    #[allow(unsafe_code)]
+    // SAFETY: as it was.
+    let _ = unsafe { mem::mprotect(part.start, part.len(), Prot::Read) };
+}
+
+/// Makes pages of a span present and the program's own, as a write by it would.
+pub(super) fn own_pages(span: Span) -> Result<(), Errno> {
+    #[allow(unsafe_code)]
+    // SAFETY: it changes no contents.
+    unsafe { mem::madvise(span.start, span.len(), Advice::PopulateWrite) }
+}

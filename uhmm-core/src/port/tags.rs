@@ -1,0 +1,151 @@
+//! Whose the pages are that lie in the memory which all ports share.
+//!
+//! A block of the process is on one device at a time ([`crate::directory`]), but pages of one block may belong to several ports' devices. So all of them lie in one memory, and a tag for
+//! each page says whose it is.
+//!
+//! # Rules
+//! * A tag counts only while the directory calls the page resident on that memory. It is set before the page migrates, by who has the turn alone, and moves along with the page
+//!   when its mapping is moved.
+//! * A private page stays in that memory; a coherent one goes into the program ([`crate::coherent`]). An exclusive one is private, and nobody's for looks.
+
+use super::Owner;
+use crate::bits::{Bits, PAGES};
+use crate::own::{OwnSlice, Zeroed};
+use crate::page::{Span, Va};
+use crate::sync::*;
+use std::sync::OnceLock;
+use uhmm_os::{Errno, PAGE};
+
+/// Addresses of a process, in pages.
+const ALL: usize = (1 << 47) / PAGE;
+/// Device files whose mappings are known.
+const FILES: usize = 64;
+
+const NUMBER: u8 = 0x0f;
+const COHERENT: u8 = 0x40;
+const EXCLUSIVE: u8 = 0x80;
+
+#[allow(unsafe_code)]
+// SAFETY: zeroes are no tag.
+unsafe impl Zeroed for AtomicU8 {}
+
+/// The tags of a process.
+#[derive(Debug)]
+pub(crate) struct Tags {
+    pages: OnceLock<OwnSlice<AtomicU8>>,
+    /// Device number plus 1.
+    store: AtomicU32,
+    files: Mutex<([(u32, u32, u64); FILES], usize)>,
+}
+
+impl Default for Tags {
+    fn default() -> Self {
+        Tags { pages: OnceLock::new(), store: AtomicU32::new(0), files: Mutex::new(([(0, 0, 0); FILES], 0)) }
+    }
+}
+
+/// What the tags of one block's pages say.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tagged {
+    /// Pages of the asked owner's.
+    pub(crate) own: Bits,
+    /// Pages that are exclusive to whoever.
+    pub(crate) exclusive: Bits,
+    /// Pages that do not go into the program.
+    pub(crate) private: Bits,
+}
+
+impl Tags {
+    /// Makes room for tags, of pages on the device with this id.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn begin(&self, store: u32) -> Result<(), Errno> {
+        if self.pages.get().is_none() {
+            let _ = self.pages.set(OwnSlice::new(c"uhmm tags", ALL)?);
+        }
+        self.store.store(store, Ordering::Release);
+        Ok(())
+    }
+
+    /// The device that tagged pages lie on: its id. 0 if there is none.
+    pub(crate) fn store(&self) -> u32 {
+        self.store.load(Ordering::Acquire)
+    }
+
+    fn slot(&self, va: Va) -> Option<&AtomicU8> {
+        self.pages.get()?.get(va / PAGE)
+    }
+
+    /// Tags pages of the block at `va`.
+    pub(crate) fn set(&self, va: Va, pages: Bits, owner: Owner, exclusive: bool) {
+        let tag = owner.number & NUMBER
+            | if owner.coherent && !exclusive { COHERENT } else { 0 }
+            | if exclusive { EXCLUSIVE } else { 0 };
+        pages.pages().filter_map(|page| self.slot(va + page * PAGE)).for_each(|slot| slot.store(tag, Ordering::Relaxed));
+    }
+
+    /// Looks at the pages of the block at `va`, for the device with this number.
+    pub(crate) fn of(&self, va: Va, number: u8) -> Tagged {
+        let mut found = Tagged::default();
+        let Some(all) = self.pages.get() else { return found };
+        let first = Span::block(va).start / PAGE;
+        for (page, slot) in all.iter().skip(first).take(PAGES).enumerate() {
+            let tag = slot.load(Ordering::Relaxed);
+            if tag & EXCLUSIVE != 0 {
+                found.exclusive.set(page);
+            } else if tag & NUMBER == number && number != 0 {
+                found.own.set(page);
+            }
+            if tag != 0 && tag & COHERENT == 0 {
+                found.private.set(page);
+            }
+        }
+        found
+    }
+
+    /// Whether the page is tagged as that device's, and not exclusive.
+    pub(crate) fn is(&self, va: Va, number: u8) -> bool {
+        self.slot(va).is_some_and(|slot| {
+            let tag = slot.load(Ordering::Relaxed);
+            tag & EXCLUSIVE == 0 && tag & NUMBER == number
+        })
+    }
+
+    /// Pages of the block at `va` that are tagged as that device's, exclusive or not.
+    pub(crate) fn all_of(&self, va: Va, number: u8) -> Bits {
+        let mut found = Bits::EMPTY;
+        let first = Span::block(va).start / PAGE;
+        for (page, slot) in self.pages.get().into_iter().flat_map(|all| all.iter().skip(first).take(PAGES)).enumerate() {
+            if slot.load(Ordering::Relaxed) & NUMBER == number {
+                found.set(page);
+            }
+        }
+        found
+    }
+
+    /// Pages of the block at `va`, on the device with this id, that must not go into the program.
+    pub(crate) fn private(&self, va: Va, device: u32) -> Bits {
+        if device == 0 || self.store() != device { Bits::EMPTY } else { self.of(va, 0).private }
+    }
+
+    /// The page at `from` is at `to` now.
+    pub(crate) fn moved(&self, from: Va, to: Va) {
+        if let (Some(from), Some(to)) = (self.slot(from), self.slot(to)) {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
+    /// Mappings of this file are a device's. The oldest is forgotten if there are too many.
+    pub(crate) fn add_file(&self, dev: (u32, u32), inode: u64) {
+        let mut files = self.files.lock();
+        let (all, next) = &mut *files;
+        all[*next % FILES] = (dev.0, dev.1, inode);
+        *next += 1;
+    }
+
+    /// Whether mappings of this file are a device's.
+    pub(crate) fn is_device(&self, dev: (u32, u32), inode: u64) -> bool {
+        inode != 0 && self.files.lock().0.contains(&(dev.0, dev.1, inode))
+    }
+}

@@ -1,0 +1,228 @@
+//! Ports: what a device does with the process through a page table of its own, in the kernel's words.
+
+use crate::harness::*;
+use std::os::unix::fs::FileExt;
+use uhmm_core::port::{Owner, Place, Port, PortError, Sight, Station};
+use uhmm_core::{DeviceConfig, port};
+
+crate::tests![
+    reads_go_through_entries,
+    writes_break_what_they_must,
+    pages_leave_and_look_swapped,
+    pages_of_one_block_lie_on_several_devices,
+    a_block_moves_as_one,
+    coherent_pages_are_used_in_place,
+    exclusive_pages_are_revoked_by_any_touch,
+    read_only_pages_migrate_and_stay_read_only,
+];
+
+const PAGE: usize = 4096;
+
+fn station() -> Station {
+    Station::open(DeviceConfig { memory: 64 << 20, threads: 1, ..DeviceConfig::new("ports") }, uhmm_soft::open).unwrap()
+}
+
+fn private(number: u8) -> Owner {
+    Owner { number, coherent: false }
+}
+
+/// Pages with a number in each byte.
+fn filled(pages: usize) -> Pages {
+    let mut memory = Pages::new(pages * PAGE);
+    memory.slice::<u8>().chunks_mut(PAGE).enumerate().for_each(|(page, bytes)| bytes.fill((page as u8).wrapping_add(1)));
+    memory
+}
+
+fn is_filled(bytes: &[u8]) -> bool {
+    bytes.chunks(PAGE).enumerate().all(|(page, bytes)| bytes.iter().all(|&byte| byte == (page as u8).wrapping_add(1)))
+}
+
+fn sights(port: &Port, start: usize, pages: usize) -> Vec<Sight> {
+    let mut found = vec![Sight::default(); pages];
+    port.snapshot(start, &mut found).unwrap();
+    found
+}
+
+/// Whether the page is present, and swapped, as /proc/self/pagemap says.
+fn look(at: usize) -> (bool, bool) {
+    let file = std::fs::File::open("/proc/self/pagemap").unwrap();
+    let mut word = [0; 8];
+    file.read_exact_at(&mut word, (at / PAGE * 8) as u64).unwrap();
+    let word = u64::from_ne_bytes(word);
+    (word >> 63 & 1 != 0, word >> 62 & 1 != 0)
+}
+
+fn reads_go_through_entries() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let memory = filled(8);
+    let mut out = vec![0; 8 * PAGE];
+    assert_eq!(port.read(memory.start() as usize, &mut out), Ok(1));
+    assert!(is_filled(&out));
+    out.fill(0);
+    assert_eq!(port.read(memory.start() as usize, &mut out), Ok(0));
+    assert!(is_filled(&out));
+    let start = memory.start() as usize;
+    assert!(look(start).0, "reading migrates nothing");
+    drop(memory);
+    assert_eq!(port.read(start, &mut out), Err(PortError::Fault { address: start }));
+}
+
+fn writes_break_what_they_must() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let mut memory = Pages::new(4 * PAGE);
+    let start = memory.start() as usize;
+    let mut out = vec![1; 4 * PAGE];
+    assert_eq!(port.read(start, &mut out), Ok(1));
+    assert!(out.iter().all(|&byte| byte == 0));
+    assert!(sights(&port, start, 4).iter().all(|sight| sight.zero && sight.read && !sight.write));
+    // SAFETY: memory of the test's own.
+    assert_eq!(unsafe { port.write(start, &[7; 4 * PAGE]) }, Ok(1));
+    // SAFETY: as above.
+    assert_eq!(unsafe { port.write(start, &[8; 4 * PAGE]) }, Ok(0));
+    assert!(memory.slice::<u8>().iter().all(|&byte| byte == 8));
+    assert!(sights(&port, start, 4).iter().all(|sight| !sight.zero && sight.write && sight.place == Place::System));
+}
+
+fn pages_leave_and_look_swapped() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let mut memory = filled(16);
+    let start = memory.start() as usize;
+    let mut out = vec![0; 16 * PAGE];
+    port.migrate_to_device(start, &mut out).unwrap();
+    assert!(is_filled(&out));
+    assert!((0..16).all(|page| look(start + page * PAGE) == (false, true)));
+    assert!(sights(&port, start, 16).iter().all(|sight| sight.place == Place::Private && sight.write));
+    out.fill(0);
+    assert_eq!(port.read(start, &mut out), Ok(0));
+    assert!(is_filled(&out) && look(start) == (false, true));
+    // SAFETY: memory of the test's own.
+    assert_eq!(unsafe { port.write(start, &out) }, Ok(0));
+    assert_eq!(port.migrate_to_system(start..start + 8 * PAGE), Ok(8));
+    assert_eq!(port.migrate_to_system(start..start + 8 * PAGE), Ok(0));
+    assert!((0..16).all(|page| look(start + page * PAGE) == (page < 8, page >= 8)));
+    assert!(is_filled(memory.slice::<u8>()));
+    assert!((0..16).all(|page| look(start + page * PAGE) == (true, false)));
+    assert_eq!(port.read(start, &mut out), Ok(1));
+    port.migrate_to_device(start, &mut out).unwrap();
+    assert!(is_filled(&out));
+    station.release(2);
+    assert_eq!(look(start), (false, true));
+    station.release(1);
+    assert_eq!(look(start), (true, false));
+}
+
+fn pages_of_one_block_lie_on_several_devices() {
+    let station = station();
+    let ports = [1, 2].map(|number| station.port(private(number)).unwrap());
+    let mut memory = filled(8);
+    let start = memory.start() as usize;
+    let mut out = vec![0; 4 * PAGE];
+    ports[0].migrate_to_device(start, &mut out).unwrap();
+    ports[1].migrate_to_device(start + 4 * PAGE, &mut out).unwrap();
+    for (number, port) in ports.iter().enumerate() {
+        for (page, sight) in sights(port, start, 8).iter().enumerate() {
+            let own = (page < 4) == (number == 0);
+            assert_eq!((sight.place == Place::Private, sight.read), (own, own), "page {page} for device {number}");
+        }
+    }
+    // What another device has does not move, and has no entry.
+    assert_eq!(ports[1].migrate_to_device(start, &mut out), Err(PortError::Missing { address: start }));
+    assert_eq!(look(start), (false, true));
+    // Reading it brings it home.
+    assert_eq!(ports[1].read(start, &mut out), Ok(1));
+    assert!(is_filled(&out));
+    assert_eq!(look(start), (true, false));
+    assert_eq!(look(start + 4 * PAGE), (false, true));
+    assert!(is_filled(memory.slice::<u8>()));
+}
+
+fn a_block_moves_as_one() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let mut memory = Pages::huge(2 << 20);
+    memory.slice::<u8>().chunks_mut(PAGE).enumerate().for_each(|(page, bytes)| bytes.fill((page as u8).wrapping_add(1)));
+    let start = memory.start() as usize;
+    assert!(sights(&port, start, 512).iter().all(|sight| sight.huge && sight.write));
+    let mut out = vec![0; 2 << 20];
+    port.migrate_to_device(start, &mut out).unwrap();
+    assert!(is_filled(&out));
+    assert!(sights(&port, start, 512).iter().all(|sight| sight.huge && sight.place == Place::Private));
+    assert_eq!(port.migrate_to_system(start..start + (2 << 20)), Ok(1));
+    assert!(sights(&port, start, 512).iter().all(|sight| sight.huge && sight.place == Place::System), "it came home as one");
+    // The large allocation fails: the pages move one by one.
+    port.fail_allocation(true);
+    out.fill(0);
+    port.migrate_to_device(start, &mut out).unwrap();
+    assert!(is_filled(&out));
+    assert!(sights(&port, start, 512).iter().all(|sight| !sight.huge && sight.place == Place::Private));
+    assert_eq!(port.migrate_to_system(start..start + (2 << 20)), Ok(512));
+    port.fail_allocation(true);
+    assert_eq!(port.migrate_to_device(start, &mut out[..2 * PAGE]), Err(PortError::Missing { address: start }));
+    assert_eq!([0, 1].map(|page| look(start + page * PAGE).0), [true, false]);
+    assert!(is_filled(memory.slice::<u8>()));
+}
+
+fn coherent_pages_are_used_in_place() {
+    let station = station();
+    let ports = [3, 4].map(|number| station.port(Owner { number, coherent: true }).unwrap());
+    let mut memory = filled(4);
+    let start = memory.start() as usize;
+    let mut out = vec![0; 4 * PAGE];
+    ports[0].migrate_to_device(start, &mut out).unwrap();
+    assert!(is_filled(&out));
+    assert_eq!(look(start), (true, false));
+    assert!(sights(&ports[0], start, 4).iter().all(|sight| sight.place == Place::Coherent && sight.write));
+    assert!(sights(&ports[1], start, 4).iter().all(|sight| sight.place == Place::OtherCoherent));
+    memory.slice::<u8>()[0] = 99;
+    assert_eq!(ports[0].read(start, &mut out), Ok(0));
+    assert_eq!(out[0], 99);
+    assert!(sights(&ports[0], start, 4).iter().all(|sight| sight.place == Place::Coherent));
+    assert_eq!(ports[0].migrate_to_system(start..start + 4 * PAGE), Ok(4));
+    assert!(sights(&ports[0], start, 4).iter().all(|sight| sight.place == Place::System));
+    assert_eq!(memory.slice::<u8>()[0], 99);
+}
+
+fn exclusive_pages_are_revoked_by_any_touch() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let mut memory = filled(4);
+    let start = memory.start() as usize;
+    let mut out = vec![0; 4 * PAGE];
+    port.exclusive(start, &mut out).unwrap();
+    assert!(is_filled(&out) && port.is_exclusive(start..start + 4 * PAGE));
+    assert!(sights(&port, start, 4).iter().all(|sight| *sight == Sight::default()));
+    assert_eq!(port.migrate_to_system(start..start + 4 * PAGE), Ok(0));
+    assert_eq!(memory.slice::<u8>()[5], 1);
+    assert!(!port.is_exclusive(start..start + PAGE) && port.is_exclusive(start..start + 2 * PAGE));
+    memory.slice::<u8>()[PAGE] = 9;
+    assert!(!port.is_exclusive(start..start + 2 * PAGE));
+    // SAFETY: memory of the test's own; its protection stays what it is.
+    unsafe {
+        let _change = port::change(start + 2 * PAGE..start + 4 * PAGE);
+        libc::mprotect((start + 2 * PAGE) as *mut _, 2 * PAGE, libc::PROT_READ);
+    }
+    assert!(!port.is_exclusive(start..start + 4 * PAGE));
+    assert_eq!(port.exclusive(start, &mut out), Err(PortError::Fault { address: start + 2 * PAGE }));
+}
+
+fn read_only_pages_migrate_and_stay_read_only() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let memory = filled(4);
+    let start = memory.start() as usize;
+    // SAFETY: memory of the test's own.
+    assert_eq!(unsafe { libc::mprotect(start as *mut _, 4 * PAGE, libc::PROT_READ) }, 0);
+    let mut out = vec![0; 4 * PAGE];
+    port.migrate_to_device(start, &mut out).unwrap();
+    assert!(is_filled(&out) && look(start) == (false, true));
+    assert!(sights(&port, start, 4).iter().all(|sight| sight.place == Place::Private && !sight.write));
+    // SAFETY: as above.
+    assert_eq!(unsafe { port.write(start, &out) }, Err(PortError::Denied { address: start }));
+    assert_eq!(port.migrate_to_system(start..start + 2 * PAGE), Ok(2));
+    // SAFETY: as above.
+    let bytes = unsafe { core::slice::from_raw_parts(start as *const u8, 4 * PAGE) };
+    assert!(is_filled(bytes));
+}
