@@ -25,6 +25,7 @@ use crate::line::{Line, Turns};
 use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::{Span, Va};
+use crate::port::huge::Tables;
 use crate::port::tags::Tags;
 use crate::policy::Policies;
 use crate::pool::Pool;
@@ -85,6 +86,7 @@ pub struct Core {
     pub(crate) prefetches: Prefetches,
     pub(crate) twins: Twins,
     pub(crate) tags: Tags,
+    pub(crate) tables: Tables,
     pub(crate) devices: DeviceTable,
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
     /// Threads that are making pages the program's own.
@@ -163,6 +165,7 @@ impl Core {
             assist: Assist::default(),
             ahead: Ahead::default(),
             tags: Tags::default(),
+            tables: Tables::default(),
             prefetches: Prefetches::new().map_err(reserve)?,
             twins: Twins::new(blocks).map_err(reserve)?,
             devices: DeviceTable::default(),

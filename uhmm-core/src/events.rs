@@ -46,6 +46,7 @@ pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
             core.space.mirrors.invalidate(EVERYTHING, Reason::Fork);
             raw_fork::fill(core, &child);
         }
+        Change::Remove(span) if core.tables.is_own_drop(span) => {}
         Change::Remove(span) => {
             core.space.mirrors.invalidate(span, Reason::Discard);
             core.dir.for_each(span, |block, part| {

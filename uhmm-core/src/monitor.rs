@@ -14,6 +14,7 @@ use crate::events;
 use crate::home;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
+use crate::port::huge;
 use crate::policy::{self, CpuFault, Run};
 use crate::ranges;
 use crate::share;
@@ -331,6 +332,7 @@ impl Monitor {
                 state.waiters = true;
                 Served::Done
             }
+            PageState::Private if huge::leave_to_assistant(core, state, va) => Served::Done,
             PageState::Private => self.return_pages(core, state, va, page, fault),
             // Poisoned already: whoever came before that touches it again, and gets SIGBUS.
             PageState::Lost => match core.space.uffd.poison(va + page * PAGE, PAGE) {

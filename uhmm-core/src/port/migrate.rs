@@ -3,7 +3,7 @@
 //! It runs on the port's thread, with the turn alone, so that no launch runs whose pages it could take, and no other port migrates.
 
 use super::table::{EXCLUSIVE, READ, Table, WATCHED, WRITE};
-use super::{Owner, PortError};
+use super::{Owner, PortError, huge};
 use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::error::Error;
@@ -227,6 +227,9 @@ impl Job<'_> {
         };
         if own.is_empty() {
             return Ok(0);
+        }
+        if own == Bits::ALL {
+            huge::prepare(core, va);
         }
         home::send_pages_home(core, self.dev, va, own).map_err(|_| PortError::System(Errno::IO))?;
         let left = {

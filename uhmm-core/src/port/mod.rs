@@ -10,9 +10,11 @@
 //! | `table` | the entries |
 //! | `access` | reads and writes through them |
 //! | `migrate` | migration both ways, and exclusive access |
+//! | `huge` | blocks that come home as one huge page |
 //! | `tags` | whose pages are |
 
 mod access;
+pub(crate) mod huge;
 mod migrate;
 mod table;
 pub(crate) mod tags;

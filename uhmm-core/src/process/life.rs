@@ -6,6 +6,7 @@
 
 use super::*;
 use crate::ahead;
+use crate::port::huge;
 use crate::core::{CURRENT, NONE, OWNER};
 use crate::device_fault;
 use crate::fork;
@@ -113,6 +114,7 @@ fn start_assistant(core: &Core) -> Result<Thread, Errno> {
         let core = unsafe { &*at.cast::<Core>() };
         core.assist.serve(|| {
             lease::work(core);
+            huge::work(core);
             ahead::work(core);
         });
     }

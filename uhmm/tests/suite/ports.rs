@@ -11,6 +11,7 @@ crate::tests![
     pages_leave_and_look_swapped,
     pages_of_one_block_lie_on_several_devices,
     a_block_moves_as_one,
+    a_touch_brings_a_block_home_as_one,
     coherent_pages_are_used_in_place,
     exclusive_pages_are_revoked_by_any_touch,
     read_only_pages_migrate_and_stay_read_only,
@@ -163,6 +164,32 @@ fn a_block_moves_as_one() {
     assert_eq!(port.migrate_to_device(start, &mut out[..2 * PAGE]), Err(PortError::Missing { address: start }));
     assert_eq!([0, 1].map(|page| look(start + page * PAGE).0), [true, false]);
     assert!(is_filled(memory.slice::<u8>()));
+}
+
+/// The page table that holds the marks of pages that are away would split the huge page that comes back.
+fn a_touch_brings_a_block_home_as_one() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let mut memory = Pages::huge(2 << 20);
+    let fill = |bytes: &mut [u8]| bytes.chunks_mut(PAGE).enumerate().for_each(|(page, bytes)| bytes.fill((page as u8).wrapping_add(1)));
+    fill(memory.slice());
+    let start = memory.start() as usize;
+    let mut out = vec![0; 2 << 20];
+    for turn in 0..20 {
+        port.migrate_to_device(start, &mut out).unwrap();
+        assert!(is_filled(&out) && look(start) == (false, true) && look(start + 511 * PAGE) == (false, true));
+        std::thread::scope(|scope| {
+            for page in [3usize, 200] {
+                // SAFETY: inside the memory, which nobody writes.
+                scope.spawn(move || unsafe { assert_eq!(((start + page * PAGE) as *const u8).read_volatile(), page as u8 + 1) });
+            }
+        });
+        assert!(sights(&port, start, 512).iter().all(|sight| sight.huge && sight.place == Place::System), "turn {turn}");
+    }
+    assert!(is_filled(memory.slice::<u8>()));
+    port.migrate_to_device(start, &mut out).unwrap();
+    advise(memory.slice::<u8>(), libc::MADV_DONTNEED);
+    assert!(memory.slice::<u8>().iter().all(|&byte| byte == 0), "the program's own drop is no one else's");
 }
 
 fn coherent_pages_are_used_in_place() {
