@@ -188,6 +188,11 @@ impl DeviceMemory {
         Ok((unit * PAGES) as Frame)
     }
 
+    /// The whole unit that begins with this frame is now of the block at `owner`.
+    pub(crate) fn set_owner(&self, base: Frame, owner: Va) {
+        self.units.lock().unit[base as usize / PAGES].owner = owner;
+    }
+
     /// A run of at most `pages` frames that follow each other, in a small unit.
     ///
     /// # Errors

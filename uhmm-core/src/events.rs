@@ -15,6 +15,7 @@ use crate::monitor::Change;
 use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::pool::Size;
+use crate::port::carry::carry;
 use crate::ranges::{self, MoveEnd};
 use crate::raw_fork;
 use uhmm_os::uffd::Userfaultfd;
@@ -217,6 +218,7 @@ fn remapped(core: &Core, from: Va, to: Va, len: usize, later: &mut dyn Later) {
             forget(core, &mut state, va, bits);
         } else {
             let dev = core.device(state.device as usize - 1);
+            carry(core, dev, &mut state, va, bits, target);
             while !(bits & state.private()).is_empty() {
                 let away = bits & state.private();
                 match home::bring_home_to(core, dev, &mut state, va, away, target) {

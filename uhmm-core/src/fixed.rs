@@ -182,7 +182,7 @@ fn watched(core: &Core, page: Va) -> bool {
     }
     if !state.reg.has(at) {
         let mut part = Bits::EMPTY;
-        let _ = core.space.watch(Span { start: page, end: page + PAGE }, |watched| part |= watched.bits());
+        let _ = core.space.watch(Span { start: page, end: page + PAGE }, None, |watched| part |= watched.bits());
         state.reg |= part;
     }
     state.reg.has(at)

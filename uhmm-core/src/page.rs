@@ -115,6 +115,8 @@ pub enum Cause {
     LaunchEnd,
     /// The program unmapped, remapped or dropped the page.
     Unmap,
+    /// The program has moved the mapping, and the page is here now: [`crate::port::carry`].
+    Remap,
     /// A coherent device's page takes its place in the program.
     Enter,
     /// A coherent device takes its page back out of the program, so that it can come home.
@@ -156,6 +158,8 @@ pub const TRANSITIONS: &[(PageState, Cause, PageState)] = &[
     (Coherent, Leave, Private),
     (Coherent, Release, System),
     (Coherent, Unmap, System),
+    (System, Remap, Private),
+    (System, Remap, Coherent),
     (Private, Loss, Lost),
     (System, Loss, Lost),
     (Lost, Unmap, System),
@@ -192,7 +196,7 @@ mod tests {
     #[test]
     fn a_coherent_page_comes_from_and_goes_by_private() {
         let entered: Vec<_> = TRANSITIONS.iter().filter(|change| change.2 == Coherent).collect();
-        assert_eq!(entered, [&(Private, Enter, Coherent)]);
+        assert_eq!(entered, [&(Private, Enter, Coherent), &(System, Remap, Coherent)]);
         let left: Vec<_> = TRANSITIONS.iter().filter(|change| change.0 == Coherent).map(|change| (change.1, change.2)).collect();
         assert_eq!(left, [(Leave, Private), (Release, System), (Unmap, System)]);
         for cause in [Collect, Return, CpuWrite, DeviceWrite, Bounce] {

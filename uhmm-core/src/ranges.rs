@@ -115,7 +115,7 @@ pub(crate) fn watch_span(core: &Core, span: Span) -> Result<(), Errno> {
 /// As [`watch_span`]; calls `f` with each part that is watched, before anybody can be told that it is unmapped.
 pub(crate) fn watch_and(core: &Core, span: Span, mut f: impl FnMut(Span)) -> Result<(), Errno> {
     let _hold = core.space.hold();
-    core.space.watch(span, |watched| {
+    core.space.watch(span, Some(core.tags.store()).filter(|id| *id != 0), |watched| {
         for part in watched.blocks() {
             if let Ok(block) = core.dir.get_or_make(part.start) {
                 block.lock().reg |= part.bits();

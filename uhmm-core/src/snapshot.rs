@@ -103,7 +103,7 @@ fn keep(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], sea
         }
         if !state.reg.has(page) {
             let mut watched = Bits::EMPTY;
-            let done = core.space.watch(span, |part| watched |= part.bits());
+            let done = core.space.watch(span, None, |part| watched |= part.bits());
             state.reg |= watched;
             if done.is_err() || !watched.has(page) {
                 continue;

@@ -130,15 +130,17 @@ impl Space {
 
     /// Watches what is mapped of a range of private anonymous memory, and calls `f` with each part that is watched now. The event lock is held.
     ///
+    /// Pages may go `to` a device from now on, which mirrors are told of.
+    ///
     /// Registering skips what is not mapped, and a mapping that nobody watched has gone, or come since, without an event: so it is looked up what is mapped
     /// after that, and of each mapping the kernel is asked whether it is registered.
     ///
     /// # Errors
     /// As [`register`](Self::register); `EAGAIN` if an event is unread.
-    pub fn watch(&self, span: Span, mut f: impl FnMut(Span)) -> Result<(), Errno> {
+    pub fn watch(&self, span: Span, to: Option<u32>, mut f: impl FnMut(Span)) -> Result<(), Errno> {
         // What is watched for missing pages a mirror must not write: see `mirror`'s walk.rs.
         if self.mirrors.any() {
-            self.mirrors.begin(span, Reason::Migrate { to: None });
+            self.mirrors.begin(span, Reason::Migrate { to });
             let done = self.register(span);
             self.mirrors.end(span);
             done?;

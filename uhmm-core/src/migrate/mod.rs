@@ -482,7 +482,7 @@ impl Core {
     /// Registers what of `pages` is not watched yet, as far as it is mapped.
     fn watch(&self, state: &mut State, block: Span, pages: Bits) -> Result<(), Errno> {
         for run in (pages - state.reg).runs() {
-            self.space.watch(ranges::pages(block, run), |part| state.reg |= part.bits())?;
+            self.space.watch(ranges::pages(block, run), Some(self.tags.store()).filter(|id| *id != 0), |part| state.reg |= part.bits())?;
         }
         Ok(())
     }

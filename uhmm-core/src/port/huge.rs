@@ -14,7 +14,7 @@ use crate::home;
 use crate::page::{Span, Va};
 use crate::sync::*;
 use uhmm_os::mem::{self, Advice};
-use uhmm_os::{BLOCK, Errno};
+use uhmm_os::{BLOCK, Errno, thread};
 
 /// Blocks that can wait for the assistant.
 const MOST: usize = 16;
@@ -67,10 +67,7 @@ pub(crate) fn work(core: &Core) {
         let asked = core.tables.asked.lock().iter_mut().find(|va| **va != 0).map(core::mem::take);
         let Some(va) = asked else { return };
         drop_table(core, va);
-        let store = core.tags.store();
-        if store != 0 {
-            let _ = home::send_home(core, core.device(store as usize - 1), va);
-        }
+        end(core, va, true);
     }
 }
 
@@ -86,6 +83,7 @@ pub(super) fn prepare(core: &Core, va: Va) {
         state.mover = core.next_mover();
     }
     drop_table(core, va);
+    end(core, va, false);
 }
 
 /// The block has a mover: ours.
@@ -98,9 +96,27 @@ fn drop_table(core: &Core, va: Va) {
             replace(&core.tables.drops, va, 0); // locked memory, say: it comes page by page
         }
     }
-    let _hold = core.space.hold();
+}
+
+/// Gives the block free again; with `bring`, when it has come home: else the next touch would have the same done again, and wait for it.
+fn end(core: &Core, va: Va, bring: bool) {
     let Some(block) = core.dir.get(va) else { return };
+    let mut hold = core.space.hold();
     let mut state = block.lock();
+    while bring && state.device != 0 {
+        let dev = core.device(state.device as usize - 1);
+        state.mover = 0;
+        let away = state.private() - dev.flights.held(va);
+        if home::bring_home(core, dev, &mut state, va, away) != Err(Errno::AGAIN) {
+            break;
+        }
+        state.mover = core.next_mover();
+        drop((state, hold));
+        core.space.settle();
+        thread::yield_now();
+        hold = core.space.hold();
+        state = block.lock();
+    }
     state.mover = 0;
     let woken = core::mem::take(&mut state.waiters);
     if state.device != 0 && (state.resident() | state.busy()).is_empty() {
@@ -110,4 +126,5 @@ fn drop_table(core: &Core, va: Va) {
     if woken {
         let _ = core.space.uffd.wake(va, BLOCK);
     }
+    drop((state, hold));
 }

@@ -20,8 +20,6 @@ use uhmm_os::{Errno, PAGE, thread};
 
 /// The ids of ports' devices, as reasons of invalidations name them, begin after those of the core's.
 pub(super) const IDS: u32 = 0x100;
-/// Pages of a block whose entries are kept over a migration.
-const PAGES: usize = crate::bits::PAGES;
 
 /// One migration.
 pub(super) struct Job<'a> {
@@ -52,6 +50,8 @@ impl Job<'_> {
             // Others' entries go: what the migration takes is theirs no more.
             core.space.mirrors.invalidate(part, Reason::Migrate { to: Some(IDS + u32::from(self.owner.number)) });
             if vma.is_private_anonymous() {
+                // All of the mapping: parts that are watched in another way could not be moved together by mremap(2), nor merged.
+                let _ = ranges::watch_span(core, Span { start: vma.start, end: vma.end });
                 for part in part.blocks() {
                     self.block_to_device(&vma, part)?;
                 }
@@ -72,7 +72,6 @@ impl Job<'_> {
         if failing && self.fail.swap(false, Ordering::Relaxed) && !(want == Bits::ALL && self.is_huge(va)) {
             want -= Bits::one(want.runs().next().map_or(0, |run| run.start));
         }
-        let words: Vec<_> = (0..PAGES).map(|page| self.table.word(va + page * PAGE).filter(|word| word.has(READ))).collect();
         core.tags.set(va, want, self.owner, self.exclusive);
         let protected = !vma.write && unlock(core, part);
         let skip = |asked: Span| asked.bits() - want;
@@ -82,7 +81,7 @@ impl Job<'_> {
             lock(part);
         }
         moved?;
-        self.settle_block(vma, part, before, &words);
+        self.settle_block(vma, part, before);
         Ok(())
     }
 
@@ -103,8 +102,8 @@ impl Job<'_> {
         }
     }
 
-    /// Enters what has moved, what was entered before and is still there, and gives what left the look of swapped pages.
-    fn settle_block(&self, vma: &Vma, part: Span, before: Bits, words: &[Option<super::table::Word>]) {
+    /// Enters what has moved, and gives what left the look of swapped pages.
+    fn settle_block(&self, vma: &Vma, part: Span, before: Bits) {
         let core = self.core;
         let va = Span::block(part.start).start;
         let mut times = 0;
@@ -122,20 +121,9 @@ impl Job<'_> {
         if !self.table.prepare(va) {
             return;
         }
-        for page in part.bits().pages() {
+        for page in moved.pages() {
             let at = va + page * PAGE;
-            let frame = self.frame(at);
-            if moved.has(page) {
-                self.table.enter(at, READ | write | exclusive | WATCHED, frame, || true);
-            } else if let Some(word) = words[page]
-                && self.table.word(at).is_some_and(|now| !now.has(READ))
-                && !state.private().has(page)
-                && word.is_frame(frame)
-            {
-                // Only the watch for the pages beside it had erased it.
-                let may_write = word.has(WRITE) && !state.reg.has(page);
-                self.table.enter(at, READ | if may_write { WRITE } else { 0 } | WATCHED, frame, || true);
-            }
+            self.table.enter(at, READ | write | exclusive | WATCHED, self.frame(at), || true);
         }
     }
 

@@ -10,10 +10,12 @@
 //! | `table` | the entries |
 //! | `access` | reads and writes through them |
 //! | `migrate` | migration both ways, and exclusive access |
+//! | `carry` | pages whose mapping is moved |
 //! | `huge` | blocks that come home as one huge page |
 //! | `tags` | whose pages are |
 
 mod access;
+pub(crate) mod carry;
 pub(crate) mod huge;
 mod migrate;
 mod table;

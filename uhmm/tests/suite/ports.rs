@@ -13,6 +13,7 @@ crate::tests![
     a_block_moves_as_one,
     a_touch_brings_a_block_home_as_one,
     coherent_pages_are_used_in_place,
+    remapped_pages_stay_on_the_device,
     exclusive_pages_are_revoked_by_any_touch,
     read_only_pages_migrate_and_stay_read_only,
 ];
@@ -210,6 +211,40 @@ fn coherent_pages_are_used_in_place() {
     assert_eq!(ports[0].migrate_to_system(start..start + 4 * PAGE), Ok(4));
     assert!(sights(&ports[0], start, 4).iter().all(|sight| sight.place == Place::System));
     assert_eq!(memory.slice::<u8>()[0], 99);
+}
+
+/// mremap takes device pages along: whole blocks, and to places that break their alignment.
+fn remapped_pages_stay_on_the_device() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let other = station.port(Owner { number: 3, coherent: true }).unwrap();
+    const LEN: usize = 4 << 20;
+    for shift in [0, 3 * PAGE, LEN / 2 - PAGE] {
+        let mut memory = Pages::huge(LEN);
+        memory.slice::<u8>().chunks_mut(PAGE).enumerate().for_each(|(page, bytes)| bytes.fill((page as u8).wrapping_add(1)));
+        let start = memory.start() as usize;
+        let mut out = vec![0; LEN];
+        port.migrate_to_device(start, &mut out[..LEN / 2]).unwrap();
+        port.migrate_to_device(start + LEN / 2, &mut out[..4 * PAGE]).unwrap();
+        other.migrate_to_device(start + LEN - 4 * PAGE, &mut out[..4 * PAGE]).unwrap();
+        let mut place = Pages::huge(2 * LEN);
+        let to = place.start() as usize + shift;
+        // SAFETY: memory of the test's own, which is not used at its old place any more.
+        let moved = unsafe { libc::mremap(start as *mut _, LEN, LEN, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to) };
+        assert_eq!(moved as usize, to);
+        let away = LEN / 2 / PAGE + 4;
+        assert!((0..LEN / PAGE).all(|page| look(to + page * PAGE) == (page >= away, page < away)), "shift {shift}");
+        let found = sights(&port, to, LEN / PAGE);
+        assert!(found[..away].iter().all(|sight| sight.place == Place::Private && sight.write));
+        assert!(found[LEN / PAGE - 4..].iter().all(|sight| sight.place == Place::OtherCoherent));
+        out.fill(0);
+        assert_eq!(port.read(to, &mut out), Ok(1));
+        assert!(is_filled(&out) && look(to) == (false, true));
+        assert!(is_filled(&place.slice::<u8>()[shift..][..LEN]));
+        port.migrate_to_device(to, &mut out).unwrap();
+        station.release(3);
+        assert!(is_filled(&place.slice::<u8>()[shift..][..LEN]));
+    }
 }
 
 fn exclusive_pages_are_revoked_by_any_touch() {
