@@ -3,6 +3,25 @@
 //! Memory that uhmm itself maps ([`map`]) is private, anonymous, not inherited by a fork, left out of core dumps, not committed
 //! until touched, and named, so that `/proc/self/maps` tells whose it is. Everything here is raw system calls; what is marked so is
 //! *Fault path*.
+//!
+//! Who uses it: `uhmm-core` and drivers. A driver takes memory for its own state from `uhmm_core::own`, which knows where to put it.
+//!
+//! ```
+//! use uhmm_os::mem::{self, Advice, Prot, Reserve};
+//! use uhmm_os::BLOCK;
+//!
+//! let memory = mem::map(&Reserve { hint: 0, len: 4 * BLOCK, align: BLOCK, name: c"example", prot: Prot::ReadWrite, exact: false })?;
+//! assert_eq!(memory.start() % BLOCK, 0);
+//! // SAFETY: it is ours; nobody relies on its contents.
+//! unsafe {
+//!     memory.as_ptr().write(1);
+//!     mem::madvise(memory.start(), BLOCK, Advice::DontNeed)?; // a block that reads as zeros again
+//!     assert_eq!(memory.as_ptr().read(), 0);
+//!     mem::mprotect(memory.start() + BLOCK, BLOCK, Prot::None)?;
+//! }
+//! drop(memory); // unmapped
+//! # Ok::<(), uhmm_os::Errno>(())
+//! ```
 
 use crate::syscall::{abi, call};
 use crate::{Errno, PAGE};

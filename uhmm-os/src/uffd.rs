@@ -6,6 +6,37 @@
 //! * a descriptor never blocks: [`read`](Userfaultfd::read) returns 0 messages instead;
 //! * errors are handed on as the kernel gave them, with what was done before them ([`Partial`]);
 //! * `UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES` is not offered: against a concurrent madvise(MADV_DONTNEED) the call can spin in the kernel.
+//!
+//! Who uses it: `uhmm-core`, for the program's memory; drivers whose page table is made of it.
+//!
+//! ```no_run
+//! use uhmm_os::PAGE;
+//! use uhmm_os::mem::{self, Prot, Reserve};
+//! use uhmm_os::uffd::{CopyMode, Event, Features, MsgBuf, RegisterMode, Rights, Userfaultfd, poll};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let uffd = Userfaultfd::open(Rights::UserModeOnly, Features::empty())?;
+//! let memory = mem::map(&Reserve { hint: 0, len: PAGE, align: PAGE, name: c"example", prot: Prot::ReadWrite, exact: false })?;
+//! uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)?;
+//!
+//! let start = memory.start();
+//! // SAFETY: the mapping lives until the thread has been joined.
+//! let toucher = std::thread::spawn(move || unsafe { (start as *const u8).read() }); // waits
+//! poll(&[uffd.as_fd()], None)?;
+//! let mut messages = MsgBuf::new();
+//! uffd.read(&mut messages)?;
+//! for event in messages.events() {
+//!     if let Event::Fault { address, .. } = event {
+//!         let page = [7u8; PAGE];
+//!         // SAFETY: the page is missing and ours.
+//!         let copied = unsafe { uffd.copy(address & !(PAGE - 1), page.as_ptr() as usize, PAGE, CopyMode::empty()) };
+//!         copied.map_err(|partial| partial.errno)?; // the toucher goes on
+//!     }
+//! }
+//! assert_eq!(toucher.join().unwrap(), 7);
+//! # Ok(())
+//! # }
+//! ```
 
 mod event;
 mod open;
