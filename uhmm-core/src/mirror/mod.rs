@@ -45,6 +45,25 @@
 //! # Costs
 //! A mirror has a thread, which waits for questions. What it has looked at is registered with the program's userfaultfd: about 10 us and up to two mappings for each
 //! mapping looked at; from then on `munmap`, `mremap` and `madvise` there wait for the monitor, some 10 us. Reading through a [`PageTable`] makes no system call.
+//!
+//! # Example
+//!
+//! A device with a [`PageTable`] reads: a miss is its device fault, which looks the page up and enters it.
+//!
+//! ```
+//! use core::time::Duration;
+//! use uhmm_core::mirror::{Fault, HasTable, Mirror, Request};
+//!
+//! fn read<N: HasTable>(mirror: &Mirror<N>, at: usize, to: &mut [u8]) -> Result<(), Fault> {
+//!     while let Err(_miss) = mirror.read(at, to) {
+//!         let pages = mirror.range_fault(at..at + to.len(), &Request::read(), Duration::from_secs(1))?;
+//!         mirror.enter(&pages); // or the pages have changed since: then the read misses again
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
+//! `uhmm/examples/mirror_only.rs` is a whole program. Who uses it: programs that model a device, and runtimes of devices that have no memory of their own.
 #![allow(unsafe_code)] // notifiers behind pointers, and the accesses themselves
 
 pub mod change;
