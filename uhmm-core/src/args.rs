@@ -102,6 +102,27 @@ pub struct Arg<'a> {
 impl Arg<'_> {
     /// An argument from its parts.
     ///
+    /// ```
+    /// use core::any::{TypeId, type_name};
+    /// use uhmm_core::args::{Access, Arg, Args, RawArg};
+    ///
+    /// /// An argument of a runtime that knows addresses and no borrows.
+    /// ///
+    /// /// # Safety
+    /// /// As [`Arg::from_raw`].
+    /// unsafe fn floats(start: usize, count: usize) -> Arg<'static> {
+    ///     let (size, ty, name) = (4, TypeId::of::<f32>(), type_name::<f32>());
+    ///     let raw = RawArg::Slice { start, count, size, ty, name, access: Access::In, device: None };
+    ///     // SAFETY: the caller's promise.
+    ///     unsafe { Arg::from_raw(raw) }
+    /// }
+    ///
+    /// static A: [f32; 4] = [1.0; 4];
+    /// // SAFETY: it is a static, and nobody writes it.
+    /// let args = Args::new([unsafe { floats(A.as_ptr() as usize, 4) }]);
+    /// assert_eq!(args.raw().len(), 1);
+    /// ```
+    ///
     /// # Safety
     /// The range, if it is one, must hold `count` initialised values of the type that `ty` names, borrowed for the lifetime of the
     /// argument (exclusively if it is written).

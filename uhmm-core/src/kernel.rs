@@ -56,6 +56,13 @@ impl<F: Fn(&Ctx<'_>) + Sync> Kernel for F {
 }
 
 /// The groups of a launch: how many there are along x, y and z.
+///
+/// ```
+/// use uhmm_core::kernel::Grid;
+///
+/// assert_eq!(Grid::from([64, 16]).groups(), Some(1024));
+/// assert_eq!(Grid::from([usize::MAX, 2]).groups(), None); // more than can be counted: a launch refuses it
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid {
     /// Groups along x, y and z.

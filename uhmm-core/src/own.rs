@@ -108,6 +108,16 @@ impl<T> OwnBox<T> {
     }
 
     /// The same box with another pointer to the same value, such as one to a trait object.
+    ///
+    /// ```
+    /// use core::fmt::Debug;
+    /// use uhmm_core::own::OwnBox;
+    ///
+    /// let number = OwnBox::new(c"example", 42u32)?;
+    /// let shown: OwnBox<dyn Debug> = number.unsize(|p| p as *mut dyn Debug); // as a driver becomes a dyn Driver
+    /// assert_eq!(format!("{:?}", &*shown), "42");
+    /// # Ok::<(), uhmm_os::Errno>(())
+    /// ```
     pub fn unsize<U: ?Sized>(self, cast: impl FnOnce(*mut T) -> *mut U) -> OwnBox<U> {
         let this = core::mem::ManuallyDrop::new(self);
         let value = cast(this.value.as_ptr());

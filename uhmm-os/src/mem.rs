@@ -339,6 +339,21 @@ bitflags! {
 ///
 /// An old length of 0 makes a second mapping of the same pages, for shared mappings only.
 ///
+/// ```
+/// use uhmm_os::PAGE;
+/// use uhmm_os::mem::{self, Mapping, Prot, RemapFlags, Reserve};
+///
+/// let memory = mem::map(&Reserve { hint: 0, len: PAGE, align: PAGE, name: c"example", prot: Prot::ReadWrite, exact: false })?;
+/// let (start, len) = memory.into_raw(); // the call below takes it
+/// // SAFETY: it is ours, and nobody uses the old address afterwards.
+/// let larger = unsafe {
+///     let new = mem::mremap(start, len, 4 * PAGE, RemapFlags::MAYMOVE, 0)?;
+///     Mapping::from_raw(new, 4 * PAGE)
+/// };
+/// assert_eq!(larger.len(), 4 * PAGE);
+/// # Ok::<(), uhmm_os::Errno>(())
+/// ```
+///
 /// # Errors
 /// Those of mremap(2).
 ///

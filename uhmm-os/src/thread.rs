@@ -300,6 +300,25 @@ pub fn num_cores() -> usize {
 ///
 /// A kernel often wakes a thread on its waker's core, and corrects that only when it balances, milliseconds later; until then the woken one waits there although another
 /// core sleeps. (Measured on a virtual machine of two cores: preparing a launch and bringing its result home took a tenth longer.)
+///
+/// ```
+/// use uhmm_os::thread::Aside;
+///
+/// use std::sync::mpsc::channel;
+///
+/// let aside = &Aside::default();
+/// let ((ready, is_ready), (wake, woken)) = (channel(), channel());
+/// std::thread::scope(|scope| {
+///     scope.spawn(move || {
+///         aside.enter(); // this thread is the one that will be woken
+///         ready.send(()).unwrap();
+///         woken.recv().unwrap();
+///     });
+///     is_ready.recv().unwrap();
+///     aside.keep_off(); // not on this core
+///     wake.send(()).unwrap();
+/// });
+/// ```
 #[derive(Debug)]
 pub struct Aside {
     tid: AtomicU32,

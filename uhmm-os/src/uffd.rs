@@ -205,6 +205,26 @@ impl Userfaultfd {
     /// Only `dst` needs to be registered, with this descriptor. Both must be private anonymous memory with equal permissions. A page that is at `dst` and not at
     /// `src` counts as moved.
     ///
+    /// ```no_run
+    /// use uhmm_os::PAGE;
+    /// use uhmm_os::mem::{self, Prot, Reserve};
+    /// use uhmm_os::uffd::{Features, MoveMode, RegisterMode, Rights, Userfaultfd};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let uffd = Userfaultfd::open(Rights::UserModeOnly, Features::MOVE)?;
+    /// let map = |name| mem::map(&Reserve { hint: 0, len: PAGE, align: PAGE, name, prot: Prot::ReadWrite, exact: false });
+    /// let (from, to) = (map(c"from")?, map(c"to")?);
+    /// uffd.register(to.start(), PAGE, RegisterMode::MISSING)?;
+    /// // SAFETY: both are ours.
+    /// unsafe {
+    ///     from.as_ptr().write(7);
+    ///     uffd.move_pages(to.start(), from.start(), PAGE, MoveMode::empty()).map_err(|partial| partial.errno)?;
+    ///     assert_eq!((to.as_ptr().read(), from.as_ptr().read()), (7, 0));
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// In [`Partial`]: `EAGAIN`: a mapping event is unread (it never succeeds before that is read), or stopped after progress;
     /// `EEXIST`: something is at `dst`; `ENOENT`: nothing at `src`, or `dst` is not registered; `EBUSY`: the page is pinned or
