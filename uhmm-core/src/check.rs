@@ -1,4 +1,17 @@
 //! What is looked at before a launch: every error that can be found before the kernel starts is found here, and nothing has changed yet.
+//!
+//! Who uses it: launches, and the host as executor in the crate `uhmm`, which makes one of the checks, [`overlap`], for itself.
+//!
+//! ```
+//! use core::any::TypeId;
+//! use uhmm_core::Error;
+//! use uhmm_core::args::{Access, RawArg};
+//! use uhmm_core::check::overlap;
+//!
+//! let bytes = |start, access| RawArg::Slice { start, count: 16, size: 1, ty: TypeId::of::<u8>(), name: "u8", access, device: None };
+//! assert!(overlap(&[bytes(4096, Access::In), bytes(4104, Access::In)]).is_ok()); // nobody writes
+//! assert!(matches!(overlap(&[bytes(4096, Access::In), bytes(4104, Access::Out)]), Err(Error::Overlap { .. })));
+//! ```
 
 use crate::args::{Access, RawArg};
 use crate::core::{Core, Device};

@@ -14,6 +14,8 @@
 //!   the program and come back ([`Driver::take_back`]). It sees the process's addresses as they are (its mask is 0) and reaches all of them, so that it has no page table:
 //!   nothing is mapped, unmapped or shared for it, and no window is opened. A frame whose page is in the program, or went with it, is vacant; the copy engine's
 //!   next write gives it a page. A fault of its kernels is one of the process's own addresses, and uhmm lets them run on itself.
+//!
+//! Examples: uhmm/examples/tiny_driver.rs is a complete driver, `drivers/null` the smallest, `drivers/soft` the reference.
 
 use crate::bits::PAGES;
 use crate::directory::State;

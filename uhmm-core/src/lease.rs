@@ -4,6 +4,20 @@
 //! pages under it cannot fetch them again, so nothing but its end makes them leave.
 //!
 //! The assistant ends leases: the device's own threads may all be waiting for just that.
+//!
+//! Who uses it: runtimes that launch kernels by another way than uhmm's (`uhmm::Lease` is the safe form, for programs).
+//!
+//! ```
+//! use uhmm_core::args::Args;
+//! use uhmm_core::{DeviceRef, Error};
+//!
+//! fn with_resident(dev: &DeviceRef, args: &Args<'_>, launch: impl FnOnce()) -> Result<(), Error> {
+//!     let lease = dev.acquire(args.raw())?; // what is declared is on the device ...
+//!     launch();
+//!     dev.release(lease); // ... until here: what was written is the program's again
+//!     Ok(())
+//! }
+//! ```
 
 use crate::args::{MAX_ARGS, RawArg};
 use crate::beside;

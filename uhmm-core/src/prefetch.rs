@@ -11,6 +11,19 @@
 //!   deferred, for a handler there would wait for the evictor, and that for the turn.
 //! * A device is closed by who is alone. What is still to go there is cancelled then, also what has begun; so a device that is not cancelled, looked at with
 //!   the turn, is open.
+//!
+//! Who uses it: the hints of the crate `uhmm`, and runtimes that know what comes next.
+//!
+//! ```
+//! use uhmm_core::{CoreRef, DeviceRef, Error};
+//!
+//! fn ahead(core: &CoreRef, dev: &DeviceRef, data: &[f32]) -> Result<(), Error> {
+//!     let range = data.as_ptr_range();
+//!     let on_its_way = core.prefetch(range.start as usize, range.end as usize, Some(dev))?;
+//!     // Something else meanwhile.
+//!     on_its_way.wait()
+//! }
+//! ```
 #![allow(unsafe_code)] // a thread that has the core's address, and entries in memory of zeros
 
 use crate::core::{Core, DeviceRef};

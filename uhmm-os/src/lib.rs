@@ -26,6 +26,16 @@
 //!   private file memory and stays where it is.
 //!
 //! All addresses are `usize`, all lengths are bytes.
+//!
+//! # Examples
+//!
+//! Each module opens with an example of its main types and functions; what has none of its own is shown there, or is told by its documentation.
+//!
+//! ```
+//! use uhmm_os::{BLOCK, PAGE};
+//!
+//! assert_eq!(BLOCK / PAGE, 512);
+//! ```
 #![allow(unsafe_code)] // system calls, signal handlers and assembly live here so that they need not live elsewhere
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]

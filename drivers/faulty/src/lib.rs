@@ -94,6 +94,16 @@ pub fn all_well() {
 }
 
 /// How many failures of a call are still to come.
+///
+/// ```
+/// use uhmm_faulty::{ALWAYS, Call, Fault, all_well, order, outstanding};
+///
+/// order(Call::ToHost, Fault::Failed, 1, 2);
+/// assert_eq!(outstanding(Call::ToHost), 2); // no device has failed yet
+/// order(Call::Launch, Fault::Lost, 1, ALWAYS);
+/// all_well();
+/// assert_eq!(outstanding(Call::ToHost), 0);
+/// ```
 pub fn outstanding(call: Call) -> u32 {
     ORDERS.of[call as usize].bad.load(Ordering::SeqCst)
 }
@@ -130,7 +140,7 @@ fn open_around(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Resu
 
 /// The device.
 #[derive(Debug)]
-pub struct Faulty {
+struct Faulty {
     inner: OwnBox<dyn Driver>,
     lost: AtomicBool,
 }

@@ -7,6 +7,16 @@
 //! # Rules
 //! * Its [`DeviceInfo::memory`] is 0: uhmm then checks a launch as for any device and hands it over, and makes nothing resident.
 //! * So nothing of a page table or of copies is ever asked of it; if it were, the answer would be an error, never a success that has not happened.
+//!
+//! ```no_run
+//! use uhmm_core::{CoreRef, DeviceConfig};
+//!
+//! # fn main() -> Result<(), uhmm_core::Error> {
+//! let dev = CoreRef::get()?.device(DeviceConfig::new("null"), uhmm_null::open)?;
+//! assert_eq!(dev.info().memory, 0);
+//! # Ok(())
+//! # }
+//! ```
 
 use core::time::Duration;
 use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};

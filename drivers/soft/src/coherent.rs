@@ -2,6 +2,8 @@
 //!
 //! Its workers use the process's addresses as they are, so that it has no page table and no window. A page of its memory lies in the arena while nobody uses it, or in
 //! the program, which uhmm has moved it into; taking it back moves it into the arena again. A worker that touches a page which is on its way waits as any thread of the program does.
+//!
+//! No example: a part of the device, for who reads how one is made; outside, only [`crate::open`] is used.
 
 use crate::dma::Engine;
 use crate::memory::{Memory, Watch};

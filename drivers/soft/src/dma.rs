@@ -3,6 +3,8 @@
 //! A batch is divided into pieces of at most [`CHUNK`] bytes that are claimed one by one. Whoever waits for a fence claims pieces of its
 //! batch too, so that a small batch is done by its waiter at once, without waking a thread, and a large one by both. Copies bypass the cache on the
 //! way out, as a device's would.
+//!
+//! No example: a part of the device, for who reads how one is made; outside, only [`crate::open`] is used.
 #![allow(unsafe_code)] // the copies
 
 use crate::memory::Memory;

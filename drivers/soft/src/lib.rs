@@ -16,6 +16,17 @@
 //! and a touch of anything else fails the launch.
 //!
 //! With [`DeviceConfig::coherent`] it is another device ([`mod@coherent`]), whose memory the CPU uses in place.
+//!
+//! ```no_run
+//! use uhmm_core::{CoreRef, DeviceConfig};
+//!
+//! # fn main() -> Result<(), uhmm_core::Error> {
+//! let config = DeviceConfig { memory: 64 << 20, threads: 2, replayable_faults: false, ..DeviceConfig::new("small") };
+//! let dev = CoreRef::get()?.device(config, uhmm_soft::open)?;
+//! # drop(dev);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod coherent;
 pub mod dma;
@@ -49,7 +60,7 @@ pub struct Soft {
     uffd: Userfaultfd,
 }
 
-/// Opens a software device. To be called on uhmm's keeper ([`uhmm_core::core`]).
+/// Opens a software device. To be called on uhmm's keeper, as [`uhmm_core::CoreRef::device`] does.
 ///
 /// `memory` 0 means a quarter of the machine's memory, `threads` 0 one a core.
 ///

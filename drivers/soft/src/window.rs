@@ -5,6 +5,8 @@
 //! is made by whole blocks, when they are first needed, never over a mapping of the program's; it is not inherited by a forked child and not in a core dump.
 //! It belongs to a userfaultfd that raises SIGBUS in who touches a page that is not there. Without userfaultfd it is inaccessible where nothing is mapped, and
 //! mremap carries the pages (`remap`).
+//!
+//! No example: a part of the device, for who reads how one is made; outside, only [`crate::open`] is used.
 #![allow(unsafe_code)] // moves pages between the device's own mappings
 
 use crate::memory::Memory;

@@ -2,6 +2,8 @@
 //!
 //! A launch is over when every group has run. The first fault of a launch is kept; a panic also keeps groups from starting that have not yet. A wild
 //! pointer gets a scratch page, so that its kernel runs on; scratch pages go when the launch ends.
+//!
+//! No example: a part of the device, for who reads how one is made; outside, only [`crate::open`] is used.
 #![allow(unsafe_code)] // makes kernels' contexts; puts scratch pages down and takes them up
 
 use crate::window::Window;

@@ -9,6 +9,21 @@
 //! * Where data is, the kernel is asked (/proc/self/pagemap), never uhmm.
 //! * A check that is marked as one of data fails on a device that runs nothing. So the checks themselves are tested.
 //! * Checks bring pages home before they compare: what is compared is what the program would read.
+//!
+//! ```
+//! use uhmm_core::DeviceRef;
+//! use uhmm_core::conformance::{CHECKS, Subject};
+//!
+//! fn conforms(dev: &DeviceRef) {
+//!     let mut subject = Subject::new(dev); // with_forms, if its kernels are no Rust functions
+//!     for check in CHECKS {
+//!         println!("{}", check.name); // a check that hangs is known by its name
+//!         (check.run)(&mut subject); // panics with what is wrong
+//!     }
+//! }
+//! ```
+//!
+//! `uhmm/tests/suite/conformance.rs` runs the devices of this repository.
 
 mod capacity;
 mod declared;

@@ -35,7 +35,7 @@ pub(super) struct Item {
 
 /// The room for one migration, in memory that never migrates: a batch that is collected, and one that is copied.
 #[derive(Debug)]
-pub struct Room {
+pub(crate) struct Room {
     pub(super) batches: [Batch; 2],
     /// The one that is collected.
     pub(super) at: usize,
@@ -63,7 +63,7 @@ impl Room {
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub fn new() -> Result<Self, Errno> {
+    pub(crate) fn new() -> Result<Self, Errno> {
         Ok(Room { batches: [Batch::new()?, Batch::new()?], at: 0, flying: None, refused: false })
     }
 }

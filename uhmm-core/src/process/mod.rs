@@ -49,9 +49,19 @@ const LOCK: usize = 0x2f00_0000_0000;
 const MEETING: usize = LOCK + PAGE;
 
 /// Makes a driver, on the keeper. What it starts there shares uhmm's descriptors.
+///
+/// Examples: `uhmm_null::open`, and `open` in uhmm/examples/tiny_driver.rs.
 pub type OpenDriver = fn(&DeviceConfig, Mode, &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error>;
 
 /// How a device is to be opened.
+///
+/// ```
+/// use core::time::Duration;
+/// use uhmm_core::DeviceConfig;
+///
+/// let config = DeviceConfig { memory: 1 << 30, fence_limit: Duration::from_secs(2), ..DeviceConfig::new("gpu0") };
+/// assert!(config.threads == 0 && config.replayable_faults); // the driver's defaults
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceConfig {
     /// Its name.
@@ -234,6 +244,16 @@ impl Held {
 }
 
 /// A user's hold on the core. The core ends with the last one.
+///
+/// ```
+/// use uhmm_core::{CoreRef, DeviceConfig, DeviceRef, Error, OpenDriver};
+///
+/// fn open_small(open: OpenDriver) -> Result<DeviceRef, Error> {
+///     let core = CoreRef::get()?;
+///     println!("mode: {}, devices: {}", core.mode().name(), core.devices().len());
+///     core.device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("small") }, open) // with a hold on the core of its own
+/// }
+/// ```
 #[derive(Debug)]
 pub struct CoreRef {
     core: *const Core,
