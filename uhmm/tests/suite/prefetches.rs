@@ -10,6 +10,7 @@ crate::tests![
     a_prefetch_takes_what_it_says_and_no_more,
     errors_of_a_prefetch_come_from_its_fence,
     what_was_unmapped_is_not_prefetched,
+    a_prefetch_takes_nothing_from_another_devices_kernel,
     a_launch_does_not_wait_for_all_of_a_prefetch,
     prefetches_that_nobody_waits_for,
     forks_among_prefetches,
@@ -133,6 +134,30 @@ fn errors_of_a_prefetch_come_from_its_fence() {
         }
     }
     panic!("no prefetch was overtaken");
+}
+
+/// It waits for the end of the launch: the kernel would fetch its memory again, and so on.
+fn a_prefetch_takes_nothing_from_another_devices_kernel() {
+    let (hmm, one) = device(16);
+    let two = hmm.soft("two").memory(16 << 20).threads(1).open().unwrap();
+    let mut data = vec![1u32; 1 << 20];
+    let (running, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+    let kernel = |_: &Ctx<'_>| {
+        running.store(true, Ordering::Release);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        ended.store(true, Ordering::Release);
+    };
+    let (start, end) = (data.as_ptr() as usize, data.as_ptr_range().end as usize);
+    std::thread::scope(|scope| {
+        let (two, kernel, data) = (&two, &kernel, &mut data);
+        scope.spawn(move || two.run(kernel, 1, args![inout(data)]).unwrap());
+        while !running.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+        one.prefetch_range(start, end - start).unwrap();
+        assert!(ended.load(Ordering::Acquire), "the kernel was running");
+    });
+    assert_eq!(hmm.residency(start..end).unwrap().on("two"), 0);
 }
 
 fn what_was_unmapped_is_not_prefetched() {
