@@ -11,6 +11,7 @@ crate::tests![
     errors_of_a_prefetch_come_from_its_fence,
     what_was_unmapped_is_not_prefetched,
     a_prefetch_takes_nothing_from_another_devices_kernel,
+    nothing_goes_to_a_device_that_was_removed,
     a_launch_does_not_wait_for_all_of_a_prefetch,
     prefetches_that_nobody_waits_for,
     forks_among_prefetches,
@@ -158,6 +159,32 @@ fn a_prefetch_takes_nothing_from_another_devices_kernel() {
         assert!(ended.load(Ordering::Acquire), "the kernel was running");
     });
     assert_eq!(hmm.residency(start..end).unwrap().on("two"), 0);
+}
+
+/// It is removed while something goes there: what has gone is home when that returns, and the rest stays.
+fn nothing_goes_to_a_device_that_was_removed() {
+    let hmm = uhmm::Uhmm::new().unwrap();
+    let data = vec![3u8; 80 << 20];
+    let all = pages_present(&data);
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut overtaken = 0;
+    for round in 0..30 {
+        let dev = hmm.soft("dev").memory(96 << 20).threads(1).open().unwrap();
+        let fence = hmm.prefetch(&data, To::Device(&dev)).unwrap();
+        std::thread::sleep(std::time::Duration::from_micros(random.u64(0..20_000)));
+        dev.remove().unwrap();
+        assert_eq!(pages_present(&data), all, "round {round}");
+        match fence.wait() {
+            Ok(()) => {}
+            Err(Error::DeviceRemoved { device: "dev" }) => overtaken += 1,
+            Err(e) => panic!("{e}"),
+        }
+        let error = hmm.prefetch(&data, To::Device(&dev)).unwrap().wait().unwrap_err();
+        assert!(matches!(error, Error::DeviceRemoved { .. }), "{error}");
+        assert_eq!(pages_present(&data), all, "round {round}");
+    }
+    assert!(overtaken > 0, "no prefetch was overtaken");
+    assert!(data.iter().all(|&x| x == 3));
 }
 
 fn what_was_unmapped_is_not_prefetched() {
