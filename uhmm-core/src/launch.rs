@@ -316,7 +316,8 @@ pub(crate) fn finish(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Le
         last.ranges = signature(args);
         last.number = flight.number;
         // A snapshot serves one launch only, so that the next one has to prepare.
-        let stays = success && ended == Ok(0) && !dev.flights.has_other_launch(flight);
+        // Who is under way beside it prepares once more when it is his turn, which forgets this, or finds everything as it is left here.
+        let stays = success && ended == Ok(0);
         last.changes = if stays { dev.changes.load(Ordering::Acquire) } else { u64::MAX };
     }
     if core.space.mode == Mode::UserModeOnly {

@@ -27,7 +27,7 @@ use crate::error::Error;
 use crate::flight::{self, Flight, MAX_FLIGHTS, Purpose};
 use crate::kernel::{Entry, Grid};
 use crate::launch::{self, Request, try_take_off};
-use crate::prepare::{Part, note_ends, prepare};
+use crate::prepare::{Part, note_all, prepare};
 use crate::process::MAX_DEVICES;
 use crate::snapshot;
 use crate::sync::*;
@@ -120,7 +120,7 @@ fn finish(core: &Core, dev: &Device, flight: &Flight, success: bool) {
     {
         let args = ledger.args;
         let _prepare = core.prepare.lock();
-        note_ends(core, dev, ledger, &args);
+        note_all(core, dev, ledger, &args);
         // What cannot be written to was unmapped by who had leased it.
         let _ = launch::finish(core, dev, flight, ledger, &args, success);
     }

@@ -37,6 +37,8 @@ struct Fault {
     protected: bool,
     /// The toucher is a worker of a device.
     worker: bool,
+    /// Migrations of the block to a device, when the touch was read.
+    migrations: u32,
 }
 
 /// A change of the program's mappings.
@@ -223,7 +225,8 @@ impl Monitor {
                 let change = match event {
                     Event::Fault { address, write, wp, tid, .. } => {
                         if self.waiting < FAULTS {
-                            self.faults[self.waiting] = Some(Fault { address, tid, write, protected: wp, worker: false });
+                            let migrations = core.dir.get(address).map_or(0, |block| block.past.now().migrations);
+                            self.faults[self.waiting] = Some(Fault { address, tid, write, protected: wp, worker: false, migrations });
                             self.waiting += 1;
                         } else {
                             let _ = core.space.uffd.wake(address & !(PAGE - 1), PAGE);
@@ -329,6 +332,11 @@ impl Monitor {
             }
             PageState::Private if state.mover != 0 || (!fault.worker && kept(core, state, va).has(page)) => {
                 state.waiters = true;
+                Served::Done
+            }
+            // It came home since the touch was read, which woke the toucher, and left again: nobody waits for it. Who does all the same touches it again.
+            PageState::Private if state.block().past.now().migrations != fault.migrations => {
+                let _ = core.space.uffd.wake(va + page * PAGE, PAGE);
                 Served::Done
             }
             PageState::Private => self.return_pages(core, state, va, page, fault),

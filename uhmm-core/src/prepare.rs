@@ -80,8 +80,9 @@ pub(crate) fn note_ends(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[
     }
 }
 
-/// Notes every block with snapshots: who was stopped on the way has not noted those that he had taken by then, and nobody would end them.
-fn note_all(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) {
+/// Notes every block with snapshots: who was stopped on the way has not noted those that he had taken by then, a lease not those that a kernel has made of its copies since, and nobody would
+/// end them.
+pub(crate) fn note_all(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) {
     for (start, end, _) in ranges(args) {
         core.dir.for_each(Span::touching(start, end), |block, part| {
             let state = block.lock();
