@@ -4,7 +4,7 @@ use crate::harness::*;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use uhmm_core::conformance::{CHECKS, Subject};
-use uhmm_core::driver::*;
+use uhmm_core::driver::{self, *};
 use uhmm_core::kernel::Entry;
 use uhmm_core::mode::Mode;
 use uhmm_core::own::{OwnBox, OwnSlice, Zeroed};
@@ -68,7 +68,7 @@ fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnB
     let (populated, valid, mapped) = (numbers(units), numbers(units * 512), numbers(units * 512));
     let books =
         Books { inner, populated, valid, mapped, units: AtomicU64::new(0), fences: AtomicU64::new(0), told: Number(AtomicU64::new(0)) };
-    Ok(OwnBox::new(c"books", books).unwrap().unsize(|p| p as *mut dyn Driver))
+    Ok(driver::boxed(c"books", books).unwrap())
 }
 
 /// The frames that a piece of a batch touches.
@@ -87,9 +87,9 @@ impl Books {
 }
 
 // SAFETY: what the other driver promises.
-unsafe impl Driver for Books {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
+unsafe impl Forward for Books {
+    fn inner(&self) -> &dyn Driver {
+        &*self.inner
     }
 
     fn populate(&self, unit: usize) -> Result<(), Errno> {
@@ -97,7 +97,7 @@ unsafe impl Driver for Books {
         self.inner.populate(unit)?;
         self.populated[unit].set(1);
         self.valid[unit * 512..][..512].iter().for_each(|frame| _ = frame.set(0));
-        agree!((self.units.fetch_add(1, Ordering::SeqCst) as usize) < self.info().memory / BLOCK);
+        agree!((self.units.fetch_add(1, Ordering::SeqCst) as usize) < self.inner.info().memory / BLOCK);
         Ok(())
     }
 
@@ -106,18 +106,6 @@ unsafe impl Driver for Books {
         agree!(self.mapped[unit * 512..][..512].iter().all(|frame| frame.get() == 0));
         self.units.fetch_sub(1, Ordering::SeqCst);
         self.inner.release(unit);
-    }
-
-    fn mapped(&self, va: usize) -> Option<usize> {
-        self.inner.mapped(va)
-    }
-
-    fn address(&self, frame: Frame) -> usize {
-        self.inner.address(frame)
-    }
-
-    fn stand_by(&self) {
-        self.inner.stand_by();
     }
 
     fn copy(&self, batch: &[Dma]) -> Fence {
@@ -151,26 +139,10 @@ unsafe impl Driver for Books {
         result
     }
 
-    fn is_lost(&self) -> bool {
-        self.inner.is_lost()
-    }
-
-    fn open_window(&self, span: Span) -> Result<(), Errno> {
-        self.inner.open_window(span)
-    }
-
     fn close_window(&self, span: Span) {
         let inside = |frame: &Number| (span.start as u64..span.end as u64).contains(&frame.get()) && frame.get() != 0;
         agree!(span.start.is_multiple_of(BLOCK) && span.end.is_multiple_of(BLOCK) && !self.mapped.iter().any(inside));
         self.inner.close_window(span);
-    }
-
-    fn share(&self, span: Span) -> Result<(), Errno> {
-        self.inner.share(span)
-    }
-
-    fn unshare(&self, span: Span) {
-        self.inner.unshare(span);
     }
 
     fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
@@ -190,34 +162,6 @@ unsafe impl Driver for Books {
         SEEN[2].fetch_add(1, Ordering::SeqCst);
         self.each(batch, |frame, va| agree!(self.mapped[frame].set(0) == va));
         self.inner.unmap(batch);
-    }
-
-    fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
-        self.inner.launch(launch)
-    }
-
-    fn note_fault(&self, va: usize, write: bool) {
-        self.inner.note_fault(va, write);
-    }
-
-    fn fail(&self, fault: KernelFault) {
-        self.inner.fail(fault);
-    }
-
-    fn host_touch(&self, tid: u32, address: usize) {
-        self.inner.host_touch(tid, address);
-    }
-
-    fn owns_thread(&self, tid: u32) -> bool {
-        self.inner.owns_thread(tid)
-    }
-
-    fn in_window(&self, address: usize) -> bool {
-        self.inner.in_window(address)
-    }
-
-    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
-        self.inner.scratch(address, fault)
     }
 }
 
