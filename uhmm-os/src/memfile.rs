@@ -74,6 +74,7 @@ mod tests {
 
     #[test]
     fn the_same_bytes_at_two_places_and_none_after_release() {
+        crate::signal::install(|_| false).unwrap(); // for the guarded copy
         let file = MemFile::new(c"two places", 4 * PAGE).unwrap();
         let reserve = Reserve { hint: 0, len: 2 * PAGE, align: PAGE, name: c"two places", prot: Prot::None, exact: false };
         let places = mem::map(&reserve).unwrap();

@@ -12,7 +12,11 @@ use uhmm_core::page::Span;
 use uhmm_core::{CoreRef, DeviceConfig, Error};
 use uhmm_os::{BLOCK, Errno, PAGE};
 
-crate::tests![uhmm_keeps_its_side, uhmm_keeps_its_side_with_a_device_that_fails];
+crate::tests![
+    uhmm_keeps_its_side,
+    uhmm_keeps_its_side_with_a_device_that_shows_no_mapped_page,
+    uhmm_keeps_its_side_with_a_device_that_fails
+];
 
 /// A number that lies in memory of uhmm's: these books are kept on the fault path.
 #[derive(Debug)]
@@ -40,7 +44,10 @@ struct Books {
     /// Of each frame, the address at which it is mapped; 0 if it is not.
     mapped: OwnSlice<Number>,
     units: AtomicU64,
-    fences: AtomicU64,
+    /// Of each batch under way: what it was when it was handed over (0: none is).
+    batches: OwnSlice<Number>,
+    /// Its fence, as the other driver has it.
+    fences: OwnSlice<Number>,
     /// Uhmm has been told that the device is lost.
     told: Number,
 }
@@ -48,9 +55,9 @@ struct Books {
 /// The first line of this file where something did not agree, and how many lines did, in all. Not in `.bss`.
 #[unsafe(link_section = ".data")]
 static WRONG: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
-/// Calls that were looked at: copies, maps, unmaps.
+/// Calls that were looked at: copies, maps, unmaps; pieces of copies whose frame was mapped.
 #[unsafe(link_section = ".data")]
-static SEEN: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+static SEEN: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
 
 macro_rules! agree {
     ($what:expr) => {
@@ -62,13 +69,27 @@ macro_rules! agree {
 }
 
 fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
-    let inner = uhmm_faulty::around(uhmm_soft::open)(config, mode, others)?;
+    with_books(uhmm_faulty::around(uhmm_soft::open)(config, mode, others)?)
+}
+
+fn open_tiny(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
+    with_books(crate::tiny::driver::open(config, mode, others)?)
+}
+
+fn with_books(inner: OwnBox<dyn Driver>) -> Result<OwnBox<dyn Driver>, Error> {
     let units = 2 * inner.info().memory / BLOCK;
     let numbers = |n| OwnSlice::new(c"books", n).unwrap();
+    let (batches, fences) = (numbers(64), numbers(64));
     let (populated, valid, mapped) = (numbers(units), numbers(units * 512), numbers(units * 512));
-    let books =
-        Books { inner, populated, valid, mapped, units: AtomicU64::new(0), fences: AtomicU64::new(0), told: Number(AtomicU64::new(0)) };
+    let books = Books { inner, populated, valid, mapped, units: AtomicU64::new(0), batches, fences, told: Number(AtomicU64::new(0)) };
     Ok(driver::boxed(c"books", books).unwrap())
+}
+
+/// A number, not 0, that tells one batch from another: what is in it, and where it lies.
+fn digest(batch: &[Dma]) -> u64 {
+    let mix = |sum: u64, word: usize| (sum ^ word as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    let words = batch.iter().flat_map(|dma| [dma.kind as usize, dma.host, dma.frame as usize, dma.offset, dma.len]);
+    words.fold(mix(batch.len() as u64, batch.as_ptr() as usize), mix) | 1
 }
 
 /// The frames that a piece of a batch touches.
@@ -115,18 +136,26 @@ unsafe impl Forward for Books {
             let out = matches!(dma.kind, DmaKind::ToHost | DmaKind::GuardedToHost);
             for frame in frames(dma) {
                 agree!(self.populated[frame / 512].get() == 1);
-                agree!(self.mapped[frame].get() == 0);
+                let at = self.mapped[frame].get();
+                agree!(at == 0 || self.inner.mapped(at as usize).is_none());
+                SEEN[3].fetch_add(u64::from(at != 0), Ordering::SeqCst);
                 agree!(!out || self.valid[frame].get() == 1);
             }
         }
-        self.fences.fetch_add(1, Ordering::SeqCst);
-        self.inner.copy(batch)
+        let is = digest(batch);
+        let free = |of: &Number| of.0.compare_exchange(0, is, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        let Some(fence) = self.batches.iter().position(free) else { panic!("64 batches are under way: some were never waited for") };
+        self.fences[fence].set(self.inner.copy(batch).0);
+        Fence(fence as u64)
     }
 
     fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
-        agree!(self.fences.fetch_sub(1, Ordering::SeqCst) > 0);
+        let (is, inner) = (&self.batches[fence.0 as usize], &self.fences[fence.0 as usize]);
+        agree!(is.get() == digest(batch)); // not waited for yet, and with this batch
         agree!(limit == DeviceConfig::FENCE_LIMIT);
-        let result = self.inner.wait(fence, batch, limit);
+        let result = self.inner.wait(Fence(inner.get()), batch, limit);
+        agree!(is.get() == digest(batch)); // it did not change meanwhile
+        is.set(0);
         if result == Err(DmaError::Lost) {
             self.told.set(1);
         }
@@ -162,12 +191,19 @@ unsafe impl Forward for Books {
         SEEN[2].fetch_add(1, Ordering::SeqCst);
         self.each(batch, |frame, va| agree!(self.mapped[frame].set(0) == va));
         self.inner.unmap(batch);
+        // Acknowledged: whoever uses an old entry now gets a fault. The block is locked, so that no new one is made.
+        let mask = self.inner.info().mask;
+        self.each(batch, |_, va| {
+            let mut byte = 0u8;
+            // SAFETY: the byte is ours; a read of what is not there is an error.
+            agree!(mask == 0 || unsafe { uhmm_os::copy::guarded(&raw mut byte, (va as usize ^ mask) as *const u8, 1) }.is_err());
+        });
     }
 }
 
 impl Drop for Books {
     fn drop(&mut self) {
-        agree!(self.fences.load(Ordering::SeqCst) == 0);
+        agree!(self.batches.iter().all(|of| of.get() == 0));
         agree!(self.mapped.iter().all(|frame| frame.get() == 0));
     }
 }
@@ -175,7 +211,7 @@ impl Drop for Books {
 fn right() {
     let [line, times] = [&WRONG[0], &WRONG[1]].map(|n| n.load(Ordering::SeqCst));
     assert_eq!(line, 0, "line {line} of this file did not agree, {times} times in all");
-    assert!(SEEN.iter().all(|n| n.load(Ordering::SeqCst) > 10), "{SEEN:?}");
+    assert!(SEEN[..3].iter().all(|n| n.load(Ordering::SeqCst) > 10), "{SEEN:?}");
 }
 
 fn uhmm_keeps_its_side() {
@@ -184,6 +220,47 @@ fn uhmm_keeps_its_side() {
         println!("{}", check.name);
         (check.run)(&mut Subject::new(&dev));
     }
+    drop(dev);
+    right();
+}
+
+/// The same of a device that shows nobody its mapped pages: copies go to frames that are mapped then, as leases and launches that overlap have them.
+fn uhmm_keeps_its_side_with_a_device_that_shows_no_mapped_page() {
+    let core = CoreRef::get().unwrap();
+    let dev = core.device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("books") }, open_tiny).unwrap();
+    for check in CHECKS {
+        println!("{}", check.name);
+        (check.run)(&mut Subject::new(&dev));
+    }
+    let mut page = Pages::new(3 * PAGE);
+    let (a, rest) = page.slice::<u32>().split_at_mut(100);
+    let (b, rest) = rest.split_at_mut(2000);
+    let (c, d) = rest.split_at_mut(100);
+    for round in 0..20u32 {
+        a.fill(round);
+        b.fill(round + 1);
+        let [of_a, of_b] = [uhmm::args![uhmm::inout(a)], uhmm::args![uhmm::inout(b)]].map(|list| list.raw().to_vec());
+        let first = dev.acquire(&of_a).unwrap();
+        b.fill(round + 10); // after the snapshot that the lease of its neighbour has
+        c.fill(round + 20);
+        let second = dev.acquire(&of_b).unwrap();
+        dev.run(Entry::new(&increment), groups(c.len()).into(), &uhmm::args![uhmm::inout(c)]).unwrap();
+        assert!(c.iter().all(|&x| x == round + 21), "{round}: {:?}", &c[..4]);
+        (c.fill(round + 30), d[0] = round);
+        for (leased, by) in [(&*a, 200), (&*b, 100)] {
+            for word in leased {
+                let word = (core::ptr::from_ref(word) as usize ^ dev.info().mask) as *mut u32;
+                // SAFETY: it is leased, and there until the lease ends; nobody else uses it.
+                unsafe { word.write(word.read() + by) };
+            }
+        }
+        let order = if round % 2 == 0 { [first, second] } else { [second, first] };
+        order.into_iter().for_each(|lease| dev.release(lease));
+        assert!(a.iter().all(|&x| x == round + 200), "{round}: {:?}", &a[..4]);
+        assert!(b.iter().all(|&x| x == round + 110), "{round}: {:?}", &b[..4]);
+        assert!(c.iter().all(|&x| x == round + 30) && d[0] == round, "{round}: a neighbour was written");
+    }
+    assert!(SEEN[3].load(Ordering::SeqCst) > 20, "no copy met a mapped frame");
     drop(dev);
     right();
 }
