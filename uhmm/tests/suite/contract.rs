@@ -15,7 +15,8 @@ use uhmm_os::{BLOCK, Errno, PAGE};
 crate::tests![
     uhmm_keeps_its_side,
     uhmm_keeps_its_side_with_a_device_that_shows_no_mapped_page,
-    uhmm_keeps_its_side_with_a_device_that_fails
+    uhmm_keeps_its_side_with_a_device_that_fails,
+    calls_are_per_batch,
 ];
 
 /// A number that lies in memory of uhmm's: these books are kept on the fault path.
@@ -37,6 +38,8 @@ impl Number {
 #[derive(Debug)]
 struct Books {
     inner: OwnBox<dyn Driver>,
+    /// What it was when it was opened.
+    info: DeviceInfo,
     /// Of each unit, whether it is populated.
     populated: OwnSlice<Number>,
     /// Of each frame, whether it holds data.
@@ -81,7 +84,17 @@ fn with_books(inner: OwnBox<dyn Driver>) -> Result<OwnBox<dyn Driver>, Error> {
     let numbers = |n| OwnSlice::new(c"books", n).unwrap();
     let (batches, fences) = (numbers(64), numbers(64));
     let (populated, valid, mapped) = (numbers(units), numbers(units * 512), numbers(units * 512));
-    let books = Books { inner, populated, valid, mapped, units: AtomicU64::new(0), batches, fences, told: Number(AtomicU64::new(0)) };
+    let books = Books {
+        info: inner.info().clone(),
+        inner,
+        populated,
+        valid,
+        mapped,
+        units: AtomicU64::new(0),
+        batches,
+        fences,
+        told: Number(AtomicU64::new(0)),
+    };
     Ok(driver::boxed(c"books", books).unwrap())
 }
 
@@ -99,6 +112,13 @@ fn frames(dma: &Dma) -> std::ops::Range<usize> {
 }
 
 impl Books {
+    /// Whether kernels can reach the page at `va`, for a device whose window lies in this process.
+    fn is_there(&self, va: u64) -> bool {
+        let (mask, mut byte) = (self.info.mask, 0u8);
+        // SAFETY: the byte is ours; a read of what is not there is an error.
+        mask != 0 && unsafe { uhmm_os::copy::guarded(&raw mut byte, (va as usize ^ mask) as *const u8, 1) }.is_ok()
+    }
+
     fn each(&self, batch: &[MapRun], mut f: impl FnMut(usize, u64)) {
         for run in batch {
             agree!(run.pages > 0 && run.va.is_multiple_of(PAGE) && run.va / BLOCK == (run.va + run.pages * PAGE - 1) / BLOCK);
@@ -117,6 +137,8 @@ unsafe impl Forward for Books {
         agree!(self.populated[unit].get() == 0);
         self.inner.populate(unit)?;
         self.populated[unit].set(1);
+        let address = |frame: usize| self.inner.address(frame as Frame);
+        agree!((unit * 512..unit * 512 + 511).all(|frame| address(frame + 1) == address(frame) + PAGE));
         self.valid[unit * 512..][..512].iter().for_each(|frame| _ = frame.set(0));
         agree!((self.units.fetch_add(1, Ordering::SeqCst) as usize) < self.inner.info().memory / BLOCK);
         Ok(())
@@ -159,11 +181,20 @@ unsafe impl Forward for Books {
         if result == Err(DmaError::Lost) {
             self.told.set(1);
         }
+        agree!(self.told.get() == 0 || (self.inner.is_lost() && result == Err(DmaError::Lost)));
         let done = |dma: &&Dma| match dma.kind {
             DmaKind::ToDevice | DmaKind::Zero => !matches!(result, Err(DmaError::Failed(_) | DmaError::Lost)),
             DmaKind::GuardedToDevice => result.is_ok(),
             DmaKind::ToHost | DmaKind::GuardedToHost => false,
         };
+        for dma in batch.iter().filter(done).filter(|dma| dma.kind == DmaKind::ToDevice && dma.offset == 0) {
+            let unmapped = frames(dma).all(|frame| self.mapped[frame].get() == 0);
+            if let Some(at) = self.inner.peek(dma.frame).filter(|_| unmapped) {
+                // SAFETY: the driver says that a frame can be read there that is not mapped; the host's memory is uhmm's.
+                let [there, sent] = [at, dma.host].map(|at| unsafe { std::slice::from_raw_parts(at as *const u8, dma.len.min(PAGE)) });
+                agree!(there == sent);
+            }
+        }
         batch.iter().filter(done).flat_map(frames).for_each(|frame| _ = self.valid[frame].set(1));
         result
     }
@@ -177,7 +208,15 @@ unsafe impl Forward for Books {
     fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
         SEEN[1].fetch_add(1, Ordering::SeqCst);
         self.each(&batch, |frame, _| agree!(self.valid[frame].get() == 1 && self.mapped[frame].get() == 0));
-        self.inner.map(batch)?;
+        for run in batch.iter() {
+            agree!(!self.mapped.iter().any(|frame| (run.span().start as u64..run.span().end as u64).contains(&frame.get())));
+        }
+        let mapped = self.inner.map(batch);
+        // All runs or none. Where the window cannot be, what is there is the program's.
+        if mapped.is_err_and(|e| e != Errno::EXIST) {
+            self.each(&batch, |_, va| agree!(!self.is_there(va)));
+        }
+        mapped?;
         self.each(&batch, |frame, va| _ = self.mapped[frame].set(va));
         Ok(())
     }
@@ -192,17 +231,14 @@ unsafe impl Forward for Books {
         self.each(batch, |frame, va| agree!(self.mapped[frame].set(0) == va));
         self.inner.unmap(batch);
         // Acknowledged: whoever uses an old entry now gets a fault. The block is locked, so that no new one is made.
-        let mask = self.inner.info().mask;
-        self.each(batch, |_, va| {
-            let mut byte = 0u8;
-            // SAFETY: the byte is ours; a read of what is not there is an error.
-            agree!(mask == 0 || unsafe { uhmm_os::copy::guarded(&raw mut byte, (va as usize ^ mask) as *const u8, 1) }.is_err());
-        });
+        self.each(batch, |_, va| agree!(!self.is_there(va)));
     }
 }
 
 impl Drop for Books {
     fn drop(&mut self) {
+        let of = |info: &DeviceInfo| (info.name, info.memory, info.threads, info.mask, info.capabilities);
+        agree!(of(self.inner.info()) == of(&self.info) && self.info.memory.is_multiple_of(BLOCK));
         agree!(self.batches.iter().all(|of| of.get() == 0));
         agree!(self.mapped.iter().all(|frame| frame.get() == 0));
     }
@@ -263,6 +299,26 @@ fn uhmm_keeps_its_side_with_a_device_that_shows_no_mapped_page() {
     assert!(SEEN[3].load(Ordering::SeqCst) > 20, "no copy met a mapped frame");
     drop(dev);
     right();
+}
+
+/// What is moved as a whole takes calls by the batch, not by the page.
+fn calls_are_per_batch() {
+    let dev = CoreRef::get().unwrap().device(DeviceConfig { memory: 16 << 20, threads: 2, ..DeviceConfig::new("books") }, open).unwrap();
+    let mut pages = Pages::huge(8 << 20);
+    let data = pages.slice::<u32>();
+    data.fill(1);
+    let range = data.as_ptr_range();
+    let calls = || [&SEEN[0], &SEEN[1], &SEEN[2]].map(|n| n.load(Ordering::SeqCst));
+    for round in 0..4 {
+        let before = calls();
+        dev.run(Entry::new(&increment), groups(data.len()).into(), &uhmm::args![uhmm::inout(data)]).unwrap();
+        dev.evict(range.start as usize, range.end as usize).unwrap();
+        let [copies, maps, unmaps] = core::array::from_fn(|i| calls()[i] - before[i]);
+        // 4 blocks go there and come back: two copies of each and one map and one unmap, if not even fewer.
+        assert!((1..=8).contains(&copies) && (1..=4).contains(&maps) && (1..=4).contains(&unmaps), "{round}: {copies} {maps} {unmaps}");
+    }
+    drop(dev);
+    assert_eq!(WRONG[0].load(Ordering::SeqCst), 0);
 }
 
 /// The same while calls of every kind fail, and when the device is lost.
