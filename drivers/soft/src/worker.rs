@@ -230,8 +230,8 @@ impl Shared {
 /// Takes all scratch pages up.
 fn clear(scratch: &mut Scratch, window: &Window) {
     scratch.clear(|page, how| {
-        // SAFETY: the page was put there by `put_scratch`, and is still a scratch page, or `forget_scratch` would have taken it off.
         let _ = match how {
+            // SAFETY: the page was put there by `put_scratch`, and is still a scratch page, or `forget_scratch` would have taken it off.
             FILLED => unsafe { mem::madvise(page, PAGE, Advice::DontNeed) },
             // SAFETY: as above.
             PROCESS => unsafe { mem::munmap(page, PAGE) },

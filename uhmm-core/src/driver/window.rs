@@ -168,7 +168,11 @@ mod tests {
         let span = |from: usize, to: usize| Span { start: start + from, end: start + to };
         let mut made = Vec::new();
         for ask in [span(BLOCK, 2 * BLOCK), span(PAGE, 3 * BLOCK + 1), span(0, 4 * BLOCK)] {
-            window.open(ask, |new| Ok(made.push((new.start() - window.at(start), new.len())))).unwrap();
+            let note = |new: &Mapping| {
+                made.push((new.start() - window.at(start), new.len()));
+                Ok(())
+            };
+            window.open(ask, note).unwrap();
         }
         assert_eq!(made, [(BLOCK, BLOCK), (0, BLOCK), (2 * BLOCK, 2 * BLOCK)]);
         let refused = window.open(span(5 * BLOCK, 6 * BLOCK), |_| Err(Errno::NOMEM));
