@@ -43,7 +43,7 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> 
     let info = dev.driver.info();
     for (index, arg) in args.iter().enumerate() {
         if let RawArg::Pointer { .. } = arg
-            && !info.replayable_faults
+            && !info.capabilities.replayable_faults
         {
             return Err(Error::BarePointer { index, device: info.name });
         }
@@ -62,7 +62,7 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> 
         lost(core, args)?;
     }
     // A coherent device uses in place what it has no room for.
-    if info.memory > 0 && !info.coherent {
+    if info.memory > 0 && !info.capabilities.coherent {
         fits(dev, args)?;
     }
     Ok(groups)

@@ -416,17 +416,17 @@ pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usi
     if info.memory == 0 {
         return Ok(()); // every page stays
     }
-    if info.coherent && core.space.mode != Mode::Full {
+    if info.capabilities.coherent && core.space.mode != Mode::Full {
         return Ok(()); // as above
     }
-    if whole > info.memory && !info.coherent {
+    if whole > info.memory && !info.capabilities.coherent {
         return Err(Error::TooLarge { device: info.name, needed: whole, capacity: info.memory });
     }
     dev.driver.stand_by();
     dev.set_pin(pin);
     dev.changed(); // the last launch's pins are gone
     dev.full.store(false, Ordering::Relaxed);
-    if info.coherent {
+    if info.capabilities.coherent {
         coherent::pin(core, dev, start, end);
     }
     check::pieces(core, start, end, |piece| {

@@ -48,7 +48,7 @@ pub enum Prot {
 }
 
 impl Prot {
-    fn bits(self) -> usize {
+    pub(crate) fn bits(self) -> usize {
         let bits = match self {
             Prot::None => abi::PROT_NONE,
             Prot::Read => abi::PROT_READ,
@@ -166,14 +166,37 @@ pub fn map(reserve: &Reserve<'_>) -> Result<Mapping, Errno> {
 /// # Safety
 /// What is there is the caller's, and nobody needs its contents.
 pub unsafe fn replace(start: usize, len: usize, label: &CStr) -> Result<(), Errno> {
-    let prot = Prot::ReadWrite.bits();
-    let flags = abi::MAP_PRIVATE | abi::MAP_ANONYMOUS | abi::MAP_NORESERVE | abi::MAP_FIXED;
-    // SAFETY: the caller owns what is replaced.
-    unsafe { call(abi::__NR_mmap, [start, len, prot, flags as usize, usize::MAX, 0]) }?;
+    // SAFETY: handed on.
+    unsafe { map_over(start, len, Prot::ReadWrite)? };
     // SAFETY: fresh memory, and no contents change.
     unsafe { madvise(start, len, Advice::DontFork)? };
     name(start, len, label);
     Ok(())
+}
+
+/// Makes a range inaccessible in one step, whatever is there: a thread that uses it sees what was there, or faults, and nothing else; the old pages' translations are
+/// flushed on every core when it returns. The addresses stay taken. Not inherited by a fork's child, unless the kernel refuses that. *Fault path.*
+///
+/// # Errors
+/// Those of mmap(2): `ENOMEM`: too many mappings.
+///
+/// # Safety
+/// As [`replace`].
+pub unsafe fn vacate(start: usize, len: usize, label: &CStr) -> Result<(), Errno> {
+    // SAFETY: handed on.
+    unsafe { map_over(start, len, Prot::None)? };
+    // SAFETY: fresh memory, and no contents change. If it fails, for the process has too many mappings, a child has the same nothing there.
+    let _ = unsafe { madvise(start, len, Advice::DontFork) };
+    name(start, len, label);
+    Ok(())
+}
+
+/// # Safety
+/// As [`replace`].
+unsafe fn map_over(start: usize, len: usize, prot: Prot) -> Result<(), Errno> {
+    let flags = abi::MAP_PRIVATE | abi::MAP_ANONYMOUS | abi::MAP_NORESERVE | abi::MAP_FIXED;
+    // SAFETY: the caller owns what is replaced.
+    unsafe { call(abi::__NR_mmap, [start, len, prot.bits(), flags as usize, usize::MAX, 0]) }.map(|_| ())
 }
 
 fn place(reserve: &Reserve<'_>, len: usize, align: usize) -> Result<Mapping, Errno> {

@@ -1,7 +1,7 @@
 //! What every device must do, as a list of checks that run over any opened device. Feature `conformance`.
 //!
 //! A driver's author opens the device, makes a [`Subject`] of it, and runs [`CHECKS`]: each panics with what is wrong. What a device cannot do
-//! ([`DeviceInfo`]: no replayable faults, no memory) is not asked of it, or its refusal is. The kernels are few ([`Named`]) and
+//! ([`Capabilities`](crate::driver::Capabilities): no replayable faults; no memory) is not asked of it, or its refusal is. The kernels are few ([`Named`]) and
 //! come as Rust functions; a driver whose kernels are something else gives forms of its own.
 //!
 //! # Rules

@@ -267,7 +267,7 @@ fn commit_block(core: &Core, dev: &Device, mut item: Item, done: &Done, park: Pa
     }
     match mapped {
         // A coherent device's pages could not enter the program for now: another look makes them.
-        Err(Errno::AGAIN) if dev.driver.info().coherent => Ok(true),
+        Err(Errno::AGAIN) if dev.driver.info().capabilities.coherent => Ok(true),
         mapped => mapped.map(|()| !lost.is_empty()),
     }
 }

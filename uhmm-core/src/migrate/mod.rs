@@ -228,7 +228,7 @@ impl Core {
                 Look::Wait if held => {}
                 Look::Wait => thread::yield_now(),
                 Look::Settle => refusals.wait(),
-                Look::Full if dev.driver.info().coherent => {
+                Look::Full if dev.driver.info().capabilities.coherent => {
                     if !coherent::make_room(self, dev) {
                         return Ok(again);
                     }

@@ -87,6 +87,11 @@ impl DeviceConfig {
     pub fn new(name: &'static str) -> Self {
         DeviceConfig { name, memory: 0, threads: 0, replayable_faults: true, coherent: false, fence_limit: Self::FENCE_LIMIT }
     }
+
+    /// The error of a driver that cannot open such a device. `why` says what is wrong, and what to do.
+    pub fn refuse(&self, why: impl Into<String>) -> Error {
+        Error::Device { name: self.name.into(), why: why.into() }
+    }
 }
 
 /// What stands in the meeting page: fixed in layout, for any version to read.

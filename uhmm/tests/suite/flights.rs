@@ -134,7 +134,7 @@ fn acquires_that_wait_keep_no_launch_waiting() {
 /// What a kernel uses in place is looked at before its launch; one that was prepared early was not looked at again.
 fn a_shared_mapping_is_replaced_before_a_launch_that_was_prepared_early() {
     let (_hmm, dev) = device(16);
-    if !dev.info().replayable_faults {
+    if !dev.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let file = |value: u32| {
@@ -173,7 +173,7 @@ fn a_shared_mapping_is_replaced_before_a_launch_that_was_prepared_early() {
 /// A kernel that follows a pointer into a block of which another device has a small lease waited for its end, which could not come: an error is what is left.
 fn another_devices_lease_in_the_same_block() {
     let (hmm, one) = device(16);
-    if !one.info().replayable_faults {
+    if !one.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let two = hmm.soft("two").memory(16 << 20).threads(1).open().unwrap();
@@ -198,7 +198,7 @@ fn another_devices_lease_in_the_same_block() {
 /// A launch that was prepared early, and found no room, ended snapshots that the running kernel had asked for, and their changes were lost.
 fn a_launch_finds_no_room_beside_one_that_has_fetched() {
     let (_hmm, dev) = device(16);
-    if !dev.info().replayable_faults {
+    if !dev.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let mut fixed = Pages::new(4096);
@@ -276,7 +276,7 @@ fn a_write_beside_what_a_running_launch_reads() {
 /// its end for ever.
 fn a_kernel_writes_what_a_lease_reads() {
     let (hmm, one) = device(16);
-    if !one.info().replayable_faults {
+    if !one.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let two = hmm.soft("two").memory(16 << 20).threads(1).open().unwrap();

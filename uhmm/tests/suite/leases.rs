@@ -146,7 +146,7 @@ fn neighbours_on_one_page() {
 /// what they wrote there was lost.
 fn pointers_to_what_lies_beside_a_lease() {
     let (_hmm, dev) = device(16);
-    if !dev.info().replayable_faults {
+    if !dev.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let mut page = Pages::new(4096);
@@ -251,7 +251,7 @@ fn a_kernel_under_a_lease() {
     let moved = dev.stats() - before;
     // But for what lies beside on the pages at the ends, which kernels could follow a pointer to.
     assert!(moved.bytes_to_device <= 5 * 2 * 4096 && moved.bytes_to_cpu == 0, "everything is there: {moved:?}");
-    if dev.info().replayable_faults {
+    if dev.info().capabilities.replayable_faults {
         let at = fetched.as_ptr() as usize;
         // SAFETY: the vector outlives the launch, which reads it.
         let follow = move |ctx: &Ctx<'_>| assert_eq!(unsafe { *ctx.ptr(at as *const u32).add(70_000) }, 3);
@@ -269,7 +269,7 @@ fn a_kernel_under_a_lease() {
 /// A kernel has snapshots of what must stay in the program: what it wrote there is the program's when its run has ended, not when a later launch has.
 fn what_a_kernel_under_a_lease_writes_where_nothing_moves() {
     let (_hmm, dev) = device(16);
-    if !dev.info().replayable_faults {
+    if !dev.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let mut fixed = Pages::new(4096);

@@ -40,6 +40,7 @@ mod peers;
 mod policies;
 mod prefetches;
 mod profiles;
+mod promises;
 mod races;
 mod raw_fork;
 mod scopes;
@@ -71,6 +72,7 @@ fn main() {
     tests.extend(coherent_races::TESTS);
     tests.extend(policies::TESTS);
     tests.extend(profiles::TESTS);
+    tests.extend(promises::TESTS);
     tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);
     tests.extend(mirror::TESTS);
