@@ -192,8 +192,8 @@ fn devices(missing: &mut Vec<Missing>) -> Vec<FoundDevice> {
                 name: device.name().into(),
                 memory: device.memory(),
                 threads: device.threads(),
-                replayable_faults: device.info().replayable_faults,
-                coherent: device.info().coherent,
+                replayable_faults: device.info().capabilities.replayable_faults,
+                coherent: device.info().capabilities.coherent,
             }),
             Err(error) => missing.push(Missing::new(kind, "this device cannot be used", error.to_string())),
         }

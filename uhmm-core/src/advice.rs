@@ -69,7 +69,7 @@ pub(crate) fn advise(core: &Core, start: Va, end: Va, advice: Advice) -> Result<
 /// Brings what kernels of the device access to it, as far as there is room: before a launch.
 pub(crate) fn bring_accessed(core: &Core, dev: &Device, pins: bool) {
     let info = dev.driver.info();
-    if !core.policies.marks.any() || !info.replayable_faults || info.coherent || core.space.mode != Mode::Full {
+    if !core.policies.marks.any() || !info.capabilities.replayable_faults || info.capabilities.coherent || core.space.mode != Mode::Full {
         return;
     }
     let intent = if pins { Intent::Move } else { Intent::Duplicate };

@@ -2,6 +2,19 @@
 //!
 //! An argument borrows what it names for as long as the launch runs, and travels as plain numbers ([`RawArg`]), so that it can be copied into memory that
 //! never migrates. Safe arguments are bounded by plain data ([`Pod`]): any bytes that another program could have left there are a valid value.
+//!
+//! Who uses it: programs, by way of the crate `uhmm`; runtimes that launch kernels of their own, which make an [`Arg`] from a [`RawArg`]; drivers, which read them.
+//!
+//! ```
+//! use uhmm_core::args;
+//! use uhmm_core::args::{Access, RawArg, inout, inp, val};
+//!
+//! let (a, mut r) = ([1.0f32; 8], [0.0f32; 8]);
+//! let args = args![inp(&a), inout(&mut r), 0.5f32, val([1u32, 2, 3])];
+//! assert_eq!(args.raw().len(), 4);
+//! assert!(matches!(args.raw()[0], RawArg::Slice { count: 8, size: 4, access: Access::In, device: None, .. }));
+//! assert!(matches!(args.raw()[3], RawArg::Value { size: 12, .. }));
+//! ```
 
 #![allow(unsafe_code)] // two functions whose callers promise what safe ones borrow
 
@@ -70,7 +83,7 @@ pub enum RawArg {
 
 impl RawArg {
     /// First byte and one past the last of a process range, if it is one.
-    pub fn process_range(&self) -> Option<(usize, usize, Access)> {
+    pub(crate) fn process_range(&self) -> Option<(usize, usize, Access)> {
         match *self {
             RawArg::Slice { start, count, size, access, device: None, .. } => Some((start, start + count * size, access)),
             _ => None,
@@ -88,6 +101,27 @@ pub struct Arg<'a> {
 
 impl Arg<'_> {
     /// An argument from its parts.
+    ///
+    /// ```
+    /// use core::any::{TypeId, type_name};
+    /// use uhmm_core::args::{Access, Arg, Args, RawArg};
+    ///
+    /// /// An argument of a runtime that knows addresses and no borrows.
+    /// ///
+    /// /// # Safety
+    /// /// As [`Arg::from_raw`].
+    /// unsafe fn floats(start: usize, count: usize) -> Arg<'static> {
+    ///     let (size, ty, name) = (4, TypeId::of::<f32>(), type_name::<f32>());
+    ///     let raw = RawArg::Slice { start, count, size, ty, name, access: Access::In, device: None };
+    ///     // SAFETY: the caller's promise.
+    ///     unsafe { Arg::from_raw(raw) }
+    /// }
+    ///
+    /// static A: [f32; 4] = [1.0; 4];
+    /// // SAFETY: it is a static, and nobody writes it.
+    /// let args = Args::new([unsafe { floats(A.as_ptr() as usize, 4) }]);
+    /// assert_eq!(args.raw().len(), 1);
+    /// ```
     ///
     /// # Safety
     /// The range, if it is one, must hold `count` initialised values of the type that `ty` names, borrowed for the lifetime of the

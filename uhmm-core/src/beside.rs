@@ -13,7 +13,7 @@ use uhmm_os::PAGE;
 
 fn may_follow(dev: &Device) -> bool {
     let info = dev.driver.info();
-    info.replayable_faults && !info.coherent && dev.flights.has_lease()
+    info.capabilities.replayable_faults && !info.capabilities.coherent && dev.flights.has_lease()
 }
 
 /// A launch is going to run. The caller holds `prepare`, and nothing runs.

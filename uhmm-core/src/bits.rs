@@ -6,6 +6,16 @@ use core::ops::{BitAnd, BitAndAssign, BitOr, BitOrAssign, Not, Range, Sub, SubAs
 pub const PAGES: usize = 512;
 
 /// A set of pages of one block. All zeros is the empty set.
+///
+/// ```
+/// use uhmm_core::policy::{Bits, PAGES};
+///
+/// let leaf = Bits::range(16..32);
+/// let all = leaf | Bits::one(40);
+/// assert!(all.count() == 17 && all.covers(leaf) && !leaf.has(40));
+/// assert_eq!(all.runs().collect::<Vec<_>>(), [16..32, 40..41]);
+/// assert_eq!((!all).count(), PAGES - 17);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 #[repr(transparent)]
 pub struct Bits([u64; 8]);

@@ -1,4 +1,17 @@
 //! What is looked at before a launch: every error that can be found before the kernel starts is found here, and nothing has changed yet.
+//!
+//! Who uses it: launches, and the host as executor in the crate `uhmm`, which makes one of the checks, [`overlap`], for itself.
+//!
+//! ```
+//! use core::any::TypeId;
+//! use uhmm_core::Error;
+//! use uhmm_core::args::{Access, RawArg};
+//! use uhmm_core::check::overlap;
+//!
+//! let bytes = |start, access| RawArg::Slice { start, count: 16, size: 1, ty: TypeId::of::<u8>(), name: "u8", access, device: None };
+//! assert!(overlap(&[bytes(4096, Access::In), bytes(4104, Access::In)]).is_ok()); // nobody writes
+//! assert!(matches!(overlap(&[bytes(4096, Access::In), bytes(4104, Access::Out)]), Err(Error::Overlap { .. })));
+//! ```
 
 use crate::args::{Access, RawArg};
 use crate::core::{Core, Device};
@@ -30,7 +43,7 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> 
     let info = dev.driver.info();
     for (index, arg) in args.iter().enumerate() {
         if let RawArg::Pointer { .. } = arg
-            && !info.replayable_faults
+            && !info.capabilities.replayable_faults
         {
             return Err(Error::BarePointer { index, device: info.name });
         }
@@ -49,7 +62,7 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> 
         lost(core, args)?;
     }
     // A coherent device uses in place what it has no room for.
-    if info.memory > 0 && !info.coherent {
+    if info.memory > 0 && !info.capabilities.coherent {
         fits(dev, args)?;
     }
     Ok(groups)

@@ -91,7 +91,7 @@ fn move_in(core: &Core, va: Va, run: Range<usize>, from: usize) -> (Bits, Result
 
 /// The `ends` lock, for who is going to take pages of this device out of the program. It comes before a block's.
 pub(crate) fn ends<'a>(core: &'a Core, dev: &Device) -> Option<MutexGuard<'a, ()>> {
-    dev.driver.info().coherent.then(|| core.ends.lock())
+    dev.driver.info().capabilities.coherent.then(|| core.ends.lock())
 }
 
 /// Takes coherent pages of the block out of the program, so that they are private; what cannot be taken stays there and is the device's no more. Afterwards none

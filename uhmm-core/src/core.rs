@@ -66,7 +66,7 @@ pub(crate) fn current() -> Option<&'static Core> {
 
 /// The mechanism of one process.
 #[derive(Debug)]
-pub struct Core {
+pub(crate) struct Core {
     pub(crate) space: Space,
     pub(crate) dir: Directory,
     pub(crate) pool: Pool,
@@ -98,7 +98,7 @@ pub struct Core {
 
 /// One device of the core.
 #[derive(Debug)]
-pub struct Device {
+pub(crate) struct Device {
     index: usize,
     pub(crate) driver: OwnBox<dyn Driver>,
     pub(crate) mem: DeviceMemory,
@@ -350,6 +350,27 @@ fn unless_lost<R>(seat: &Seat, kind: Kind, number: u64, job: impl FnOnce(&Core, 
 }
 
 /// A user's hold on a device. The device is closed with the last one: everything it has comes home; its threads, its memory and its name are free again.
+///
+/// A runtime that has kernels as an [`Entry`] and arguments as [`Args`]:
+///
+/// ```
+/// use uhmm_core::args::Args;
+/// use uhmm_core::kernel::{Entry, Grid};
+/// use uhmm_core::{DeviceRef, Error};
+///
+/// fn run_at_home(dev: &DeviceRef, entry: Entry, args: &Args<'_>, result: &[u8]) -> Result<(), Error> {
+///     dev.run(entry, Grid::from([64, 64]), args)?;
+///     let range = result.as_ptr_range();
+///     dev.evict(range.start as usize, range.end as usize) // home now, not at the first touch
+/// }
+///
+/// fn buffer(dev: &DeviceRef) -> Result<(), Error> {
+///     let (frame, address) = dev.allocate(1 << 20)?; // memory on the device, without pages of the process
+///     println!("{} of {} bytes: the device sees them at {address:#x}", 1 << 20, dev.info().memory);
+///     dev.free(frame, 1 << 20);
+///     Ok(())
+/// }
+/// ```
 #[derive(Debug)]
 pub struct DeviceRef {
     hold: CoreRef,
@@ -543,7 +564,7 @@ impl DeviceRef {
     ///
     /// # Safety
     /// What the kernel and the arguments borrow must stay borrowed until `then` is called, and the device open.
-    pub unsafe fn leave_launch(
+    pub(crate) unsafe fn leave_launch(
         &self,
         entry: Entry,
         grid: Grid,

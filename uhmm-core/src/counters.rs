@@ -1,4 +1,20 @@
 //! Counters: what happened, for people and for policies. Tests ask the kernel where a page is, never these.
+//!
+//! Who uses it: programs and benchmarks, which compare two moments.
+//!
+//! ```
+//! use uhmm_core::counters::Stats;
+//! use uhmm_core::{DeviceRef, Error};
+//!
+//! fn moved(dev: &DeviceRef, work: impl FnOnce() -> Result<(), Error>) -> Result<Stats, Error> {
+//!     let before = dev.stats();
+//!     work()?;
+//!     Ok(dev.stats() - before)
+//! }
+//!
+//! let (before, after) = (Stats::default(), Stats { kernel_nanos: 1500, ..Stats::default() });
+//! assert_eq!((after - before).kernel_time().as_nanos(), 1500);
+//! ```
 
 use crate::sync::{AtomicU64, Ordering};
 use core::time::Duration;
@@ -7,7 +23,7 @@ macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
         /// The counters as they run.
         #[derive(Debug, Default)]
-        pub struct Counters { $($(#[$doc])* pub $name: AtomicU64,)* }
+        pub(crate) struct Counters { $($(#[$doc])* pub $name: AtomicU64,)* }
 
         /// The counters at one moment. All grow only, so that a difference of two tells what happened in between.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,7 +31,7 @@ macro_rules! counters {
 
         impl Counters {
             /// All values now.
-            pub fn stats(&self) -> Stats {
+            pub(crate) fn stats(&self) -> Stats {
                 Stats { $($name: self.$name.load(Ordering::Relaxed),)* }
             }
         }

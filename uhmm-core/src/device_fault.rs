@@ -59,7 +59,7 @@ const LONGEST: usize = 15;
 
 fn on_worker(core: &Core, dev: &Device, info: &FaultInfo) -> bool {
     if !dev.driver.in_window(info.address) {
-        if dev.driver.info().coherent {
+        if dev.driver.info().capabilities.coherent {
             count(&dev.counters.device_faults, 1);
             dev.driver.note_fault(info.address, info.write);
         }
@@ -106,7 +106,7 @@ struct Touch<'a> {
 pub(crate) fn serve(core: &Core, dev: &Device, va: Va, write: bool) -> Result<(), KernelFault> {
     count(&dev.counters.device_faults, 1);
     dev.driver.note_fault(va, write);
-    if !dev.driver.info().replayable_faults && !refetched(core, dev, va, write) {
+    if !dev.driver.info().capabilities.replayable_faults && !refetched(core, dev, va, write) {
         return Err(KernelFault::NotDeclared { address: va, write });
     }
     let mut touch = Touch { core, dev, va, write, stays: false, alone: false, refusals: 0, fetch: Fetch::default() };

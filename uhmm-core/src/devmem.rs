@@ -16,7 +16,7 @@ use uhmm_os::Errno;
 
 /// No room: evict something, or give up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full;
+pub(crate) struct Full;
 
 #[derive(Clone, Copy, Debug)]
 struct Unit {
@@ -59,7 +59,7 @@ const SMALL: usize = 1;
 
 /// The memory of one device.
 #[derive(Debug)]
-pub struct DeviceMemory {
+pub(crate) struct DeviceMemory {
     units: Mutex<Units>,
     lru: Mutex<[usize; 2]>,
 }
@@ -156,7 +156,7 @@ impl DeviceMemory {
     ///
     /// # Errors
     /// `ENOMEM` if there is no room for the descriptors.
-    pub fn new(bytes: usize) -> Result<Self, Errno> {
+    pub(crate) fn new(bytes: usize) -> Result<Self, Errno> {
         let capacity = bytes / uhmm_os::BLOCK;
         let units = Units {
             unit: OwnSlice::new(c"uhmm device units", capacity * 2)?,
@@ -172,7 +172,7 @@ impl DeviceMemory {
     }
 
     /// Bytes that are in use, in units of 2 MiB.
-    pub fn used(&self) -> usize {
+    pub(crate) fn used(&self) -> usize {
         self.units.lock().used * uhmm_os::BLOCK
     }
 
@@ -180,7 +180,7 @@ impl DeviceMemory {
     ///
     /// # Errors
     /// [`Full`].
-    pub fn take_whole(&self, driver: &dyn Driver, owner: Va) -> Result<Frame, Full> {
+    pub(crate) fn take_whole(&self, driver: &dyn Driver, owner: Va) -> Result<Frame, Full> {
         let mut units = self.units.lock();
         let unit = units.take(WHOLE, driver)?;
         units.unit[unit].owner = owner;
@@ -197,7 +197,7 @@ impl DeviceMemory {
     ///
     /// # Errors
     /// [`Full`].
-    pub fn take_run(&self, driver: &dyn Driver, pages: usize) -> Result<(Frame, usize), Full> {
+    pub(crate) fn take_run(&self, driver: &dyn Driver, pages: usize) -> Result<(Frame, usize), Full> {
         let mut units = self.units.lock();
         let mut unit = units.partial.head.checked_sub(1).map(|u| u as usize);
         // A fresh unit keeps a long run together, if there is room for one.
@@ -221,7 +221,7 @@ impl DeviceMemory {
     ///
     /// # Errors
     /// [`Full`].
-    pub fn take_units(&self, driver: &dyn Driver, count: usize) -> Result<Frame, Full> {
+    pub(crate) fn take_units(&self, driver: &dyn Driver, count: usize) -> Result<Frame, Full> {
         let mut guard = self.units.lock();
         let units = &mut *guard;
         if units.used + count > units.capacity {
@@ -273,7 +273,7 @@ impl DeviceMemory {
     }
 
     /// Gives a whole unit back.
-    pub fn free_whole(&self, base: Frame) {
+    pub(crate) fn free_whole(&self, base: Frame) {
         let mut units = self.units.lock();
         let unit = base as usize / PAGES;
         debug_assert!(unit < units.capacity && units.unit[unit].used == Bits::ALL);
@@ -282,7 +282,7 @@ impl DeviceMemory {
     }
 
     /// Gives one frame of a small unit back.
-    pub fn free_page(&self, frame: Frame) {
+    pub(crate) fn free_page(&self, frame: Frame) {
         let mut units = self.units.lock();
         let (unit, page) = (frame as usize / PAGES, frame as usize % PAGES);
         debug_assert!(unit >= units.capacity && units.unit[unit].used.has(page), "frame {frame} is not in use");
@@ -297,7 +297,7 @@ impl DeviceMemory {
     }
 
     /// Makes the block at `va` the most recently used one.
-    pub fn touch(&self, dir: &Directory, va: Va) {
+    pub(crate) fn touch(&self, dir: &Directory, va: Va) {
         let mut ends = self.lru.lock();
         if ends[0] == va | 1 {
             return;
@@ -316,12 +316,12 @@ impl DeviceMemory {
     }
 
     /// Takes the block at `va` off the list.
-    pub fn forget(&self, dir: &Directory, va: Va) {
+    pub(crate) fn forget(&self, dir: &Directory, va: Va) {
         Self::unlink(&mut self.lru.lock(), dir, va);
     }
 
     /// The least recently used block that `fits`.
-    pub fn oldest(&self, dir: &Directory, mut fits: impl FnMut(Va, &Block) -> bool) -> Option<Va> {
+    pub(crate) fn oldest(&self, dir: &Directory, mut fits: impl FnMut(Va, &Block) -> bool) -> Option<Va> {
         let mut found = None;
         self.oldest_first(dir, |va, block| {
             found = fits(va, block).then_some(va);

@@ -33,7 +33,7 @@ pub type Frame = u32;
 /// Where the 512 pages of one block are.
 #[repr(C)]
 #[derive(Debug, Default)]
-pub struct State {
+pub(crate) struct State {
     gone: Bits,
     /// The device has a copy of its own.
     dev: Bits,
@@ -76,47 +76,47 @@ pub struct State {
 
 impl State {
     /// Pages of which the CPU has no copy: on the device, on the way there, or lost.
-    pub fn gone(&self) -> Bits {
+    pub(crate) fn gone(&self) -> Bits {
         self.gone
     }
 
     /// Pages of which the device holds a valid copy.
-    pub fn resident(&self) -> Bits {
+    pub(crate) fn resident(&self) -> Bits {
         self.dev | self.bounce
     }
 
     /// Pages in the memory of a coherent device that the program has mapped.
-    pub fn coherent(&self) -> Bits {
+    pub(crate) fn coherent(&self) -> Bits {
         self.bounce - self.dev
     }
 
     /// Pages on the device only.
-    pub fn private(&self) -> Bits {
+    pub(crate) fn private(&self) -> Bits {
         self.dev & self.gone
     }
 
     /// Pages on both sides.
-    pub fn duplicated(&self) -> Bits {
+    pub(crate) fn duplicated(&self) -> Bits {
         self.dev - self.gone - self.bounce
     }
 
     /// Pages with a snapshot for one launch.
-    pub fn bounced(&self) -> Bits {
+    pub(crate) fn bounced(&self) -> Bits {
         self.bounce & self.dev
     }
 
     /// Pages whose only copy was lost.
-    pub fn lost(&self) -> Bits {
+    pub(crate) fn lost(&self) -> Bits {
         self.gone - self.dev - self.busy - self.bounce
     }
 
     /// Pages in transit.
-    pub fn busy(&self) -> Bits {
+    pub(crate) fn busy(&self) -> Bits {
         self.busy
     }
 
     /// Where one page is.
-    pub fn page(&self, page: usize) -> PageState {
+    pub(crate) fn page(&self, page: usize) -> PageState {
         match (self.busy.has(page), self.gone.has(page), self.dev.has(page), self.bounce.has(page)) {
             (true, true, ..) => PageState::Moving,
             (true, false, ..) => PageState::Copying,
@@ -133,7 +133,7 @@ impl State {
     ///
     /// # Panics
     /// In debug builds, if the table of transitions does not hold this one, or it is a commit, or a page is elsewhere.
-    pub fn shift(&mut self, pages: Bits, from: PageState, cause: Cause, to: PageState) {
+    pub(crate) fn shift(&mut self, pages: Bits, from: PageState, cause: Cause, to: PageState) {
         debug_assert!(cause != Cause::Commit, "a migration is committed by `commit`");
         self.change(pages, from, cause, to);
     }
@@ -169,7 +169,7 @@ impl State {
 
 /// One block.
 #[repr(C, align(64))]
-pub struct Block {
+pub(crate) struct Block {
     lock: RawMutex,
     /// Raised by every invalidation: what a reader of the CPU's page table compares.
     pub(crate) seq: AtomicU32,
@@ -199,20 +199,20 @@ impl core::fmt::Debug for Block {
 
 impl Block {
     /// Waits for the block's lock.
-    pub fn lock(&self) -> BlockGuard<'_> {
+    pub(crate) fn lock(&self) -> BlockGuard<'_> {
         self.lock.lock();
         BlockGuard { block: self }
     }
 
     /// The same, unless somebody else has it.
-    pub fn try_lock(&self) -> Option<BlockGuard<'_>> {
+    pub(crate) fn try_lock(&self) -> Option<BlockGuard<'_>> {
         self.lock.try_lock().then(|| BlockGuard { block: self })
     }
 }
 
 /// A locked block.
 #[derive(Debug)]
-pub struct BlockGuard<'a> {
+pub(crate) struct BlockGuard<'a> {
     block: &'a Block,
 }
 
@@ -264,7 +264,7 @@ unsafe impl Zeroed for FrameTable {}
 
 /// The directory of one process.
 #[derive(Debug)]
-pub struct Directory {
+pub(crate) struct Directory {
     roots: OwnSlice<AtomicUsize>,
     tables: OwnSlice<FrameTable>,
     free_tables: Mutex<(u32, u32)>,
@@ -275,7 +275,7 @@ impl Directory {
     ///
     /// # Errors
     /// `ENOMEM` if its address space cannot be reserved.
-    pub fn new(tables: usize) -> Result<Self, Errno> {
+    pub(crate) fn new(tables: usize) -> Result<Self, Errno> {
         Ok(Directory {
             roots: OwnSlice::new(c"uhmm directory", ROOTS)?,
             tables: OwnSlice::new(c"uhmm frame tables", tables + 1)?,
@@ -290,7 +290,7 @@ impl Directory {
     }
 
     /// The block that holds `va`, if anything of it was ever looked at.
-    pub fn get(&self, va: Va) -> Option<&Block> {
+    pub(crate) fn get(&self, va: Va) -> Option<&Block> {
         let node = self.node(va)?;
         let index = va / BLOCK % NODE_BLOCKS;
         (node.used[index / 64].load(Ordering::Acquire) >> (index % 64) & 1 != 0).then(|| &node.blocks[index])
@@ -300,7 +300,7 @@ impl Directory {
     ///
     /// # Errors
     /// `ENOMEM` if the node cannot be mapped; `EFAULT` for an address beyond the user's half.
-    pub fn get_or_make(&self, va: Va) -> Result<&Block, Errno> {
+    pub(crate) fn get_or_make(&self, va: Va) -> Result<&Block, Errno> {
         let node = match self.node(va) {
             Some(node) => node,
             None => self.make_node(va)?,
@@ -326,7 +326,7 @@ impl Directory {
     }
 
     /// Calls `f` for every known block that meets `span`, with the part of the span that lies in it.
-    pub fn for_each(&self, span: Span, mut f: impl FnMut(&Block, Span)) {
+    pub(crate) fn for_each(&self, span: Span, mut f: impl FnMut(&Block, Span)) {
         let end = span.end.div_ceil(BLOCK).min(ROOTS * NODE_BLOCKS);
         let mut number = span.start / BLOCK;
         while number < end {
@@ -349,7 +349,7 @@ impl Directory {
     }
 
     /// The frame of a page of the block. Meaningful only for pages that are resident or in transit.
-    pub fn frame(&self, state: &State, page: usize) -> Frame {
+    pub(crate) fn frame(&self, state: &State, page: usize) -> Frame {
         if state.whole {
             return state.base + page as u32;
         }
@@ -361,7 +361,7 @@ impl Directory {
     }
 
     /// Gives the block one whole device block.
-    pub fn set_whole(&self, state: &mut State, base: Frame) {
+    pub(crate) fn set_whole(&self, state: &mut State, base: Frame) {
         debug_assert!(!state.whole && state.table == 0);
         state.whole = true;
         state.base = base;
@@ -371,7 +371,7 @@ impl Directory {
     ///
     /// # Errors
     /// `ENOSPC` if there is no table left.
-    pub fn set_frame(&self, state: &mut State, page: usize, frame: Frame) -> Result<(), Errno> {
+    pub(crate) fn set_frame(&self, state: &mut State, page: usize, frame: Frame) -> Result<(), Errno> {
         debug_assert!(!state.whole);
         if state.table == 0 {
             state.table = self.take_table()?;
@@ -382,7 +382,7 @@ impl Directory {
     }
 
     /// Forgets the block's frames; its device block comes back if it had a whole one. To be called when no page has a frame any more.
-    pub fn clear_frames(&self, state: &mut State) -> Option<Frame> {
+    pub(crate) fn clear_frames(&self, state: &mut State) -> Option<Frame> {
         if state.table != 0 {
             let mut free = self.free_tables.lock();
             // SAFETY: as in `frame`; from here on the table belongs to the free list.
@@ -394,14 +394,14 @@ impl Directory {
     }
 
     /// Exchanges the frames of two states.
-    pub fn swap_frames(&self, a: &mut State, b: &mut State) {
+    pub(crate) fn swap_frames(&self, a: &mut State, b: &mut State) {
         core::mem::swap(&mut a.whole, &mut b.whole);
         core::mem::swap(&mut a.base, &mut b.base);
         core::mem::swap(&mut a.table, &mut b.table);
     }
 
     /// Whether the block's frames are kept in a table.
-    pub fn has_table(&self, state: &State) -> bool {
+    pub(crate) fn has_table(&self, state: &State) -> bool {
         state.table != 0
     }
 

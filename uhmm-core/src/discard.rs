@@ -23,6 +23,16 @@ impl CoreRef {
     /// Drops the contents of the pages that lie wholly between `start` and `end`, wherever they are: they read as zeros from then on. Nothing is copied.
     /// Waits for running launches.
     ///
+    /// ```
+    /// use uhmm_core::{CoreRef, Error};
+    ///
+    /// fn forget(core: &CoreRef, scratch: &mut [u8]) -> Result<(), Error> {
+    ///     let start = scratch.as_ptr() as usize;
+    ///     // SAFETY: they are borrowed exclusively, and any bytes are valid.
+    ///     unsafe { core.discard(start, start + scratch.len()) }
+    /// }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Discard`] if not all of it is private anonymous memory, or a lease has some of it: nothing has changed then. [`Error::Reentrant`] from a kernel.
     ///

@@ -6,6 +6,19 @@ use uhmm_os::Errno;
 use uhmm_os::uffd::OpenError;
 
 /// An error of uhmm. Errors found before a kernel starts leave all memory as it was.
+///
+/// ```
+/// use uhmm_core::Error;
+///
+/// fn advise(e: &Error) -> String {
+///     match e {
+///         Error::NoRoom { capacity, .. } => format!("make it smaller than {capacity} bytes"),
+///         Error::PagesLost { .. } | Error::DeviceLost { .. } => "compute it again, on another device".into(),
+///         other => other.to_string(), // the message says what to do
+///     }
+/// }
+/// assert_eq!(advise(&Error::NoRoom { device: "soft", needed: 8192, capacity: 4096 }), "make it smaller than 4096 bytes");
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

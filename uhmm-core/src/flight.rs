@@ -87,7 +87,7 @@ impl Flight {
 
     /// Whether who uses the pages can fetch them again.
     pub(crate) fn fetches(&self, dev: &Device) -> bool {
-        !self.holds && dev.driver.info().replayable_faults
+        !self.holds && dev.driver.info().capabilities.replayable_faults
     }
 }
 
@@ -277,7 +277,7 @@ pub(crate) fn begin(core: &Core, dev: &Device, args: &[RawArg], purpose: Purpose
     }
     let info = dev.driver.info();
     // A coherent device's pages are used in place by both sides: nothing has to stay.
-    let holds = !info.coherent && (purpose == Purpose::Lease || !info.replayable_faults);
+    let holds = !info.capabilities.coherent && (purpose == Purpose::Lease || !info.capabilities.replayable_faults);
     let index = {
         let mut list = dev.flights.list.lock();
         let Some(index) = list.iter().position(Option::is_none) else {

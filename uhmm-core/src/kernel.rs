@@ -4,6 +4,29 @@
 //! arguments by position. Rules:
 //! * a written argument is handed out once per group, and only in parts that no other group can be given;
 //! * addresses in [`Ctx`] are the device's; a pointer that was stored in memory is followed through [`Ctx::ptr`].
+//!
+//! Who uses it: programs write kernels (a closure over [`Ctx`] is one). A driver is handed an [`Entry`] and the arguments as its device sees them, [`Bound`],
+//! and calls the entry once for each group.
+//!
+//! ```
+//! use uhmm_core::args;
+//! use uhmm_core::args::{inp, out};
+//! use uhmm_core::kernel::{Bound, Ctx, Entry, Grid};
+//!
+//! let double = |ctx: &Ctx<'_>| ctx.out::<u32>(0).chunk(1)[0] = 2 * ctx.inp::<u32>(1)[ctx.group()];
+//!
+//! let (a, mut r) = ([1u32, 2, 3], [0u32; 3]);
+//! let args = args![out(&mut r), inp(&a)];
+//! let bound = Bound::new(args.raw(), Grid::from(3), 0); // this device sees the process's addresses as they are
+//! let entry = Entry::new(&double);
+//! for group in 0..3 {
+//!     // SAFETY: the arguments are borrowed, each group runs once, and none uses local memory.
+//!     let ctx = unsafe { Ctx::new(&bound, group, core::ptr::null_mut(), 0) };
+//!     // SAFETY: the kernel is alive.
+//!     unsafe { entry.call(&ctx) }.expect("it does not panic");
+//! }
+//! assert_eq!(r, [2, 4, 6]);
+//! ```
 #![allow(unsafe_code)] // the slices a kernel sees are made here, from addresses that the launch has checked
 
 use crate::args::{Access, MAX_ARGS, RawArg};
@@ -33,6 +56,13 @@ impl<F: Fn(&Ctx<'_>) + Sync> Kernel for F {
 }
 
 /// The groups of a launch: how many there are along x, y and z.
+///
+/// ```
+/// use uhmm_core::kernel::Grid;
+///
+/// assert_eq!(Grid::from([64, 16]).groups(), Some(1024));
+/// assert_eq!(Grid::from([usize::MAX, 2]).groups(), None); // more than can be counted: a launch refuses it
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid {
     /// Groups along x, y and z.

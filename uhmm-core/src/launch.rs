@@ -316,7 +316,8 @@ pub(crate) fn finish(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Le
         last.ranges = signature(args);
         last.number = flight.number;
         // A snapshot serves one launch only, so that the next one has to prepare.
-        let stays = success && ended == Ok(0) && !dev.flights.has_other_launch(flight);
+        // Who is under way beside it prepares once more when it is his turn, which forgets this, or finds everything as it is left here.
+        let stays = success && ended == Ok(0);
         last.changes = if stays { dev.changes.load(Ordering::Acquire) } else { u64::MAX };
     }
     if core.space.mode == Mode::UserModeOnly {
@@ -415,17 +416,17 @@ pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usi
     if info.memory == 0 {
         return Ok(()); // every page stays
     }
-    if info.coherent && core.space.mode != Mode::Full {
+    if info.capabilities.coherent && core.space.mode != Mode::Full {
         return Ok(()); // as above
     }
-    if whole > info.memory && !info.coherent {
+    if whole > info.memory && !info.capabilities.coherent {
         return Err(Error::TooLarge { device: info.name, needed: whole, capacity: info.memory });
     }
     dev.driver.stand_by();
     dev.set_pin(pin);
     dev.changed(); // the last launch's pins are gone
     dev.full.store(false, Ordering::Relaxed);
-    if info.coherent {
+    if info.capabilities.coherent {
         coherent::pin(core, dev, start, end);
     }
     check::pieces(core, start, end, |piece| {

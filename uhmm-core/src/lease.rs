@@ -4,6 +4,20 @@
 //! pages under it cannot fetch them again, so nothing but its end makes them leave.
 //!
 //! The assistant ends leases: the device's own threads may all be waiting for just that.
+//!
+//! Who uses it: runtimes that launch kernels by another way than uhmm's (`uhmm::Lease` is the safe form, for programs).
+//!
+//! ```
+//! use uhmm_core::args::Args;
+//! use uhmm_core::{DeviceRef, Error};
+//!
+//! fn with_resident(dev: &DeviceRef, args: &Args<'_>, launch: impl FnOnce()) -> Result<(), Error> {
+//!     let lease = dev.acquire(args.raw())?; // what is declared is on the device ...
+//!     launch();
+//!     dev.release(lease); // ... until here: what was written is the program's again
+//!     Ok(())
+//! }
+//! ```
 
 use crate::args::{MAX_ARGS, RawArg};
 use crate::beside;
@@ -13,7 +27,7 @@ use crate::error::Error;
 use crate::flight::{self, Flight, MAX_FLIGHTS, Purpose};
 use crate::kernel::{Entry, Grid};
 use crate::launch::{self, Request, try_take_off};
-use crate::prepare::{Part, note_ends, prepare};
+use crate::prepare::{Part, note_all, prepare};
 use crate::process::MAX_DEVICES;
 use crate::snapshot;
 use crate::sync::*;
@@ -106,7 +120,7 @@ fn finish(core: &Core, dev: &Device, flight: &Flight, success: bool) {
     {
         let args = ledger.args;
         let _prepare = core.prepare.lock();
-        note_ends(core, dev, ledger, &args);
+        note_all(core, dev, ledger, &args);
         // What cannot be written to was unmapped by who had leased it.
         let _ = launch::finish(core, dev, flight, ledger, &args, success);
     }

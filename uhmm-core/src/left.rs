@@ -18,7 +18,7 @@ const MOST: usize = 1024;
 
 /// The ranges of one process, disjoint, in no order.
 #[derive(Debug)]
-pub struct Left {
+pub(crate) struct Left {
     spans: RwLock<([Span; MOST], usize)>,
 }
 

@@ -5,6 +5,17 @@
 //! | full | stays there until somebody touches it | moves what is declared; nothing comes back until it is touched |
 //! | user-mode-only | stays only where that was asked for, for system calls on missing pages fail with `EFAULT` and a raw fork's child would read zeros | copies; written ranges are home when it returns; what was only read stays as a copy, and writes are found by asynchronous write protection |
 //! | none | never stays | copies everything that is declared in and out |
+//!
+//! Who uses it: programs that ask what they have got (`uhmm::Uhmm::mode`); drivers, which are told when they are opened and make their userfaultfds so
+//! ([`Mode::open`]).
+//!
+//! ```
+//! use uhmm_core::mode::Mode;
+//!
+//! let name = |mode: Mode| mode.name(); // what UHMM_MODE takes
+//! assert_eq!([Mode::Full, Mode::UserModeOnly, Mode::None].map(name), ["full", "user-mode-only", "none"]);
+//! assert_eq!(Mode::VARIABLE, "UHMM_MODE");
+//! ```
 
 use crate::error::Error;
 use crate::space::NEEDED;

@@ -38,6 +38,8 @@ struct Fault {
     protected: bool,
     /// The toucher is a worker of a device.
     worker: bool,
+    /// Migrations of the block to a device, when the touch was read.
+    migrations: u32,
 }
 
 /// A change of the program's mappings.
@@ -224,7 +226,8 @@ impl Monitor {
                 let change = match event {
                     Event::Fault { address, write, wp, tid, .. } => {
                         if self.waiting < FAULTS {
-                            self.faults[self.waiting] = Some(Fault { address, tid, write, protected: wp, worker: false });
+                            let migrations = core.dir.get(address).map_or(0, |block| block.past.now().migrations);
+                            self.faults[self.waiting] = Some(Fault { address, tid, write, protected: wp, worker: false, migrations });
                             self.waiting += 1;
                         } else {
                             let _ = core.space.uffd.wake(address & !(PAGE - 1), PAGE);
@@ -330,6 +333,11 @@ impl Monitor {
             }
             PageState::Private if state.mover != 0 || (!fault.worker && kept(core, state, va).has(page)) => {
                 state.waiters = true;
+                Served::Done
+            }
+            // It came home since the touch was read, which woke the toucher, and left again: nobody waits for it. Who does all the same touches it again.
+            PageState::Private if state.block().past.now().migrations != fault.migrations => {
+                let _ = core.space.uffd.wake(va + page * PAGE, PAGE);
                 Served::Done
             }
             PageState::Private if huge::leave_to_assistant(core, state, va) => Served::Done,

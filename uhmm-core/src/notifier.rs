@@ -8,12 +8,12 @@ use crate::directory::Block;
 use crate::sync::Ordering;
 
 /// The number to compare later.
-pub fn read_begin(block: &Block) -> u32 {
+pub(crate) fn read_begin(block: &Block) -> u32 {
     block.seq.load(Ordering::Acquire)
 }
 
 /// Whether the block was invalidated since [`read_begin`]: start again. To be asked under the event lock.
-pub fn read_retry(block: &Block, seq: u32) -> bool {
+pub(crate) fn read_retry(block: &Block, seq: u32) -> bool {
     block.seq.load(Ordering::Acquire) != seq
 }
 

@@ -3,6 +3,24 @@
 //! A thread that serves page faults must not touch a page that could be on a device, or it would wait for itself. The heap and the
 //! program's statics could be; the mappings made here cannot, for nothing here is ever registered for migration. They lie far from where the kernel
 //! places the program's own mappings, are named, and are neither inherited by a forked child nor written to a core dump.
+//!
+//! Who uses it: drivers, for all that their calls on the fault path touch: the driver itself ([`OwnBox`]), tables ([`OwnSlice`]), stacks ([`spawn`]).
+//!
+//! ```
+//! use core::sync::atomic::{AtomicU32, Ordering};
+//! use uhmm_core::own::{self, OwnBox, OwnSlice};
+//!
+//! let calls = OwnBox::new(c"example calls", AtomicU32::new(0))?;
+//! calls.fetch_add(1, Ordering::Relaxed);
+//! assert_eq!(calls.into_inner().into_inner(), 1);
+//!
+//! let table: OwnSlice<u64> = OwnSlice::new(c"example table", 1 << 20)?; // 8 MiB of address space; memory where it is touched
+//! assert_eq!(table[1 << 19], 0);
+//!
+//! let arena = own::map(c"example arena", 2 << 20)?;
+//! assert_eq!(arena.start() % (2 << 20), 0);
+//! # Ok::<(), uhmm_os::Errno>(())
+//! ```
 #![allow(unsafe_code)] // places values in raw mappings
 
 use crate::sync::{AtomicUsize, Ordering};
@@ -90,6 +108,16 @@ impl<T> OwnBox<T> {
     }
 
     /// The same box with another pointer to the same value, such as one to a trait object.
+    ///
+    /// ```
+    /// use core::fmt::Debug;
+    /// use uhmm_core::own::OwnBox;
+    ///
+    /// let number = OwnBox::new(c"example", 42u32)?;
+    /// let shown: OwnBox<dyn Debug> = number.unsize(|p| p as *mut dyn Debug); // as a driver becomes a dyn Driver
+    /// assert_eq!(format!("{:?}", &*shown), "42");
+    /// # Ok::<(), uhmm_os::Errno>(())
+    /// ```
     pub fn unsize<U: ?Sized>(self, cast: impl FnOnce(*mut T) -> *mut U) -> OwnBox<U> {
         let this = core::mem::ManuallyDrop::new(self);
         let value = cast(this.value.as_ptr());
@@ -101,7 +129,7 @@ impl<T> OwnBox<T> {
 
 impl<T> OwnBox<T> {
     /// Gives the box up; [`reclaim`](Self::reclaim) makes it again from the value's address.
-    pub fn leak(self) -> *mut T {
+    pub(crate) fn leak(self) -> *mut T {
         core::mem::ManuallyDrop::new(self).value.as_ptr()
     }
 
@@ -109,7 +137,7 @@ impl<T> OwnBox<T> {
     ///
     /// # Safety
     /// `value` comes from [`leak`](Self::leak), once.
-    pub unsafe fn reclaim(value: *mut T) -> Self {
+    pub(crate) unsafe fn reclaim(value: *mut T) -> Self {
         let len = size_of::<T>().max(1).next_multiple_of(uhmm_os::PAGE);
         // SAFETY: the value stands at the start of a mapping of this length (`new`), whose old owner was given up.
         unsafe { OwnBox { value: NonNull::new_unchecked(value), _mapping: Mapping::from_raw(value as usize, len) } }

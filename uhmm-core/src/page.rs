@@ -1,7 +1,19 @@
 //! Where a page is, and how it may go from one place to another: the states and their transitions, as one table.
 //!
-//! Every change of the directory names the state it leaves, its cause and the state it enters; [`allowed`] is asked in debug builds.
+//! Every change of the directory names the state it leaves, its cause and the state it enters; `allowed` is asked in debug builds.
 //! The table is the whole of it: what does not stand there cannot happen.
+//!
+//! Who uses it: drivers, policies and notifiers are handed a [`Span`]. The states are this crate's own.
+//!
+//! ```
+//! use uhmm_core::page::Span;
+//!
+//! assert_eq!(Span::touching(4097, 8193), Span { start: 4096, end: 12288 });
+//! assert_eq!(Span::inside(4097, 12289), Span { start: 8192, end: 12288 }); // whole pages only
+//! let mut blocks = Span { start: (2 << 20) - 4096, end: (2 << 20) + 4096 }.blocks();
+//! assert_eq!(blocks.next().map(Span::len), Some(4096));
+//! assert_eq!(blocks.next().map(|part| part.bits().has(0)), Some(true));
+//! ```
 
 use uhmm_os::{BLOCK, PAGE};
 
@@ -73,7 +85,7 @@ impl Span {
 
 /// Where a page is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum PageState {
+pub(crate) enum PageState {
     /// On the CPU's side only.
     System,
     /// On both sides and equal; the CPU's page is write-protected, the device's is read-only.
@@ -94,7 +106,7 @@ pub enum PageState {
 
 /// Why a page changes its place.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Cause {
+pub(crate) enum Cause {
     /// A migration begins.
     Collect,
     /// A migration ends.
@@ -131,7 +143,7 @@ use Cause::*;
 use PageState::*;
 
 /// All transitions there are: from, why, to.
-pub const TRANSITIONS: &[(PageState, Cause, PageState)] = &[
+pub(crate) const TRANSITIONS: &[(PageState, Cause, PageState)] = &[
     (System, Collect, Moving),
     (System, Collect, Copying),
     (Moving, Commit, Private),
@@ -166,7 +178,7 @@ pub const TRANSITIONS: &[(PageState, Cause, PageState)] = &[
 ];
 
 /// Whether the table holds this transition.
-pub fn allowed(from: PageState, cause: Cause, to: PageState) -> bool {
+pub(crate) fn allowed(from: PageState, cause: Cause, to: PageState) -> bool {
     TRANSITIONS.contains(&(from, cause, to))
 }
 

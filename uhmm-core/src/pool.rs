@@ -33,7 +33,7 @@ const FEW: usize = 16;
 
 /// Small pages or huge ones.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Size {
+pub(crate) enum Size {
     /// 4 KiB pages.
     Small,
     /// One 2 MiB page.
@@ -93,7 +93,7 @@ struct Inner {
 
 /// The pools of one process.
 #[derive(Debug)]
-pub struct Pool {
+pub(crate) struct Pool {
     inner: Mutex<Inner>,
     waste: Userfaultfd,
     waste_memory: Mapping,
@@ -127,7 +127,7 @@ impl Pool {
     ///
     /// # Errors
     /// `ENOMEM` if address space cannot be reserved; those of userfaultfd.
-    pub fn new(mode: Mode, trays: usize, bound: usize) -> Result<Self, crate::Error> {
+    pub(crate) fn new(mode: Mode, trays: usize, bound: usize) -> Result<Self, crate::Error> {
         let system = |e| crate::Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
         let waste = mode.open(Features::MOVE)?;
         let waste_memory = own::map(c"uhmm pool", WASTE * BLOCK).map_err(system)?;
@@ -153,7 +153,7 @@ impl Pool {
     ///
     /// # Errors
     /// Those of userfaultfd; nothing is registered then.
-    pub fn register(&self, space: &Space) -> Result<(), Errno> {
+    pub(crate) fn register(&self, space: &Space) -> Result<(), Errno> {
         if space.mode == Mode::None {
             return Ok(()); // nothing leaves the program
         }
@@ -169,7 +169,7 @@ impl Pool {
     }
 
     /// A registered tray whose slots `need` are empty, for pages that leave the program. `None` if there is none left.
-    pub fn take_empty(&self, size: Size, need: Bits) -> Option<Tray> {
+    pub(crate) fn take_empty(&self, size: Size, need: Bits) -> Option<Tray> {
         loop {
             let mut inner = self.inner.lock();
             if let Some(tray) = inner.take_crumbs(size, need).or_else(|| inner.take_empty(size)) {
@@ -188,7 +188,7 @@ impl Pool {
     }
 
     /// A tray whose slots `need`, but for at most `lack` of them, hold a page, or will when touched, for pages that come home.
-    pub fn take_full(&self, space: &Space, size: Size, need: Bits, lack: usize) -> Tray {
+    pub(crate) fn take_full(&self, space: &Space, size: Size, need: Bits, lack: usize) -> Tray {
         loop {
             let mut inner = self.inner.lock();
             if let Some(mut tray) = inner.take_full(size, need, lack) {
@@ -215,7 +215,7 @@ impl Pool {
     }
 
     /// Gives a tray back; `tray.full` must be true to the fact.
-    pub fn put(&self, mut tray: Tray) {
+    pub(crate) fn put(&self, mut tray: Tray) {
         let mut inner = self.inner.lock();
         if tray.spare {
             inner.spares[tray.size as usize].free |= 1 << tray.index;

@@ -11,6 +11,19 @@
 //!   deferred, for a handler there would wait for the evictor, and that for the turn.
 //! * A device is closed by who is alone. What is still to go there is cancelled then, also what has begun; so a device that is not cancelled, looked at with
 //!   the turn, is open.
+//!
+//! Who uses it: the hints of the crate `uhmm`, and runtimes that know what comes next.
+//!
+//! ```
+//! use uhmm_core::{CoreRef, DeviceRef, Error};
+//!
+//! fn ahead(core: &CoreRef, dev: &DeviceRef, data: &[f32]) -> Result<(), Error> {
+//!     let range = data.as_ptr_range();
+//!     let on_its_way = core.prefetch(range.start as usize, range.end as usize, Some(dev))?;
+//!     // Something else meanwhile.
+//!     on_its_way.wait()
+//! }
+//! ```
 #![allow(unsafe_code)] // a thread that has the core's address, and entries in memory of zeros
 
 use crate::core::{Core, DeviceRef};
@@ -58,6 +71,7 @@ unsafe impl Zeroed for Option<Entry> {}
 #[derive(Clone, Copy, Debug)]
 enum Failure {
     Closed { device: &'static str },
+    Removed { device: &'static str },
     TooLarge { device: &'static str, needed: usize, capacity: usize },
     NoRoom { device: &'static str, needed: usize, capacity: usize },
     Driver { device: &'static str, source: Errno },
@@ -68,6 +82,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         match error {
             Error::Closed { device } => Failure::Closed { device },
+            Error::DeviceRemoved { device } => Failure::Removed { device },
             Error::TooLarge { device, needed, capacity } => Failure::TooLarge { device, needed, capacity },
             Error::NoRoom { device, needed, capacity } => Failure::NoRoom { device, needed, capacity },
             Error::Driver { device, source } => Failure::Driver { device, source },
@@ -81,6 +96,7 @@ impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Closed { device } => Error::Closed { device },
+            Failure::Removed { device } => Error::DeviceRemoved { device },
             Failure::TooLarge { device, needed, capacity } => Error::TooLarge { device, needed, capacity },
             Failure::NoRoom { device, needed, capacity } => Error::NoRoom { device, needed, capacity },
             Failure::Driver { device, source } => Error::Driver { device, source },
@@ -237,7 +253,11 @@ impl Prefetches {
                     return Err(Error::Closed { device });
                 }
                 match target {
-                    Target::Device(index) => launch::send(core, core.device(index), (at, to), whole, pin)?,
+                    Target::Device(index) => {
+                        let dev = core.device(index);
+                        dev.usable()?;
+                        launch::send(core, dev, (at, to), whole, pin)?;
+                    }
                     Target::Home => home_part(core, at, to)?,
                 }
             }
@@ -294,7 +314,7 @@ impl Prefetch<'_> {
     ///
     /// # Errors
     /// [`Error::TooLarge`] if the range is larger than the device's memory, with nothing moved; [`Error::NoRoom`], with a part of it moved; [`Error::Closed`] if the device
-    /// was closed meanwhile; those of the device. Of the last 4096 prefetches that were asked for the errors are kept. [`Error::Reentrant`] from a kernel, whose own
+    /// was closed meanwhile, [`Error::DeviceRemoved`] if it was removed; those of the device. Of the last 4096 prefetches that were asked for the errors are kept. [`Error::Reentrant`] from a kernel, whose own
     /// launch may be what the prefetch waits for.
     pub fn wait(self) -> Result<(), Error> {
         let core = self.hold.core();

@@ -80,8 +80,9 @@ pub(crate) fn note_ends(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[
     }
 }
 
-/// Notes every block with snapshots: who was stopped on the way has not noted those that he had taken by then, and nobody would end them.
-fn note_all(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) {
+/// Notes every block with snapshots: who was stopped on the way has not noted those that he had taken by then, a lease not those that a kernel has made of its copies since, and nobody would
+/// end them.
+pub(crate) fn note_all(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) {
     for (start, end, _) in ranges(args) {
         core.dir.for_each(Span::touching(start, end), |block, part| {
             let state = block.lock();
@@ -96,7 +97,7 @@ fn note_all(core: &Core, dev: &Device, ledger: &mut Ledger, args: &[RawArg]) {
 fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger, args: &[RawArg], part: Part) -> Result<(), Error> {
     dev.set_pin(flight.number);
     dev.last.lock().forget();
-    let coherent = dev.driver.info().coherent;
+    let coherent = dev.driver.info().capabilities.coherent;
     if coherent && core.space.mode != Mode::Full {
         return Ok(()); // it uses everything in place
     }
@@ -139,9 +140,9 @@ fn open(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) -> Result<S
     let info = dev.driver.info();
     let mut sealed = Sealed::new();
     // Elsewhere edges are copied at each launch, or used in place.
-    let seals = flight.fetches(dev) && core.space.mode == Mode::Full && !info.coherent;
+    let seals = flight.fetches(dev) && core.space.mode == Mode::Full && !info.capabilities.coherent;
     for (start, end, _) in ranges(args) {
-        if info.coherent {
+        if info.capabilities.coherent {
             coherent::pin(core, dev, start, end);
         } else {
             dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
@@ -248,7 +249,7 @@ impl Plan<'_> {
                 if !due {
                     return Ok(());
                 }
-                if !piece.movable && self.dev.driver.info().coherent {
+                if !piece.movable && self.dev.driver.info().capabilities.coherent {
                     return Ok(());
                 }
                 let whole = Span::touching(piece.start, piece.end);
@@ -288,7 +289,7 @@ impl Plan<'_> {
         let wishes = Wishes::of(self.core, self.dev, self.flight.fetches(self.dev), access, bytes, ask.part);
         let shares = if self.pins { Intent::Move } else { Intent::Duplicate };
         // A coherent device writes in place whatever happens then: there is nothing to park for a kernel that fails.
-        let moves = if access == Access::Out && !self.dev.driver.info().coherent { Intent::Discard } else { Intent::Move };
+        let moves = if access == Access::Out && !self.dev.driver.info().capabilities.coherent { Intent::Discard } else { Intent::Move };
         let mut again = false;
         for (pages, intent) in [(wishes.duplicates & ask.want, shares), (wishes.moves & ask.want, moves)] {
             if !pages.is_empty() {
@@ -323,7 +324,7 @@ impl Plan<'_> {
 /// Pages of a part of a block that no argument covers whole: where the kernel can follow pointers, it may write beyond what is declared.
 fn beyond(dev: &Device, args: &[RawArg], part: Span) -> Bits {
     // Also under a lease: launches beside it follow pointers.
-    if !dev.driver.info().replayable_faults {
+    if !dev.driver.info().capabilities.replayable_faults {
         return Bits::EMPTY;
     }
     ranges(args).fold(part.bits(), |rest, (start, end, _)| rest - Span::inside(start, end).and(part).bits())
@@ -363,7 +364,7 @@ impl Want {
         let inside = Span::inside(start, end);
         // The first and the last page of a large range that is only read are shared whole: nothing of theirs moves.
         let info = dev.driver.info();
-        let shared = access == Access::In && end - start >= LARGE && flight.fetches(dev) && !info.coherent;
+        let shared = access == Access::In && end - start >= LARGE && flight.fetches(dev) && !info.capabilities.coherent;
         Want { access: Some(access), span: if shared { Span::touching(start, end) } else { inside }, inside }
     }
 }

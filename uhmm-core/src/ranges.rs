@@ -217,7 +217,7 @@ pub(crate) fn with_runs(core: &Core, state: &State, va: Va, bits: Bits, write: b
 /// # Errors
 /// The driver's; for a coherent device `EAGAIN` if an event is unread.
 pub(crate) fn map(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bits) -> Result<(), Errno> {
-    if dev.driver.info().coherent {
+    if dev.driver.info().capabilities.coherent {
         return coherent::enter(core, dev, state, va, bits);
     }
     dev.changed();

@@ -6,6 +6,19 @@
 //!
 //! uhmm's keeper takes it, for the descriptors are uhmm's; it hands the runs over in pieces of a fixed size, by value, so that no lock is held while the
 //! asker's memory, which may be away itself, is written.
+//!
+//! Who uses it: `uhmm::Uhmm::residency`, and tools that show where memory is.
+//!
+//! ```
+//! use uhmm_core::residency::Place;
+//! use uhmm_core::{CoreRef, Error};
+//!
+//! fn bytes_away(core: &CoreRef, data: &[u8]) -> Result<usize, Error> {
+//!     let range = data.as_ptr_range();
+//!     let runs = core.residency(range.start as usize, range.end as usize)?;
+//!     Ok(runs.iter().filter(|run| matches!(run.place, Place::Private { .. })).map(|run| run.bytes()).sum())
+//! }
+//! ```
 
 use crate::bits::Bits;
 use crate::core::Core;

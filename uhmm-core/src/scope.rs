@@ -7,6 +7,27 @@
 //! * Launches on one device run in the order in which they were left there. While one runs the next is prepared.
 //! * Launches on two devices have no order, unless one [waits for](Queue::wait_for) the other's event.
 //! * Launches that use the same bytes ([`Scope::lend`]), and one of which writes them, never run at the same time.
+//!
+//! Who uses it: programs, by way of the crate `uhmm`.
+//!
+//! ```
+//! use uhmm_core::kernel::Ctx;
+//! use uhmm_core::scope::scope;
+//! use uhmm_core::{DeviceRef, Error, args};
+//!
+//! fn fill_then_sum(one: &DeviceRef, two: &DeviceRef, data: &mut [u32]) -> Result<(), Error> {
+//!     let fill = |ctx: &Ctx<'_>| ctx.out::<u32>(0).chunk(1024).fill(1);
+//!     let sum = |ctx: &Ctx<'_>| assert!(ctx.inp::<u32>(0).iter().all(|n| *n == 1));
+//!     let groups = data.len() / 1024;
+//!     scope(|scope| {
+//!         let data = scope.lend(data); // several launches use it, one after the other
+//!         let filled = scope.launch(one, &fill, groups, args![data.out()]);
+//!         let mut queue = scope.queue(two);
+//!         queue.wait_for(&filled.event()); // an order between two devices
+//!         queue.launch(&sum, 1, args![data.inp()]);
+//!     }) // returns when both have ended
+//! }
+//! ```
 #![allow(unsafe_code)] // leaves launches behind whose borrows outlive the scope
 
 use crate::args::{Args, Lent};

@@ -37,7 +37,7 @@ struct Shared {
 pub(crate) fn share(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits) -> Result<Bits, Errno> {
     let mut pages = pages & state.private();
     // What is parked has no contents to share yet. A coherent device shares as it is, and what is written asynchronously is noticed in another way.
-    if dev.driver.info().coherent || core.space.mode != Mode::Full || pages.meets(state.parked) {
+    if dev.driver.info().capabilities.coherent || core.space.mode != Mode::Full || pages.meets(state.parked) {
         return home::bring_home(core, dev, state, va, pages);
     }
     if core.space.uffd.event_pending() {

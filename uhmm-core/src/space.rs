@@ -20,7 +20,7 @@ use uhmm_os::uffd::{Features, RegisterMode, Userfaultfd};
 use uhmm_os::{Errno, thread};
 
 /// What the userfaultfd must be able to do.
-pub const NEEDED: Features = Features::PAGEFAULT_FLAG_WP
+pub(crate) const NEEDED: Features = Features::PAGEFAULT_FLAG_WP
     .union(Features::EVENT_REMAP)
     .union(Features::EVENT_REMOVE)
     .union(Features::EVENT_UNMAP)
@@ -30,7 +30,7 @@ pub const NEEDED: Features = Features::PAGEFAULT_FLAG_WP
 
 /// What the CPU's page table says about pages of one block.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Present {
+pub(crate) struct Present {
     /// Pages that exist (also in swap).
     pub pages: Bits,
     /// Pages that are the zero page.
@@ -51,7 +51,7 @@ pub(crate) fn want_markers() {
 
 /// The process's address space.
 #[derive(Debug)]
-pub struct Space {
+pub(crate) struct Space {
     /// The userfaultfd of the program's ranges and of the pools.
     pub uffd: Userfaultfd,
     /// What this process may do.
@@ -74,7 +74,7 @@ impl Space {
     ///
     /// # Errors
     /// [`crate::Error::NoUserfaultfd`] with what is missing; system errors of /proc.
-    pub fn open() -> Result<Self, crate::Error> {
+    pub(crate) fn open() -> Result<Self, crate::Error> {
         let markers = MARKERS.load(Ordering::Acquire);
         let (mode, uffd) = Mode::choose(markers)?;
         Ok(Space {
@@ -96,17 +96,17 @@ impl Space {
     }
 
     /// Shares the event lock: the directory follows every event that was read.
-    pub fn hold(&self) -> RwLockReadGuard<'_, ()> {
+    pub(crate) fn hold(&self) -> RwLockReadGuard<'_, ()> {
         self.events.read()
     }
 
     /// Takes the event lock alone. For the monitor only.
-    pub fn hold_alone(&self) -> impl Drop + '_ {
+    pub(crate) fn hold_alone(&self) -> impl Drop + '_ {
         self.events.write()
     }
 
     /// Waits until no mapping event is unread. To be called without any lock.
-    pub fn settle(&self) {
+    pub(crate) fn settle(&self) {
         let mut times = 0;
         while self.uffd.event_pending() {
             thread::pause(times);
@@ -115,7 +115,7 @@ impl Space {
     }
 
     /// Whether the monitor is to take its time before it reads: see [`Refusals`].
-    pub fn is_impatient(&self) -> bool {
+    pub(crate) fn is_impatient(&self) -> bool {
         self.impatient.load(Ordering::Relaxed) > 0
     }
 
@@ -123,7 +123,7 @@ impl Space {
     ///
     /// # Errors
     /// `EBUSY` where another userfaultfd has it, `EINVAL` where the kernel cannot watch.
-    pub fn register(&self, span: Span) -> Result<(), Errno> {
+    pub(crate) fn register(&self, span: Span) -> Result<(), Errno> {
         let missing = if self.mode == Mode::Full || self.left.at(span.start).0 { RegisterMode::MISSING } else { RegisterMode::empty() };
         self.uffd.register(span.start, span.len(), missing | RegisterMode::WP)
     }
@@ -137,7 +137,7 @@ impl Space {
     ///
     /// # Errors
     /// As [`register`](Self::register); `EAGAIN` if an event is unread.
-    pub fn watch(&self, span: Span, to: Option<u32>, mut f: impl FnMut(Span)) -> Result<(), Errno> {
+    pub(crate) fn watch(&self, span: Span, to: Option<u32>, mut f: impl FnMut(Span)) -> Result<(), Errno> {
         // What is watched for missing pages a mirror must not write: see `mirror`'s walk.rs.
         if self.mirrors.any() {
             self.mirrors.begin(span, Reason::Migrate { to });
@@ -176,7 +176,7 @@ impl Space {
     }
 
     /// Which pages of `span`, which lies in one block, exist on the CPU's side.
-    pub fn present(&self, span: Span) -> Result<Present, Errno> {
+    pub(crate) fn present(&self, span: Span) -> Result<Present, Errno> {
         let wanted = Category::PRESENT | Category::SWAPPED;
         let return_mask = wanted | Category::PFNZERO | Category::HUGE;
         let args = ScanArgs { any_of: wanted, return_mask, ..ScanArgs::all_of(Category::empty()) };
@@ -207,12 +207,12 @@ impl Space {
     }
 
     /// Whether a page is there and write-protected.
-    pub fn is_protected(&self, page: Va) -> bool {
+    pub(crate) fn is_protected(&self, page: Va) -> bool {
         self.pagemap.entry(page).is_ok_and(|entry| entry.present && entry.uffd_wp)
     }
 
     /// Pages of `span`, which lies in one block, that the CPU has not written since they were protected asynchronously.
-    pub fn clean(&self, span: Span) -> Bits {
+    pub(crate) fn clean(&self, span: Span) -> Bits {
         let args = ScanArgs {
             inverted: Category::WRITTEN,
             any_of: Category::PRESENT | Category::SWAPPED,
@@ -239,14 +239,14 @@ impl Space {
     ///
     /// # Errors
     /// Those of /proc.
-    pub fn mapping(&self, va: Va) -> Result<Option<Vma>, Errno> {
+    pub(crate) fn mapping(&self, va: Va) -> Result<Option<Vma>, Errno> {
         self.maps.covering(va)
     }
 }
 
 impl Space {
     /// Whether pages of the mapping, at `at`, may leave the program and stay on a device, and up to where that answer holds.
-    pub fn moves(&self, vma: &Vma, at: Va) -> (bool, Va) {
+    pub(crate) fn moves(&self, vma: &Vma, at: Va) -> (bool, Va) {
         match self.mode {
             Mode::Full => (movable(vma), vma.end),
             Mode::UserModeOnly if movable(vma) => {
@@ -258,7 +258,7 @@ impl Space {
     }
 
     /// Whether copies of the mapping's pages may stay on a device while the CPU keeps its own.
-    pub fn shares(&self, vma: &Vma) -> bool {
+    pub(crate) fn shares(&self, vma: &Vma) -> bool {
         self.mode != Mode::None && vma.is_private_anonymous() && vma.read
     }
 }
@@ -269,7 +269,7 @@ impl Space {
 /// nothing but raise events, and there are more threads than cores, there is always one. So as long as somebody has been refused often, the monitor takes its
 /// time before each read: by then they all wait, the read wakes them together, and before the first of them raises another there is a moment without.
 #[derive(Debug)]
-pub struct Refusals<'a> {
+pub(crate) struct Refusals<'a> {
     space: &'a Space,
     times: u32,
 }
@@ -278,12 +278,12 @@ impl<'a> Refusals<'a> {
     const MANY: u32 = 10;
 
     /// None yet.
-    pub fn new(space: &'a Space) -> Self {
+    pub(crate) fn new(space: &'a Space) -> Self {
         Refusals { space, times: 0 }
     }
 
     /// One more. Waits until it is worth trying again; to be called without any lock.
-    pub fn wait(&mut self) {
+    pub(crate) fn wait(&mut self) {
         self.times = self.times.saturating_add(1);
         if self.times == Self::MANY {
             self.space.impatient.fetch_add(1, Ordering::Relaxed);
@@ -301,6 +301,6 @@ impl Drop for Refusals<'_> {
 }
 
 /// Whether pages of the mapping can move: anonymous, private, readable and writable.
-pub fn movable(vma: &Vma) -> bool {
+pub(crate) fn movable(vma: &Vma) -> bool {
     vma.is_private_anonymous() && vma.read && vma.write
 }

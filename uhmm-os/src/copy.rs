@@ -7,6 +7,24 @@
 //! The loops are assembly, because [`guarded`] needs to know where its instructions lie: like the kernel's exception tables, the
 //! handler of [`signal`](crate::signal) looks whether a fault's instruction lies between two labels, and if so goes on at a third,
 //! with the fault's address in a register.
+//!
+//! Who uses it: drivers, for their copy engines.
+//!
+//! ```
+//! use uhmm_os::{copy, signal};
+//!
+//! let (from, mut to) = ([7u8; 4096], [0u8; 4096]);
+//! // SAFETY: both are 4096 bytes, and ours.
+//! unsafe { copy::stream(to.as_mut_ptr(), from.as_ptr(), 4096) };
+//! assert_eq!(to, from);
+//!
+//! signal::install(|_| false)?; // the handler that lets a guarded copy fail
+//! // SAFETY: the handler is installed; `to` is 4096 bytes, and ours.
+//! let copied = unsafe { copy::guarded(to.as_mut_ptr(), 0x1000 as *const u8, 16) };
+//! assert_eq!(copied, Err(0x1000)); // nothing is mapped there
+//! # signal::uninstall();
+//! # Ok::<(), uhmm_os::Errno>(())
+//! ```
 
 use core::arch::{asm, global_asm};
 

@@ -10,6 +10,7 @@
 //! | [`pagemap`] | `/proc/self/pagemap`: one page's state, and `PAGEMAP_SCAN` over a range |
 //! | [`maps`] | `/proc/self/maps`: which mapping holds an address (`PROCMAP_QUERY`, or the text) |
 //! | [`mem`] | mmap, mremap, madvise and names, with memory that a fork does not inherit |
+//! | [`memfile`] | files in memory: the same pages at several addresses |
 //! | [`copy`] | copies that bypass the cache, and copies that survive a bad address |
 //! | [`signal`] | SIGBUS and SIGSEGV: one handler that chains to those before it; hooks before any signal's action |
 //! | [`thread`] | threads on stacks of our own, with alternate signal stacks and descriptor tables of their own |
@@ -26,6 +27,16 @@
 //!   private file memory and stays where it is.
 //!
 //! All addresses are `usize`, all lengths are bytes.
+//!
+//! # Examples
+//!
+//! Each module opens with an example of its main types and functions; what has none of its own is shown there, or is told by its documentation.
+//!
+//! ```
+//! use uhmm_os::{BLOCK, PAGE};
+//!
+//! assert_eq!(BLOCK / PAGE, 512);
+//! ```
 #![allow(unsafe_code)] // system calls, signal handlers and assembly live here so that they need not live elsewhere
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
@@ -35,6 +46,7 @@ pub mod copy;
 mod flush;
 pub mod maps;
 pub mod mem;
+pub mod memfile;
 pub mod pagemap;
 pub mod signal;
 mod syscall;

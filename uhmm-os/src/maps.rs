@@ -3,6 +3,23 @@
 //!
 //! Everything but opening is *Fault path*. A mapping may change as soon as it has been looked up: a notifier's sequence number must
 //! tell.
+//!
+//! Who uses it: `uhmm-core`, to tell what may move; `uhmm doctor`.
+//!
+//! ```
+//! use uhmm_os::maps::Maps;
+//!
+//! let maps = Maps::open()?;
+//! let buffer = vec![0u8; 1 << 20];
+//! let vma = maps.covering(buffer.as_ptr() as usize)?.expect("it is mapped");
+//! assert!(vma.is_private_anonymous() && vma.write);
+//! assert!(maps.covering(0)?.is_none());
+//!
+//! let code = Maps::open as *const () as usize;
+//! let mut name = [0; 4096];
+//! assert!(maps.name(code, &mut name)?.is_some()); // the path of the program
+//! # Ok::<(), uhmm_os::Errno>(())
+//! ```
 
 mod text;
 

@@ -3,6 +3,25 @@
 //! Memory that uhmm itself maps ([`map`]) is private, anonymous, not inherited by a fork, left out of core dumps, not committed
 //! until touched, and named, so that `/proc/self/maps` tells whose it is. Everything here is raw system calls; what is marked so is
 //! *Fault path*.
+//!
+//! Who uses it: `uhmm-core` and drivers. A driver takes memory for its own state from `uhmm_core::own`, which knows where to put it.
+//!
+//! ```
+//! use uhmm_os::mem::{self, Advice, Prot, Reserve};
+//! use uhmm_os::BLOCK;
+//!
+//! let memory = mem::map(&Reserve { hint: 0, len: 4 * BLOCK, align: BLOCK, name: c"example", prot: Prot::ReadWrite, exact: false })?;
+//! assert_eq!(memory.start() % BLOCK, 0);
+//! // SAFETY: it is ours; nobody relies on its contents.
+//! unsafe {
+//!     memory.as_ptr().write(1);
+//!     mem::madvise(memory.start(), BLOCK, Advice::DontNeed)?; // a block that reads as zeros again
+//!     assert_eq!(memory.as_ptr().read(), 0);
+//!     mem::mprotect(memory.start() + BLOCK, BLOCK, Prot::None)?;
+//! }
+//! drop(memory); // unmapped
+//! # Ok::<(), uhmm_os::Errno>(())
+//! ```
 
 use crate::syscall::{abi, call};
 use crate::{Errno, PAGE};
@@ -29,7 +48,7 @@ pub enum Prot {
 }
 
 impl Prot {
-    fn bits(self) -> usize {
+    pub(crate) fn bits(self) -> usize {
         let bits = match self {
             Prot::None => abi::PROT_NONE,
             Prot::Read => abi::PROT_READ,
@@ -147,14 +166,37 @@ pub fn map(reserve: &Reserve<'_>) -> Result<Mapping, Errno> {
 /// # Safety
 /// What is there is the caller's, and nobody needs its contents.
 pub unsafe fn replace(start: usize, len: usize, label: &CStr) -> Result<(), Errno> {
-    let prot = Prot::ReadWrite.bits();
-    let flags = abi::MAP_PRIVATE | abi::MAP_ANONYMOUS | abi::MAP_NORESERVE | abi::MAP_FIXED;
-    // SAFETY: the caller owns what is replaced.
-    unsafe { call(abi::__NR_mmap, [start, len, prot, flags as usize, usize::MAX, 0]) }?;
+    // SAFETY: handed on.
+    unsafe { map_over(start, len, Prot::ReadWrite)? };
     // SAFETY: fresh memory, and no contents change.
     unsafe { madvise(start, len, Advice::DontFork)? };
     name(start, len, label);
     Ok(())
+}
+
+/// Makes a range inaccessible in one step, whatever is there: a thread that uses it sees what was there, or faults, and nothing else; the old pages' translations are
+/// flushed on every core when it returns. The addresses stay taken. Not inherited by a fork's child, unless the kernel refuses that. *Fault path.*
+///
+/// # Errors
+/// Those of mmap(2): `ENOMEM`: too many mappings.
+///
+/// # Safety
+/// As [`replace`].
+pub unsafe fn vacate(start: usize, len: usize, label: &CStr) -> Result<(), Errno> {
+    // SAFETY: handed on.
+    unsafe { map_over(start, len, Prot::None)? };
+    // SAFETY: fresh memory, and no contents change. If it fails, for the process has too many mappings, a child has the same nothing there.
+    let _ = unsafe { madvise(start, len, Advice::DontFork) };
+    name(start, len, label);
+    Ok(())
+}
+
+/// # Safety
+/// As [`replace`].
+unsafe fn map_over(start: usize, len: usize, prot: Prot) -> Result<(), Errno> {
+    let flags = abi::MAP_PRIVATE | abi::MAP_ANONYMOUS | abi::MAP_NORESERVE | abi::MAP_FIXED;
+    // SAFETY: the caller owns what is replaced.
+    unsafe { call(abi::__NR_mmap, [start, len, prot.bits(), flags as usize, usize::MAX, 0]) }.map(|_| ())
 }
 
 fn place(reserve: &Reserve<'_>, len: usize, align: usize) -> Result<Mapping, Errno> {
@@ -319,6 +361,21 @@ bitflags! {
 /// mremap(2), and the new address. *Fault path* (but it waits until the event it raises in a userfaultfd has been read).
 ///
 /// An old length of 0 makes a second mapping of the same pages, for shared mappings only.
+///
+/// ```
+/// use uhmm_os::PAGE;
+/// use uhmm_os::mem::{self, Mapping, Prot, RemapFlags, Reserve};
+///
+/// let memory = mem::map(&Reserve { hint: 0, len: PAGE, align: PAGE, name: c"example", prot: Prot::ReadWrite, exact: false })?;
+/// let (start, len) = memory.into_raw(); // the call below takes it
+/// // SAFETY: it is ours, and nobody uses the old address afterwards.
+/// let larger = unsafe {
+///     let new = mem::mremap(start, len, 4 * PAGE, RemapFlags::MAYMOVE, 0)?;
+///     Mapping::from_raw(new, 4 * PAGE)
+/// };
+/// assert_eq!(larger.len(), 4 * PAGE);
+/// # Ok::<(), uhmm_os::Errno>(())
+/// ```
 ///
 /// # Errors
 /// Those of mremap(2).

@@ -4,6 +4,27 @@
 //! On older kernels a scan without flags is answered from the page entries; what those do not tell (huge, zero page, write
 //! protection allowed) is then refused if it was asked for as a condition, and clear in the result. Everything but
 //! [`open`](Pagemap::open) is *Fault path*.
+//!
+//! Who uses it: `uhmm-core`, to see what is there; tests, to see where a page really is.
+//!
+//! ```
+//! use uhmm_os::PAGE;
+//! use uhmm_os::mem::{self, Prot, Reserve};
+//! use uhmm_os::pagemap::{Category, Pagemap, Region, ScanArgs};
+//!
+//! let memory = mem::map(&Reserve { hint: 0, len: 8 * PAGE, align: PAGE, name: c"example", prot: Prot::ReadWrite, exact: false })?;
+//! let second = memory.start() + PAGE;
+//! // SAFETY: it is ours.
+//! unsafe { (second as *mut u8).write(1) };
+//!
+//! let pagemap = Pagemap::open()?;
+//! assert!(pagemap.entry(second)?.present && !pagemap.entry(memory.start())?.present);
+//!
+//! let mut regions = [Region::EMPTY; 4];
+//! let scan = pagemap.scan(memory.start(), memory.end(), &ScanArgs::all_of(Category::PRESENT), &mut regions)?;
+//! assert_eq!((scan.filled, regions[0].start), (1, second));
+//! # Ok::<(), uhmm_os::Errno>(())
+//! ```
 
 use crate::syscall::{abi, ioctl, iowr, pread};
 use crate::{Errno, PAGE};
@@ -242,7 +263,7 @@ impl Pagemap {
     }
 
     /// How many bytes from `start` on are there without a gap, in memory or in swap, up to `end`; 0 if that cannot be told. *Fault path.*
-    pub fn present_from(&self, start: usize, end: usize) -> usize {
+    pub(crate) fn present_from(&self, start: usize, end: usize) -> usize {
         let mut at = start;
         while at < end
             && let Some(region) = self.first_present(at, end)
@@ -254,7 +275,7 @@ impl Pagemap {
     }
 
     /// How many bytes from `start` on are missing, up to `end`; 0 if that cannot be told. *Fault path.*
-    pub fn absent_from(&self, start: usize, end: usize) -> usize {
+    pub(crate) fn absent_from(&self, start: usize, end: usize) -> usize {
         self.first_present(start, end).map_or(0, |region| region.start - start)
     }
 

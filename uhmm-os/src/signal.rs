@@ -5,6 +5,24 @@
 //! the action that was there before. Rules:
 //! * the handler is *Fault path* and async-signal-safe: its state is one static that is not zero, so that it lies in `.data`;
 //! * a fault that nobody wants kills the process exactly as it would without us: same signal, same instruction, same core dump.
+//!
+//! Who uses it: `uhmm-core`, which serves device faults so, and defers signals around its locks ([`Deferred`]).
+//!
+//! ```
+//! use uhmm_os::signal::{self, Deferred, FaultInfo};
+//!
+//! fn repair(fault: &FaultInfo) -> bool {
+//!     // Make fault.address valid and return true, or leave the fault to whoever had the signal before.
+//!     let _ = fault.address;
+//!     false
+//! }
+//!
+//! signal::install(repair)?;
+//! let deferred = Deferred::new(); // no handler of the program runs on this thread ...
+//! drop(deferred); // ... until now
+//! signal::uninstall();
+//! # Ok::<(), uhmm_os::Errno>(())
+//! ```
 
 pub mod hook;
 

@@ -1,6 +1,18 @@
 //! What this kernel is, what this process may do, and the hooks around fork.
 //!
 //! Not *Fault path*: files are read into strings.
+//!
+//! Who uses it: `uhmm doctor`; `uhmm-core`, when it starts.
+//!
+//! ```
+//! use uhmm_os::system;
+//!
+//! assert!(system::kernel_version() >= (3, 0));
+//! assert!(system::total_memory() > 0);
+//! if !system::has_cap_sys_ptrace() && system::unprivileged_userfaultfd() != Some(true) {
+//!     println!("user-mode-only at most, unless /dev/userfaultfd opens: {:?}", system::dev_userfaultfd());
+//! }
+//! ```
 
 use crate::Errno;
 use rustix::fs::{Mode, OFlags};
@@ -89,6 +101,8 @@ fn sysctl(name: &str) -> Option<i64> {
 
 /// Registers functions that glibc's fork calls (pthread_atfork(3)): `prepare` before, in the forking thread; `parent` and `child`
 /// after. They stay registered for ever. vfork, posix_spawn, raw clone and `_Fork` do not call them.
+///
+/// No example: the three functions run in every fork of the process from then on, and cannot be taken back.
 ///
 /// # Errors
 /// `ENOMEM`.

@@ -1,5 +1,21 @@
 //! What the kernel says of this process and its threads: where it will write for each of them when it ends, where they run, and whether it has pages
 //! pinned. *Fault path.*
+//!
+//! Who uses it: `uhmm-core`, to know which pages must stay, and where a thread runs.
+//!
+//! ```
+//! use uhmm_os::{tasks, thread};
+//!
+//! assert!(tasks::last_core(thread::gettid()).is_some());
+//!
+//! let mut heads = 0;
+//! let listed = tasks::for_each_robust_list_head(|_address| heads += 1);
+//! assert!(listed && heads >= 1); // the C library registers one for each thread
+//!
+//! let (value, mut word) = (42usize, [0usize]);
+//! assert!(tasks::read_words(&raw const value as usize, &mut word) && word[0] == 42);
+//! assert!(!tasks::read_words(0x1000, &mut word)); // nothing is mapped there
+//! ```
 
 use crate::syscall::{abi, call};
 use crate::thread::getpid;

@@ -9,6 +9,27 @@
 //! | control page | what the thread starts with |
 //! | guard page, alternate stack | where its signal handlers run |
 //! | guard page, stack | glibc puts the thread block (and its static thread-local variables) at the top |
+//!
+//! Who uses it: `uhmm-core` and drivers. A driver starts its threads by `uhmm_core::own::spawn`, whose memory never migrates.
+//!
+//! ```
+//! use std::sync::atomic::{AtomicU32, Ordering};
+//! use uhmm_os::thread;
+//!
+//! unsafe extern "C" fn work(arg: *mut ()) {
+//!     // SAFETY: it is the number below, which lives until the thread has been joined.
+//!     let number = unsafe { &*arg.cast::<AtomicU32>() };
+//!     number.store(thread::gettid(), Ordering::Relaxed);
+//! }
+//!
+//! let number = AtomicU32::new(0);
+//! // SAFETY: `work` returns, and what it uses lives until `join`.
+//! let started = unsafe { thread::spawn(c"example", 256 << 10, work, (&raw const number).cast_mut().cast())? };
+//! let tid = started.tid();
+//! started.join();
+//! assert_eq!(number.load(Ordering::Relaxed), tid);
+//! # Ok::<(), uhmm_os::Errno>(())
+//! ```
 
 use crate::mem::{Advice, Mapping, Prot, Reserve, madvise, map, mprotect};
 use crate::signal::{block_most, set_mask};
@@ -243,7 +264,7 @@ pub fn sleep_micros(micros: u32) {
 }
 
 /// The core that the calling thread runs on just now. *Fault path.*
-pub fn current_core() -> usize {
+pub(crate) fn current_core() -> usize {
     let mut core = 0u32;
     // SAFETY: four bytes are written.
     let _ = unsafe { call(abi::__NR_getcpu, [&raw mut core as usize, 0, 0]) };
@@ -279,6 +300,25 @@ pub fn num_cores() -> usize {
 ///
 /// A kernel often wakes a thread on its waker's core, and corrects that only when it balances, milliseconds later; until then the woken one waits there although another
 /// core sleeps. (Measured on a virtual machine of two cores: preparing a launch and bringing its result home took a tenth longer.)
+///
+/// ```
+/// use uhmm_os::thread::Aside;
+///
+/// use std::sync::mpsc::channel;
+///
+/// let aside = &Aside::default();
+/// let ((ready, is_ready), (wake, woken)) = (channel(), channel());
+/// std::thread::scope(|scope| {
+///     scope.spawn(move || {
+///         aside.enter(); // this thread is the one that will be woken
+///         ready.send(()).unwrap();
+///         woken.recv().unwrap();
+///     });
+///     is_ready.recv().unwrap();
+///     aside.keep_off(); // not on this core
+///     wake.send(()).unwrap();
+/// });
+/// ```
 #[derive(Debug)]
 pub struct Aside {
     tid: AtomicU32,

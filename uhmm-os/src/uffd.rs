@@ -6,6 +6,37 @@
 //! * a descriptor never blocks: [`read`](Userfaultfd::read) returns 0 messages instead;
 //! * errors are handed on as the kernel gave them, with what was done before them ([`Partial`]);
 //! * `UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES` is not offered: against a concurrent madvise(MADV_DONTNEED) the call can spin in the kernel.
+//!
+//! Who uses it: `uhmm-core`, for the program's memory; drivers whose page table is made of it.
+//!
+//! ```no_run
+//! use uhmm_os::PAGE;
+//! use uhmm_os::mem::{self, Prot, Reserve};
+//! use uhmm_os::uffd::{CopyMode, Event, Features, MsgBuf, RegisterMode, Rights, Userfaultfd, poll};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let uffd = Userfaultfd::open(Rights::UserModeOnly, Features::empty())?;
+//! let memory = mem::map(&Reserve { hint: 0, len: PAGE, align: PAGE, name: c"example", prot: Prot::ReadWrite, exact: false })?;
+//! uffd.register(memory.start(), memory.len(), RegisterMode::MISSING)?;
+//!
+//! let start = memory.start();
+//! // SAFETY: the mapping lives until the thread has been joined.
+//! let toucher = std::thread::spawn(move || unsafe { (start as *const u8).read() }); // waits
+//! poll(&[uffd.as_fd()], None)?;
+//! let mut messages = MsgBuf::new();
+//! uffd.read(&mut messages)?;
+//! for event in messages.events() {
+//!     if let Event::Fault { address, .. } = event {
+//!         let page = [7u8; PAGE];
+//!         // SAFETY: the page is missing and ours.
+//!         let copied = unsafe { uffd.copy(address & !(PAGE - 1), page.as_ptr() as usize, PAGE, CopyMode::empty()) };
+//!         copied.map_err(|partial| partial.errno)?; // the toucher goes on
+//!     }
+//! }
+//! assert_eq!(toucher.join().unwrap(), 7);
+//! # Ok(())
+//! # }
+//! ```
 
 mod event;
 mod open;
@@ -173,6 +204,26 @@ impl Userfaultfd {
     ///
     /// Only `dst` needs to be registered, with this descriptor. Both must be private anonymous memory with equal permissions. A page that is at `dst` and not at
     /// `src` counts as moved.
+    ///
+    /// ```no_run
+    /// use uhmm_os::PAGE;
+    /// use uhmm_os::mem::{self, Prot, Reserve};
+    /// use uhmm_os::uffd::{Features, MoveMode, RegisterMode, Rights, Userfaultfd};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let uffd = Userfaultfd::open(Rights::UserModeOnly, Features::MOVE)?;
+    /// let map = |name| mem::map(&Reserve { hint: 0, len: PAGE, align: PAGE, name, prot: Prot::ReadWrite, exact: false });
+    /// let (from, to) = (map(c"from")?, map(c"to")?);
+    /// uffd.register(to.start(), PAGE, RegisterMode::MISSING)?;
+    /// // SAFETY: both are ours.
+    /// unsafe {
+    ///     from.as_ptr().write(7);
+    ///     uffd.move_pages(to.start(), from.start(), PAGE, MoveMode::empty()).map_err(|partial| partial.errno)?;
+    ///     assert_eq!((to.as_ptr().read(), from.as_ptr().read()), (7, 0));
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// In [`Partial`]: `EAGAIN`: a mapping event is unread (it never succeeds before that is read), or stopped after progress;

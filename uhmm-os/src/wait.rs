@@ -52,6 +52,23 @@ pub fn poll(fds: &[BorrowedFd<'_>], timeout_ms: Option<u32>) -> Result<u32, Errn
 
 /// Waits while `word` is `value`, at most `timeout_ms` milliseconds (`None`: for ever), for who wakes it (futex(2)). False if the time ran out; true for any
 /// other reason, also none. *Fault path.*
+///
+/// ```
+/// use std::sync::atomic::{AtomicU32, Ordering};
+/// use uhmm_os::{futex_wait, futex_wake};
+///
+/// let open = AtomicU32::new(0);
+/// std::thread::scope(|scope| {
+///     scope.spawn(|| {
+///         while open.load(Ordering::Acquire) == 0 {
+///             futex_wait(&open, 0, None); // returns at once if it is not 0 any more
+///         }
+///     });
+///     open.store(1, Ordering::Release);
+///     futex_wake(&open);
+/// });
+/// assert!(!futex_wait(&open, 1, Some(1))); // the time ran out
+/// ```
 pub fn futex_wait(word: &AtomicU32, value: u32, timeout_ms: Option<u32>) -> bool {
     let time = timeout_ms.map(|ms| abi::__kernel_timespec { tv_sec: i64::from(ms / 1000), tv_nsec: i64::from(ms % 1000) * 1_000_000 });
     let time_at = time.as_ref().map_or(0, |time| core::ptr::from_ref(time) as usize);
@@ -69,6 +86,17 @@ pub fn futex_wake(word: &AtomicU32) {
 }
 
 /// A counter (eventfd(2)) that wakes a thread in [`poll`].
+///
+/// ```
+/// use uhmm_os::{EventFd, poll};
+///
+/// let bell = EventFd::new()?;
+/// assert_eq!(poll(&[bell.as_fd()], Some(0))?, 0); // nobody has rung
+/// bell.signal()?;
+/// assert_eq!(poll(&[bell.as_fd()], None)?, 1); // bit 0: the first descriptor
+/// assert_eq!(bell.drain()?, 1);
+/// # Ok::<(), uhmm_os::Errno>(())
+/// ```
 #[derive(Debug)]
 pub struct EventFd(OwnedFd);
 

@@ -12,7 +12,17 @@ use uhmm_core::Error;
 pub use uhmm_core::prefetch::Prefetch;
 pub use uhmm_core::residency::{Place, Run};
 
-/// What names a range of addresses: a slice, an array, a `Vec`, any other value (its own bytes), or a range of addresses. Nothing is read through it.
+/// What names a range of addresses: a slice, an array, a `Vec`, a reference to one of these, or a range of addresses. Nothing is read through it.
+///
+/// ```
+/// use uhmm::AsRange;
+///
+/// let data = vec![0u32; 100];
+/// assert_eq!(data.as_range().len(), 400);
+/// assert_eq!(data[..10].as_range().len(), 40);
+/// assert_eq!([5u64].as_range().len(), 8);
+/// assert_eq!((4096..8192).as_range().len(), 4096);
+/// ```
 pub trait AsRange {
     /// From the address of the first byte to one past the last.
     fn as_range(&self) -> Range<usize>;
@@ -217,6 +227,18 @@ impl Uhmm {
     }
 
     /// As [`discard`](Self::discard), for a range of addresses. If pages of it were locked, they are no more before they are touched again.
+    ///
+    /// ```no_run
+    /// use uhmm::AsRange;
+    ///
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// let hmm = uhmm::Uhmm::new()?;
+    /// let scratch = vec![1u8; 64 << 20];
+    /// // SAFETY: nobody uses the buffer meanwhile, and any bytes are valid.
+    /// unsafe { hmm.discard_range(scratch.as_range())? };
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As there; and if something of it is not mapped.

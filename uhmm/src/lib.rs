@@ -238,6 +238,19 @@ impl Uhmm {
     /// Mirrors a range of addresses, for a device that uses memory where it is: what it may do with each page can be looked up and asked for, and `notifier` is
     /// told of every change before the device could act on what is no longer so. Nothing migrates. See [`mirror`](mod@mirror), and the example `mirror_only`.
     ///
+    /// ```no_run
+    /// use uhmm::mirror::{Mirror, PageTable};
+    ///
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// let hmm = uhmm::Uhmm::new()?;
+    /// let data = vec![7u8; 1 << 20];
+    /// let range = data.as_ptr() as usize..data.as_ptr() as usize + data.len();
+    /// let device: Mirror<PageTable> = hmm.mirror(range.clone(), PageTable::new(range)?)?;
+    /// println!("it may use {} pages", device.span().len() / 4096);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Mirror`] in [`Mode::None`], for an empty range or one that holds uhmm's own memory, and if there are 256 mirrors already; [`Error::System`].
     pub fn mirror<N: Notifier>(&self, range: std::ops::Range<usize>, notifier: N) -> Result<Mirror<N>, Error> {
@@ -498,6 +511,19 @@ impl Device {
 
     /// Takes the device out of use, in order: waits for the running launch and brings everything home. From then on every call on it says that it was removed. Its name can be
     /// opened again when its last handle is gone.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// let hmm = uhmm::Uhmm::new()?;
+    /// let dev = hmm.device("soft")?;
+    /// dev.remove()?;
+    /// assert!(dev.run(&|_: &uhmm::Ctx<'_>| {}, 1, uhmm::args![]).is_err());
+    /// drop(dev); // the last handle
+    /// let again = hmm.device("soft")?;
+    /// # drop(again);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`Error::PagesLost`], [`Error::DeviceLost`]: it does not give everything back.

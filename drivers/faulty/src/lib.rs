@@ -23,10 +23,9 @@
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use core::time::Duration;
 use std::time::Instant;
-use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, DmaKind, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::{self, Committed, DeviceInfo, Dma, DmaError, DmaKind, Driver, Fence, Forward, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
-use uhmm_core::page::Span;
 use uhmm_core::{DeviceConfig, Error, OpenDriver};
 use uhmm_os::{Errno, thread};
 
@@ -94,6 +93,16 @@ pub fn all_well() {
 }
 
 /// How many failures of a call are still to come.
+///
+/// ```
+/// use uhmm_faulty::{ALWAYS, Call, Fault, all_well, order, outstanding};
+///
+/// order(Call::ToHost, Fault::Failed, 1, 2);
+/// assert_eq!(outstanding(Call::ToHost), 2); // no device has failed yet
+/// order(Call::Launch, Fault::Lost, 1, ALWAYS);
+/// all_well();
+/// assert_eq!(outstanding(Call::ToHost), 0);
+/// ```
 pub fn outstanding(call: Call) -> u32 {
     ORDERS.of[call as usize].bad.load(Ordering::SeqCst)
 }
@@ -123,14 +132,12 @@ fn open_around(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Resu
     // SAFETY: a function that `around`, which alone gives this one out, has left there.
     let open = unsafe { core::mem::transmute::<usize, OpenDriver>(ORDERS.inner.load(Ordering::SeqCst)) };
     let faulty = Faulty { inner: open(config, mode, others)?, lost: AtomicBool::new(false) };
-    let faulty = OwnBox::new(c"uhmm faulty device", faulty)
-        .map_err(|e| Error::Device { name: config.name.into(), why: format!("cannot reserve address space: {e}") })?;
-    Ok(faulty.unsize(|p| p as *mut dyn Driver))
+    driver::boxed(c"uhmm faulty device", faulty).map_err(|e| config.refuse(format!("cannot reserve address space: {e}")))
 }
 
 /// The device.
 #[derive(Debug)]
-pub struct Faulty {
+struct Faulty {
     inner: OwnBox<dyn Driver>,
     lost: AtomicBool,
 }
@@ -141,9 +148,13 @@ const NEVER: Fence = Fence(u64::MAX - 1);
 const LOST: Fence = Fence(u64::MAX - 2);
 
 impl Faulty {
+    fn lost(&self) -> bool {
+        self.lost.load(Ordering::SeqCst)
+    }
+
     /// One call: how it fails, if it does. A lost device fails all.
     fn strike(&self, call: Call) -> Option<Fault> {
-        if self.is_lost() {
+        if self.lost() {
             return Some(Fault::Lost);
         }
         let fault = strike(call)?;
@@ -171,9 +182,9 @@ fn garble(batch: &[Dma]) {
 }
 
 // SAFETY: what the other device promises; nothing is done that it would not do.
-unsafe impl Driver for Faulty {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
+unsafe impl Forward for Faulty {
+    fn inner(&self) -> &dyn Driver {
+        &*self.inner
     }
 
     fn populate(&self, unit: usize) -> Result<(), Errno> {
@@ -181,32 +192,8 @@ unsafe impl Driver for Faulty {
         self.inner.populate(unit)
     }
 
-    fn release(&self, unit: usize) {
-        self.inner.release(unit);
-    }
-
     fn peek(&self, frame: Frame) -> Option<usize> {
-        if self.info().coherent { self.inner.peek(frame) } else { None }
-    }
-
-    fn mapped(&self, va: usize) -> Option<usize> {
-        self.inner.mapped(va)
-    }
-
-    fn reads_peers(&self) -> bool {
-        self.inner.reads_peers()
-    }
-
-    fn take_back(&self, frame: Frame, host: usize, pages: usize) -> usize {
-        self.inner.take_back(frame, host, pages)
-    }
-
-    fn address(&self, frame: Frame) -> usize {
-        self.inner.address(frame)
-    }
-
-    fn stand_by(&self) {
-        self.inner.stand_by();
+        if self.inner.info().capabilities.coherent { self.inner.peek(frame) } else { None }
     }
 
     fn copy(&self, batch: &[Dma]) -> Fence {
@@ -239,23 +226,7 @@ unsafe impl Driver for Faulty {
     }
 
     fn is_lost(&self) -> bool {
-        self.lost.load(Ordering::SeqCst)
-    }
-
-    fn open_window(&self, span: Span) -> Result<(), Errno> {
-        self.inner.open_window(span)
-    }
-
-    fn close_window(&self, span: Span) {
-        self.inner.close_window(span);
-    }
-
-    fn share(&self, span: Span) -> Result<(), Errno> {
-        self.inner.share(span)
-    }
-
-    fn unshare(&self, span: Span) {
-        self.inner.unshare(span);
+        self.lost()
     }
 
     fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
@@ -263,20 +234,12 @@ unsafe impl Driver for Faulty {
         self.inner.map(batch)
     }
 
-    fn allow_writes(&self, batch: &[MapRun]) {
-        self.inner.allow_writes(batch);
-    }
-
     fn protect(&self, run: MapRun) -> Option<usize> {
-        if self.is_lost() { None } else { self.inner.protect(run) }
-    }
-
-    fn unmap(&self, batch: &[MapRun]) {
-        self.inner.unmap(batch);
+        if self.lost() { None } else { self.inner.protect(run) }
     }
 
     fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
-        if self.is_lost() {
+        if self.lost() {
             return Err(KernelFault::Lost);
         }
         let result = self.inner.launch(launch);
@@ -285,33 +248,5 @@ unsafe impl Driver for Faulty {
             Some(Fault::Failed) => Err(KernelFault::Device { source: Errno::IO }),
             Some(_) => Err(KernelFault::Lost),
         }
-    }
-
-    fn note_fault(&self, va: usize, write: bool) {
-        self.inner.note_fault(va, write);
-    }
-
-    fn fail(&self, fault: KernelFault) {
-        self.inner.fail(fault);
-    }
-
-    fn host_touch(&self, tid: u32, address: usize) {
-        self.inner.host_touch(tid, address);
-    }
-
-    fn owns_thread(&self, tid: u32) -> bool {
-        self.inner.owns_thread(tid)
-    }
-
-    fn in_window(&self, address: usize) -> bool {
-        self.inner.in_window(address)
-    }
-
-    fn reaches(&self, va: usize) -> bool {
-        self.inner.reaches(va)
-    }
-
-    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
-        self.inner.scratch(address, fault)
     }
 }

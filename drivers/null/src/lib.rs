@@ -7,9 +7,19 @@
 //! # Rules
 //! * Its [`DeviceInfo::memory`] is 0: uhmm then checks a launch as for any device and hands it over, and makes nothing resident.
 //! * So nothing of a page table or of copies is ever asked of it; if it were, the answer would be an error, never a success that has not happened.
+//!
+//! ```no_run
+//! use uhmm_core::{CoreRef, DeviceConfig};
+//!
+//! # fn main() -> Result<(), uhmm_core::Error> {
+//! let dev = CoreRef::get()?.device(DeviceConfig::new("null"), uhmm_null::open)?;
+//! assert_eq!(dev.info().memory, 0);
+//! # Ok(())
+//! # }
+//! ```
 
 use core::time::Duration;
-use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::{self, Capabilities, Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
 use uhmm_core::{DeviceConfig, Error};
@@ -26,14 +36,12 @@ pub struct Null {
 /// # Errors
 /// [`Error::Device`] if address space for its description is refused, or it is asked for memory or threads, which it does not have.
 pub fn open(config: &DeviceConfig, _: Mode, _others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
-    let refuse = |why: String| Error::Device { name: config.name.into(), why };
     if config.memory > 0 || config.threads > 0 {
-        return Err(refuse("it has neither memory nor threads: leave both at their defaults".into()));
+        return Err(config.refuse("it has neither memory nor threads: leave both at their defaults"));
     }
-    let info =
-        DeviceInfo { name: config.name, memory: 0, threads: 0, mask: 0, replayable_faults: config.replayable_faults, coherent: false };
-    let null = OwnBox::new(c"uhmm null device", Null { info }).map_err(|e| refuse(format!("cannot reserve address space: {e}")))?;
-    Ok(null.unsize(|p| p as *mut dyn Driver))
+    let capabilities = Capabilities { replayable_faults: config.replayable_faults, ..Capabilities::default() };
+    let info = DeviceInfo { name: config.name, memory: 0, threads: 0, mask: 0, capabilities };
+    driver::boxed(c"uhmm null device", Null { info }).map_err(|e| config.refuse(format!("cannot reserve address space: {e}")))
 }
 
 #[allow(unsafe_code)]

@@ -2,14 +2,17 @@
 //!
 //! Its workers use the process's addresses as they are, so that it has no page table and no window. A page of its memory lies in the arena while nobody uses it, or in
 //! the program, which uhmm has moved it into; taking it back moves it into the arena again. A worker that touches a page which is on its way waits as any thread of the program does.
+//!
+//! No example: a part of the device, for who reads how one is made; outside, only [`crate::open`] is used.
 
 use crate::dma::Engine;
 use crate::memory::{Memory, Watch};
+use crate::sizes;
 use crate::window::Window;
 use crate::worker::Workers;
-use crate::{refuse, sizes};
 use core::time::Duration;
-use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::window::WindowSpace;
+use uhmm_core::driver::{self, Capabilities, Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
 use uhmm_core::{DeviceConfig, Error};
@@ -33,20 +36,21 @@ pub struct Coherent {
 pub(crate) fn open(config: &DeviceConfig, mode: Mode) -> Result<OwnBox<dyn Driver>, Error> {
     let (memory, threads) = sizes(config)?;
     let uffd = mode.open(Features::MOVE | Features::PAGEFAULT_FLAG_WP)?;
-    let reserve = |e: Errno| refuse(config, format!("cannot reserve address space for {memory} bytes of device memory: {e}"));
+    let reserve = |e: Errno| config.refuse(format!("cannot reserve address space for {memory} bytes of device memory: {e}"));
     let watch = if mode == Mode::None { Watch::Not } else { Watch::Writes };
+    // All of its memory is this process's, and so is what peers let be seen of theirs.
+    let capabilities = Capabilities { replayable_faults: true, coherent: true, reads_peers: true };
     let device = Coherent {
-        info: DeviceInfo { name: config.name, memory, threads, mask: 0, replayable_faults: true, coherent: true },
+        info: DeviceInfo { name: config.name, memory, threads, mask: 0, capabilities },
         workers: Workers::new(threads).map_err(reserve)?,
         engine: Engine::new().map_err(reserve)?,
-        window: Window::new(0, false).map_err(reserve)?,
+        window: Window::new(WindowSpace::with_mask(c"uhmm window", 0).map_err(reserve)?, false),
         memory: Memory::new(memory, watch).map_err(reserve)?,
         uffd,
     };
-    let device = OwnBox::new(c"uhmm soft device", device).map_err(reserve)?;
     let started = device.workers.start().and_then(|()| device.engine.start());
-    started.map_err(|e| refuse(config, format!("cannot start its threads: {e}")))?;
-    Ok(device.unsize(|p| p as *mut dyn Driver))
+    started.map_err(|e| config.refuse(format!("cannot start its threads: {e}")))?;
+    driver::boxed(c"uhmm soft device", device).map_err(reserve)
 }
 
 #[allow(unsafe_code)]
@@ -70,10 +74,6 @@ unsafe impl Driver for Coherent {
 
     fn take_back(&self, frame: Frame, host: usize, pages: usize) -> usize {
         self.memory.take_back(&self.uffd, frame, host, pages)
-    }
-
-    fn reads_peers(&self) -> bool {
-        true // all of it is this process's memory
     }
 
     fn address(&self, frame: Frame) -> usize {

@@ -3,15 +3,17 @@
 //! A batch is divided into pieces of at most [`CHUNK`] bytes that are claimed one by one. Whoever waits for a fence claims pieces of its
 //! batch too, so that a small batch is done by its waiter at once, without waking a thread, and a large one by both. Copies bypass the cache on the
 //! way out, as a device's would.
+//!
+//! No example: a part of the device, for who reads how one is made; outside, only [`crate::open`] is used.
 #![allow(unsafe_code)] // the copies
 
 use crate::memory::Memory;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use rustix_futex_sync::{Condvar, Mutex};
-use uhmm_core::driver::{Dma, DmaError, DmaKind, Fence, Frame};
+use uhmm_core::driver::{Dma, DmaError, Fence, cpu};
 use uhmm_core::own::{self, OwnBox};
+use uhmm_os::Errno;
 use uhmm_os::thread::{self, Aside, Thread};
-use uhmm_os::{Errno, PAGE, copy};
 
 /// Bytes that are claimed at once.
 pub const CHUNK: usize = 256 << 10;
@@ -204,29 +206,12 @@ impl Slot {
             if self.cursor.compare_exchange_weak(cursor, next, Ordering::Relaxed, Ordering::Relaxed).is_err() {
                 continue;
             }
-            if let Err(address) = piece(memory, dma, offset, len) {
+            // SAFETY: frames that follow each other are next to each other in the arena, and the caller's frames are there, not in the window (the contract of
+            // `Driver::copy`).
+            if let Err(address) = unsafe { cpu::copy_part(dma, offset, len, |frame| memory.address(frame)) } {
                 let _ = self.failed.compare_exchange(0, address.max(1), Ordering::Relaxed, Ordering::Relaxed);
             }
             self.done.fetch_add(len, Ordering::AcqRel);
         }
     }
-}
-
-/// Copies `len` bytes from `offset` on.
-fn piece(memory: &Memory, dma: &Dma, offset: usize, len: usize) -> Result<(), usize> {
-    let at = dma.offset + offset;
-    let device = memory.address(dma.frame + (at / PAGE) as Frame) + at % PAGE;
-    let host = dma.host + offset;
-    // SAFETY: frames that follow each other are next to each other in the arena, and the caller's frames are there, not in the window (the
-    // contract of `Driver::copy`); host addresses are uhmm's own memory, or, if guarded, may be anything.
-    unsafe {
-        match dma.kind {
-            DmaKind::ToDevice => copy::stream(device as *mut u8, host as *const u8, len),
-            DmaKind::ToHost => copy::stream(host as *mut u8, device as *const u8, len),
-            DmaKind::Zero => copy::stream_zero(device as *mut u8, len),
-            DmaKind::GuardedToDevice => return copy::guarded(device as *mut u8, host as *const u8, len),
-            DmaKind::GuardedToHost => return copy::guarded(host as *mut u8, device as *const u8, len),
-        }
-    }
-    Ok(())
 }

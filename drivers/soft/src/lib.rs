@@ -16,6 +16,17 @@
 //! and a touch of anything else fails the launch.
 //!
 //! With [`DeviceConfig::coherent`] it is another device ([`mod@coherent`]), whose memory the CPU uses in place.
+//!
+//! ```no_run
+//! use uhmm_core::{CoreRef, DeviceConfig};
+//!
+//! # fn main() -> Result<(), uhmm_core::Error> {
+//! let config = DeviceConfig { memory: 64 << 20, threads: 2, replayable_faults: false, ..DeviceConfig::new("small") };
+//! let dev = CoreRef::get()?.device(config, uhmm_soft::open)?;
+//! # drop(dev);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod coherent;
 pub mod dma;
@@ -27,7 +38,8 @@ pub mod worker;
 use core::time::Duration;
 use dma::Engine;
 use memory::{Memory, Watch};
-use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::window::WindowSpace;
+use uhmm_core::driver::{self, Capabilities, Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
 use uhmm_core::page::Span;
@@ -49,7 +61,7 @@ pub struct Soft {
     uffd: Userfaultfd,
 }
 
-/// Opens a software device. To be called on uhmm's keeper ([`uhmm_core::core`]).
+/// Opens a software device. To be called on uhmm's keeper, as [`uhmm_core::CoreRef::device`] does.
 ///
 /// `memory` 0 means a quarter of the machine's memory, `threads` 0 one a core.
 ///
@@ -60,39 +72,31 @@ pub fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<
         return coherent::open(config, mode);
     }
     let (memory, threads) = sizes(config)?;
-    let refuse = |why: String| refuse(config, why);
     let wanted = Features::SIGBUS | Features::MOVE | Features::PAGEFAULT_FLAG_WP | Features::EXACT_ADDRESS;
     let uffd = mode.open(wanted)?;
-    let reserve = |e: Errno| refuse(format!("cannot reserve address space for {memory} bytes of device memory: {e}"));
+    let reserve = |e: Errno| config.refuse(format!("cannot reserve address space for {memory} bytes of device memory: {e}"));
     let watch = if mode == Mode::None { Watch::Not } else { Watch::Missing };
     let device_memory = Memory::new(memory, watch).map_err(reserve)?;
-    let Some(mask) = window::free_mask(others) else {
-        return Err(refuse("no part of the address space is free for its window: at most 4 software devices fit a process".into()));
+    let Some(space) = WindowSpace::new(c"uhmm window", others).map_err(reserve)? else {
+        return Err(config.refuse(format!(
+            "no part of the address space is free for its window: at most {} software devices fit a process",
+            WindowSpace::MOST
+        )));
     };
-    let window = Window::new(mask, mode != Mode::None).map_err(reserve)?;
+    // All of its memory is this process's, and so is what peers let be seen of theirs.
+    let replayable_faults = config.replayable_faults && mode != Mode::None;
+    let capabilities = Capabilities { replayable_faults, coherent: false, reads_peers: true };
     let soft = Soft {
-        info: DeviceInfo {
-            name: config.name,
-            memory,
-            threads,
-            mask,
-            replayable_faults: config.replayable_faults && mode != Mode::None,
-            coherent: false,
-        },
+        info: DeviceInfo { name: config.name, memory, threads, mask: space.mask(), capabilities },
         workers: Workers::new(threads).map_err(reserve)?,
         engine: Engine::new().map_err(reserve)?,
-        window,
+        window: Window::new(space, mode != Mode::None),
         memory: device_memory,
         uffd,
     };
-    let soft = OwnBox::new(c"uhmm soft device", soft).map_err(reserve)?;
-    soft.workers.start().map_err(|e| refuse(format!("cannot start its threads: {e}")))?;
-    soft.engine.start().map_err(|e| refuse(format!("cannot start its threads: {e}")))?;
-    Ok(soft.unsize(|p| p as *mut dyn Driver))
-}
-
-fn refuse(config: &DeviceConfig, why: String) -> Error {
-    Error::Device { name: config.name.into(), why }
+    let started = soft.workers.start().and_then(|()| soft.engine.start());
+    started.map_err(|e| config.refuse(format!("cannot start its threads: {e}")))?;
+    driver::boxed(c"uhmm soft device", soft).map_err(reserve)
 }
 
 /// Bytes of memory and number of threads that a device is asked for.
@@ -100,11 +104,11 @@ fn sizes(config: &DeviceConfig) -> Result<(usize, usize), Error> {
     let memory = if config.memory == 0 { system::total_memory() as usize / 4 } else { config.memory };
     let memory = memory / BLOCK * BLOCK;
     if memory == 0 {
-        return Err(refuse(config, "its memory must be at least 2 MiB".into()));
+        return Err(config.refuse("its memory must be at least 2 MiB"));
     }
     let threads = if config.threads == 0 { thread::num_cores() } else { config.threads };
     if threads > worker::MOST {
-        return Err(refuse(config, format!("{threads} threads are more than {}", worker::MOST)));
+        return Err(config.refuse(format!("{threads} threads are more than {}", worker::MOST)));
     }
     Ok((memory, threads))
 }
@@ -130,10 +134,6 @@ unsafe impl Driver for Soft {
 
     fn mapped(&self, va: usize) -> Option<usize> {
         Some(va ^ self.info.mask)
-    }
-
-    fn reads_peers(&self) -> bool {
-        true // all of it is this process's memory
     }
 
     fn address(&self, frame: Frame) -> usize {
@@ -202,7 +202,7 @@ unsafe impl Driver for Soft {
     }
 
     fn in_window(&self, address: usize) -> bool {
-        window::in_window(address, self.info.mask)
+        self.window.contains(address)
     }
 
     fn scratch(&self, address: usize, fault: KernelFault) -> bool {

@@ -7,6 +7,8 @@
 //!
 //! A page of a coherent device may leave for good, with the program's mapping that it was in. So there a place that has lost its page gets a new one when the copy engine
 //! next writes to it: the units are registered for write protection, which nobody uses, and so not for missing pages.
+//!
+//! No example: a part of the device, for who reads how one is made; outside, only [`crate::open`] is used.
 #![allow(unsafe_code)] // populates and drops its own mappings, and moves pages into them
 
 use crate::window;

@@ -1,33 +1,19 @@
 //! The device's page table: where workers see the process's memory.
 //!
-//! The page at process address `v` is seen at `v ^ mask`. Linux places a program's mappings where bits 46 to 44 are 000 (programs
-//! without position independence), 101 (programs, heap) or 111 (mappings, stacks); four masks never land one of these on another. The window
-//! is made by whole blocks, when they are first needed, never over a mapping of the program's; it is not inherited by a forked child and not in a core dump.
-//! It belongs to a userfaultfd that raises SIGBUS in who touches a page that is not there. Without userfaultfd it is inaccessible where nothing is mapped, and
+//! Its addresses are those of a [`WindowSpace`]. It belongs to a userfaultfd that raises SIGBUS in who touches a page that is not there. Without userfaultfd it is inaccessible where nothing is mapped, and
 //! mremap carries the pages (`remap`).
+//!
+//! No example: a part of the device, for who reads how one is made; outside, only [`crate::open`] is used.
 #![allow(unsafe_code)] // moves pages between the device's own mappings
 
 use crate::memory::Memory;
 use crate::remap;
-use rustix_futex_sync::Mutex;
-use uhmm_core::driver::{DeviceInfo, MapRun};
-use uhmm_core::own::OwnSlice;
+use uhmm_core::driver::MapRun;
+use uhmm_core::driver::window::WindowSpace;
 use uhmm_core::page::Span;
 use uhmm_os::mem::{self, Advice, Prot, RemapFlags, Reserve};
 use uhmm_os::uffd::{MoveMode, RegisterMode, Userfaultfd};
-use uhmm_os::{BLOCK, Errno, PAGE, tasks, thread};
-
-const MASKS: [usize; 4] = [0b100 << 44, 0b110 << 44, 0b011 << 44, 0b001 << 44];
-/// A mask that no other device has.
-pub fn free_mask(others: &[DeviceInfo]) -> Option<usize> {
-    MASKS.into_iter().find(|mask| others.iter().all(|other| other.mask != *mask))
-}
-
-/// Whether `address` is where a device with this mask sees something of the process.
-pub fn in_window(address: usize, mask: usize) -> bool {
-    let va = address ^ mask;
-    va < 1 << 47 && matches!(va >> 44, 0b000 | 0b101 | 0b111)
-}
+use uhmm_os::{Errno, PAGE, tasks, thread};
 
 /// How a scratch page was put down.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,20 +29,15 @@ pub enum Scratch {
 /// The window of one device.
 #[derive(Debug)]
 pub struct Window {
-    mask: usize,
+    space: WindowSpace,
     /// Pages come and go by UFFDIO_MOVE; else by mremap.
     watched: bool,
-    /// One bit for each block of the address space that has a window.
-    open: Mutex<OwnSlice<u64>>,
 }
 
 impl Window {
-    /// An empty window.
-    ///
-    /// # Errors
-    /// `ENOMEM`.
-    pub fn new(mask: usize, watched: bool) -> Result<Self, Errno> {
-        Ok(Window { mask, watched, open: Mutex::new(OwnSlice::new(c"uhmm window table", (1 << 47) / BLOCK / 64)?) })
+    /// A window in this space.
+    pub fn new(space: WindowSpace, watched: bool) -> Self {
+        Window { space, watched }
     }
 
     /// Whether pages come and go by UFFDIO_MOVE.
@@ -64,8 +45,13 @@ impl Window {
         self.watched
     }
 
+    /// Whether `address` is where workers see something of the process.
+    pub fn contains(&self, address: usize) -> bool {
+        self.space.contains(address)
+    }
+
     fn at(&self, va: usize) -> usize {
-        va ^ self.mask
+        self.space.at(va)
     }
 
     /// Makes the window for all blocks that `span` touches.
@@ -73,27 +59,7 @@ impl Window {
     /// # Errors
     /// `EEXIST` if something of the program's lies there; `ENOMEM`.
     pub fn open(&self, uffd: &Userfaultfd, span: Span) -> Result<(), Errno> {
-        let mut open = self.open.lock();
-        let is_open = |open: &OwnSlice<u64>, number: usize| open[number / 64] >> (number % 64) & 1 != 0;
-        let end = span.end.div_ceil(BLOCK).min(open.len() * 64);
-        let mut number = span.start / BLOCK;
-        while number < end {
-            if is_open(&open, number) {
-                number += 1;
-                continue;
-            }
-            let mut last = number + 1;
-            // A window never crosses a mask bit, for beyond it the addresses go on elsewhere.
-            while last < end && !is_open(&open, last) && !(last * BLOCK).is_multiple_of(1 << 44) {
-                last += 1;
-            }
-            self.make(uffd, number * BLOCK, last * BLOCK)?;
-            for number in number..last {
-                open[number / 64] |= 1 << (number % 64);
-            }
-            number = last;
-        }
-        Ok(())
+        self.space.open(span, |new| self.ready(uffd, new.start(), new.len()))
     }
 
     /// Puts a second mapping of a shared one into the window.
@@ -115,21 +81,17 @@ impl Window {
 
     /// Makes the window empty again where it had a second mapping.
     pub fn unshare(&self, uffd: &Userfaultfd, span: Span) {
-        for part in span.blocks() {
-            let number = part.start / BLOCK;
-            if self.open.lock()[number / 64] >> (number % 64) & 1 == 0 {
-                continue; // it was closed as a whole
-            }
-            // SAFETY: the window is ours, and no kernel runs that uses what has gone from the process.
-            let _ = unsafe { mem::munmap(self.at(part.start), part.len()) };
+        // A block without a window was closed as a whole.
+        for part in span.blocks().filter(|part| self.space.is_open(part.start)) {
+            let at = self.at(part.start);
             // Without addresses the device's accesses fail there; no data is lost.
-            let _ = self.make(uffd, part.start, part.end);
+            // SAFETY: the window is ours, and no kernel runs that uses what has gone from the process.
+            let _ = unsafe { mem::vacate(at, part.len(), c"uhmm window") }.and_then(|()| self.ready(uffd, at, part.len()));
         }
     }
 
-    fn make(&self, uffd: &Userfaultfd, start: usize, end: usize) -> Result<(), Errno> {
-        let (at, len) = (self.at(start), end - start);
-        let mapping = mem::map(&Reserve { hint: at, len, align: PAGE, name: c"uhmm window", prot: Prot::None, exact: true })?;
+    /// Makes a new, inaccessible part of the window one that workers can use.
+    fn ready(&self, uffd: &Userfaultfd, at: usize, len: usize) -> Result<(), Errno> {
         // SAFETY: the mapping is ours and empty. A kernel without huge pages does without the advice.
         let _ = unsafe { mem::madvise(at, len, Advice::Hugepage) };
         if self.watched {
@@ -138,29 +100,12 @@ impl Window {
             // SAFETY: as above.
             unsafe { mem::mprotect(at, len, Prot::ReadWrite) }?;
         }
-        mapping.into_raw();
         Ok(())
     }
 
     /// Unmaps the window of all blocks that lie wholly in `span`. Nothing of them is mapped for the device any more.
     pub fn close(&self, span: Span) {
-        let mut open = self.open.lock();
-        let words = open.len();
-        let mut number = span.start.div_ceil(BLOCK);
-        while number < (span.end / BLOCK).min(words * 64) {
-            let word = open[number / 64] >> (number % 64);
-            if word == 0 {
-                number += 64 - number % 64;
-                continue;
-            }
-            number += word.trailing_zeros() as usize;
-            if number < span.end / BLOCK {
-                open[number / 64] &= !(1 << (number % 64));
-                // SAFETY: the block's window is ours.
-                let _ = unsafe { mem::munmap(self.at(number * BLOCK), BLOCK) };
-            }
-            number += 1;
-        }
+        self.space.close(span);
     }
 
     /// Moves pages from the arena into the window. `unscratch` is told of pages where a scratch page makes room.
@@ -172,7 +117,7 @@ impl Window {
             let len = run.pages * PAGE;
             let at = self.at(run.va);
             let from = memory.address(run.frame);
-            let entered = self.open(uffd, Span { start: run.va, end: run.va + len }).and_then(|()| {
+            let entered = self.open(uffd, run.span()).and_then(|()| {
                 if self.watched { move_all(uffd, at, from, len, &unscratch) } else { remap::enter(at, from, len, run.write) }
             });
             let protected = match entered {
@@ -284,26 +229,4 @@ pub(crate) fn move_first(uffd: &Userfaultfd, to: usize, from: usize, len: usize,
         }
     }
     Ok(())
-}
-
-impl Drop for Window {
-    fn drop(&mut self) {
-        self.close(Span { start: 0, end: 1 << 47 });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_mask_lands_a_usual_place_on_another() {
-        for mask in MASKS {
-            for region in [0b000usize, 0b101, 0b111] {
-                let va = region << 44 | 0x123_4567_8000;
-                assert!(in_window(va ^ mask, mask));
-                assert!(!in_window(va, mask), "{mask:#x}: {va:#x} is the process's own");
-            }
-        }
-    }
 }

@@ -2,14 +2,18 @@
 //!
 //! A launch is over when every group has run. The first fault of a launch is kept; a panic also keeps groups from starting that have not yet. A wild
 //! pointer gets a scratch page, so that its kernel runs on; scratch pages go when the launch ends.
-#![allow(unsafe_code)] // makes kernels' contexts; puts scratch pages down and takes them up
+//!
+//! No example: a part of the device, for who reads how one is made; outside, only [`crate::open`] is used.
+#![allow(unsafe_code)] // runs kernels; puts scratch pages down and takes them up
 
 use crate::window::Window;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use rustix_futex_sync::{Condvar, Mutex};
+use uhmm_core::driver::cpu::{self, FirstFault, ScratchPages};
 use uhmm_core::driver::{KernelFault, Launch};
-use uhmm_core::kernel::{Ctx, LOCAL_BYTES};
+use uhmm_core::kernel::LOCAL_BYTES;
 use uhmm_core::own::{self, OwnBox};
+use uhmm_core::page::Span;
 use uhmm_os::mem::{self, Advice, Mapping, Prot, Reserve};
 use uhmm_os::thread::Thread;
 use uhmm_os::uffd::Userfaultfd;
@@ -19,7 +23,6 @@ use uhmm_os::{Errno, PAGE};
 pub const MOST: usize = 256;
 /// Bytes of a worker's stack.
 pub const STACK: usize = 2 << 20;
-const SCRATCH: usize = 1024;
 const FAULTS: usize = 1024;
 
 /// The workers of one device.
@@ -41,7 +44,7 @@ struct Shared {
     done: Condvar,
     launch: AtomicPtr<Launch>,
     next: AtomicUsize,
-    fault: Mutex<Option<KernelFault>>,
+    fault: FirstFault,
     scratch: Mutex<Scratch>,
 }
 
@@ -53,12 +56,14 @@ struct State {
     stop: bool,
 }
 
-#[derive(Debug)]
-struct Scratch {
-    /// Page addresses; bit 0 is set for those of the process's side, bit 1 for those in place of a part of the window.
-    pages: [usize; SCRATCH],
-    count: usize,
-}
+/// Scratch pages, with how they were put there.
+type Scratch = ScratchPages<1024>;
+/// In an empty place of the window.
+const FILLED: usize = 0;
+/// On the process's side.
+const PROCESS: usize = 1;
+/// In place of a part of the window.
+const REPLACED: usize = 2;
 
 impl Workers {
     /// `count` workers that have not started.
@@ -74,8 +79,8 @@ impl Workers {
             done: Condvar::new(),
             launch: AtomicPtr::new(core::ptr::null_mut()),
             next: AtomicUsize::new(0),
-            fault: Mutex::new(None),
-            scratch: Mutex::new(Scratch { pages: [0; SCRATCH], count: 0 }),
+            fault: FirstFault::default(),
+            scratch: Mutex::new(Scratch::default()),
         };
         let shared = OwnBox::new(c"uhmm workers", shared)?;
         Ok(Workers { shared, threads: Mutex::new(Vec::new()), count, faults: FaultBuffer::default() })
@@ -113,7 +118,7 @@ impl Workers {
     /// Its first fault.
     pub fn run(&self, window: &Window, launch: &Launch) -> Result<(), KernelFault> {
         let shared = &*self.shared;
-        *shared.fault.lock() = None;
+        shared.fault.begin();
         shared.next.store(0, Ordering::Relaxed);
         shared.launch.store(core::ptr::from_ref(launch).cast_mut(), Ordering::Release);
         let mut state = shared.state.lock();
@@ -125,37 +130,37 @@ impl Workers {
         }
         drop(state);
         shared.launch.store(core::ptr::null_mut(), Ordering::Release);
-        shared.scratch.lock().clear(window);
-        shared.fault.lock().take().map_or(Ok(()), Err)
+        clear(&mut shared.scratch.lock(), window);
+        shared.fault.end()
     }
 
     /// Fails the running launch, unless it has failed already.
     pub fn fail(&self, fault: KernelFault) {
-        self.shared.fail(fault);
+        self.shared.fault.set(fault);
     }
 
     /// Puts a page of zeroes where a worker touched nothing. False if that cannot be.
     pub fn put_scratch(&self, uffd: &Userfaultfd, window: &Window, address: usize, in_window: bool) -> bool {
         let page = address & !(PAGE - 1);
         let mut scratch = self.shared.scratch.lock();
-        if scratch.count == SCRATCH {
-            scratch.clear(window);
+        if scratch.is_full() {
+            clear(&mut scratch, window);
         }
         if in_window {
             match window.put_scratch(uffd, page) {
                 None => return false,
                 Some(crate::window::Scratch::None) => {}
-                Some(crate::window::Scratch::Filled) => scratch.push(page),
-                Some(crate::window::Scratch::Replaced) => scratch.push(page | 2),
+                Some(crate::window::Scratch::Filled) => scratch.push(page, FILLED),
+                Some(crate::window::Scratch::Replaced) => scratch.push(page, REPLACED),
             }
         } else {
             let at = Reserve { hint: page, len: PAGE, align: PAGE, name: c"uhmm scratch", prot: Prot::ReadWrite, exact: true };
             match mem::map(&at) {
                 Ok(mapping) => {
                     mapping.into_raw();
-                    scratch.push(page | 1);
+                    scratch.push(page, PROCESS);
                 }
-                Err(Errno::EXIST) => return scratch.pages[..scratch.count].contains(&(page | 1)), // another worker was first
+                Err(Errno::EXIST) => return scratch.has(page, PROCESS), // another worker was first
                 Err(_) => return false,
             }
         }
@@ -164,12 +169,7 @@ impl Workers {
 
     /// The scratch page at this address makes room for a real one.
     pub fn forget_scratch(&self, page: usize) {
-        let mut scratch = self.shared.scratch.lock();
-        let count = scratch.count;
-        if let Some(index) = scratch.pages[..count].iter().position(|&at| at == page) {
-            scratch.pages[index] = scratch.pages[count - 1];
-            scratch.count -= 1;
-        }
+        self.shared.scratch.lock().forget(Span { start: page, end: page + PAGE });
     }
 }
 
@@ -220,44 +220,29 @@ impl Shared {
             if group >= launch.groups {
                 return;
             }
-            // SAFETY: the launch was prepared: its ranges are valid at the device's addresses, or fault and become so; each group number is
-            // handed out once, and this worker's scratch memory is its own.
-            let ctx = unsafe { Ctx::new(&launch.bound, group, local, LOCAL_BYTES) };
-            // SAFETY: who runs the launch waits for it, and so keeps the kernel alive.
-            if let Err(message) = unsafe { launch.entry.call(&ctx) } {
-                self.fail(KernelFault::Panic(message));
+            // SAFETY: `run` ends when all workers have; each group number is handed out once, and this worker's scratch memory is its own.
+            if let Err(fault) = unsafe { cpu::run_group(launch, group, local) } {
+                self.fault.set(fault);
                 self.next.store(launch.groups, Ordering::Relaxed);
             }
         }
     }
-
-    fn fail(&self, fault: KernelFault) {
-        self.fault.lock().get_or_insert(fault);
-    }
 }
 
-impl Scratch {
-    fn push(&mut self, page: usize) {
-        self.pages[self.count] = page;
-        self.count += 1;
-    }
-
-    fn clear(&mut self, window: &Window) {
-        for &page in &self.pages[..self.count] {
+/// Takes all scratch pages up.
+fn clear(scratch: &mut Scratch, window: &Window) {
+    scratch.clear(|page, how| {
+        let _ = match how {
             // SAFETY: the page was put there by `put_scratch`, and is still a scratch page, or `forget_scratch` would have taken it off.
-            unsafe {
-                let _ = match page % PAGE {
-                    0 => mem::madvise(page, PAGE, Advice::DontNeed),
-                    1 => mem::munmap(page & !1, PAGE),
-                    _ => {
-                        window.take_scratch(page & !2);
-                        Ok(())
-                    }
-                };
+            FILLED => unsafe { mem::madvise(page, PAGE, Advice::DontNeed) },
+            // SAFETY: as above.
+            PROCESS => unsafe { mem::munmap(page, PAGE) },
+            _ => {
+                window.take_scratch(page);
+                Ok(())
             }
-        }
-        self.count = 0;
-    }
+        };
+    });
 }
 
 /// The last faults of a device, for people and policies. Entries are overwritten in a ring.

@@ -31,7 +31,7 @@ pub(super) fn too_much_at_once_is_refused(subject: &mut Subject<'_>) {
     let capacity = subject.capacity();
     let mut data = Pages::patterned(capacity + BLOCK);
     let there = pages_present(data.bytes());
-    if subject.info().coherent {
+    if subject.info().capabilities.coherent {
         return too_much_for_a_coherent_device(subject, &mut data);
     }
     for access in [Access::Out, Access::InOut] {
@@ -76,7 +76,7 @@ pub(super) fn prefetch_and_evict(subject: &mut Subject<'_>) {
     for _ in 0..3 {
         subject.dev.prefetch(start, end).unwrap_or_else(|e| panic!("prefetch: {e}"));
         let there = pages_present(data.bytes());
-        assert!(subject.info().coherent || there == 0, "{there} pages stay with the CPU");
+        assert!(subject.info().capabilities.coherent || there == 0, "{there} pages stay with the CPU");
         subject.dev.evict(start, end).unwrap_or_else(|e| panic!("evict: {e}"));
         assert_eq!(pages_present(data.bytes()), 2 * BLOCK / uhmm_os::PAGE, "all pages are home");
         same("after a way there and back", data.bytes(), pattern);
@@ -123,7 +123,7 @@ pub(super) fn a_full_device_makes_room(subject: &mut Subject<'_>) {
     {
         // Memory of the device's own drives it out, and then takes part of what launches can have.
         let _own = DeviceBytes::new(subject.dev, capacity / 2).unwrap_or_else(|e| panic!("allocate: {e}"));
-        if !subject.info().coherent {
+        if !subject.info().capabilities.coherent {
             let result = subject.run(Named::AddOne, 1, &args![inout(&mut data.bytes()[..capacity / 2 + 1]), PART as u64]);
             assert!(matches!(result, Err(Error::NoRoom { .. })), "{result:?}");
         }

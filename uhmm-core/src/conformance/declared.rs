@@ -80,7 +80,7 @@ pub(super) fn an_unchanged_relaunch_moves_nothing(subject: &mut Subject<'_>) {
     let mut from = Pages::patterned(2 * BLOCK);
     relaunch(subject, to.bytes(), from.bytes(), 0);
     // Ranges that end inside pages: a device without replayable faults gets the pages at their edges anew for each launch.
-    let edges = if subject.info().replayable_faults { 0 } else { 2 * PAGE as u64 };
+    let edges = if subject.info().capabilities.replayable_faults { 0 } else { 2 * PAGE as u64 };
     let end = 2 * BLOCK - 100;
     relaunch(subject, &mut to.bytes()[16..end], &from.bytes()[16..end], edges);
 }

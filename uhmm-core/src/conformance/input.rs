@@ -59,7 +59,7 @@ pub(super) fn bad_ranges_are_refused_and_change_nothing(subject: &mut Subject<'_
     drop(pages);
     refused(raw(start + PAGE, 5, Access::In, None), |e| matches!(e, Error::Unmapped { index: 2, .. }));
     refused(raw(start + PAGE, 3 * PAGE, Access::InOut, None), |e| matches!(e, Error::Unmapped { .. }));
-    if !subject.info().replayable_faults {
+    if !subject.info().capabilities.replayable_faults {
         // SAFETY: it is refused.
         let bare = unsafe { ptr(start as *const u8) };
         refused(bare, |e| matches!(e, Error::BarePointer { index: 2, .. }));
@@ -105,7 +105,7 @@ pub(super) fn undeclared_memory_is_reached_or_refused(subject: &mut Subject<'_>)
     let head = &raw const *nodes[0] as u64;
     let mut sum = [7u64];
     let result = subject.run(Named::FollowList, 1, &args![out(&mut sum), head]);
-    if subject.info().replayable_faults {
+    if subject.info().capabilities.replayable_faults {
         result.unwrap_or_else(|e| panic!("FollowList: {e}"));
         assert_eq!(sum[0], (0..2000).sum::<u64>());
         let mut pages = Pages::patterned(100 * PAGE);

@@ -1,7 +1,7 @@
 //! What every device must do, as a list of checks that run over any opened device. Feature `conformance`.
 //!
 //! A driver's author opens the device, makes a [`Subject`] of it, and runs [`CHECKS`]: each panics with what is wrong. What a device cannot do
-//! ([`DeviceInfo`]: no replayable faults, no memory) is not asked of it, or its refusal is. The kernels are few ([`Named`]) and
+//! ([`Capabilities`](crate::driver::Capabilities): no replayable faults; no memory) is not asked of it, or its refusal is. The kernels are few ([`Named`]) and
 //! come as Rust functions; a driver whose kernels are something else gives forms of its own.
 //!
 //! # Rules
@@ -9,6 +9,21 @@
 //! * Where data is, the kernel is asked (/proc/self/pagemap), never uhmm.
 //! * A check that is marked as one of data fails on a device that runs nothing. So the checks themselves are tested.
 //! * Checks bring pages home before they compare: what is compared is what the program would read.
+//!
+//! ```
+//! use uhmm_core::DeviceRef;
+//! use uhmm_core::conformance::{CHECKS, Subject};
+//!
+//! fn conforms(dev: &DeviceRef) {
+//!     let mut subject = Subject::new(dev); // with_forms, if its kernels are no Rust functions
+//!     for check in CHECKS {
+//!         println!("{}", check.name); // a check that hangs is known by its name
+//!         (check.run)(&mut subject); // panics with what is wrong
+//!     }
+//! }
+//! ```
+//!
+//! `uhmm/tests/suite/conformance.rs` runs the devices of this repository.
 
 mod capacity;
 mod declared;

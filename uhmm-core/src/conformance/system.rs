@@ -27,13 +27,13 @@ pub(super) fn bytes_and_pages_add_up(subject: &mut Subject<'_>) {
     let before = subject.dev.stats();
     subject.add_one(data.bytes());
     let there = subject.dev.stats() - before;
-    if !subject.info().coherent {
+    if !subject.info().capabilities.coherent {
         assert_eq!((there.pages_to_device, there.bytes_to_device, there.bytes_zeroed), (pages as u64, bytes, 0), "{there:?}");
         assert_eq!((there.pages_to_cpu, there.bytes_to_cpu), (0, 0), "nothing is copied back unasked: {there:?}");
     }
     same("added to", data.bytes(), |i| pattern(i).wrapping_add(1));
     let before_back = subject.dev.stats();
-    if !subject.info().coherent {
+    if !subject.info().capabilities.coherent {
         // Pages are counted after who waits for them was woken.
         let until = Instant::now() + Duration::from_secs(5);
         let back = loop {
@@ -49,7 +49,7 @@ pub(super) fn bytes_and_pages_add_up(subject: &mut Subject<'_>) {
     // What is only written is not sent.
     subject.fill_part(data.bytes(), PART, 0, PART, 9);
     let sent = subject.dev.stats() - before_back;
-    assert!(sent.bytes_to_device == 0 || subject.info().coherent, "{sent:?}");
+    assert!(sent.bytes_to_device == 0 || subject.info().capabilities.coherent, "{sent:?}");
     same("written", data.bytes(), |_| 9);
     if subject.has(Named::Fail) {
         let before = subject.dev.stats();

@@ -37,7 +37,7 @@ pub(super) struct Item {
 
 /// The room for one migration, in memory that never migrates: a batch that is collected, and one that is copied.
 #[derive(Debug)]
-pub struct Room {
+pub(crate) struct Room {
     pub(super) batches: [Batch; 2],
     /// The one that is collected.
     pub(super) at: usize,
@@ -65,7 +65,7 @@ impl Room {
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub fn new() -> Result<Self, Errno> {
+    pub(crate) fn new() -> Result<Self, Errno> {
         Ok(Room { batches: [Batch::new()?, Batch::new()?], at: 0, flying: None, refused: false })
     }
 }
@@ -269,7 +269,7 @@ fn commit_block(core: &Core, dev: &Device, mut item: Item, done: &Done, park: Pa
     }
     match mapped {
         // A coherent device's pages could not enter the program for now: another look makes them.
-        Err(Errno::AGAIN) if dev.driver.info().coherent => Ok(true),
+        Err(Errno::AGAIN) if dev.driver.info().capabilities.coherent => Ok(true),
         mapped => mapped.map(|()| !lost.is_empty()),
     }
 }

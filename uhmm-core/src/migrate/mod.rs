@@ -14,7 +14,7 @@ mod batch;
 mod peer;
 
 pub(crate) use batch::give_back;
-pub use batch::{Parked, Room};
+pub(crate) use batch::{Parked, Room};
 
 use crate::bits::Bits;
 use crate::coherent;
@@ -37,14 +37,14 @@ use uhmm_os::mem::{self, Advice};
 use uhmm_os::{Errno, PAGE, thread};
 
 /// Blocks in one batch: enough for a copy to be worth waking the engine, few enough for the next batch to be collected meanwhile.
-pub const BATCH: usize = 2;
+pub(crate) const BATCH: usize = 2;
 
 /// How often a full device with nothing to evict is asked again.
 const DRY: usize = 2000;
 
 /// What a device wants of pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Intent {
+pub(crate) enum Intent {
     /// To read them: the CPU keeps its copy, write-protected.
     Duplicate,
     /// To have them alone.
@@ -228,7 +228,7 @@ impl Core {
                 Look::Wait if held => {}
                 Look::Wait => thread::yield_now(),
                 Look::Settle => refusals.wait(),
-                Look::Full if dev.driver.info().coherent => {
+                Look::Full if dev.driver.info().capabilities.coherent => {
                     if !coherent::make_room(self, dev) {
                         return Ok(again);
                     }

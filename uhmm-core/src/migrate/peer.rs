@@ -13,10 +13,10 @@
 //! | held by a lease | the block stays where it is |
 //! | beside what is asked for | come along; home, if the other device has no replayable faults, or no room for them |
 //!
-//! The copy is direct where the receiver's engine reads what the sender lets be seen ([`Driver::reads_peers`], [`Driver::peek`]), else by host pages of the pool.
+//! The copy is direct where the receiver's engine reads what the sender lets be seen ([`reads_peers`], [`Driver::peek`]), else by host pages of the pool.
 //! Without room, or if the copy fails, the block stays where it is.
 //!
-//! [`Driver::reads_peers`]: crate::driver::Driver::reads_peers
+//! [`reads_peers`]: crate::driver::Capabilities::reads_peers
 //! [`Driver::peek`]: crate::driver::Driver::peek
 
 use super::{Ask, Look, Room};
@@ -56,7 +56,7 @@ impl Core {
         let other = self.device(from);
         let va = Span::block(ask.part.start).start;
         // A device without replayable faults gets snapshots of what it does not have whole.
-        let stays = ask.intent.bounces() && !dev.driver.info().replayable_faults;
+        let stays = ask.intent.bounces() && !dev.driver.info().capabilities.replayable_faults;
         if self.space.mode != Mode::Full || stays {
             home::send_home(self, other, va)?;
             return Ok(Look::Moved);
@@ -85,7 +85,7 @@ impl Core {
         if coherent::leave(self, other, &mut state, va, Bits::ALL).is_err() {
             return Ok(Step::Ended(Look::Settle));
         }
-        if dev.driver.info().coherent {
+        if dev.driver.info().capabilities.coherent {
             let shared = state.duplicated();
             if home::drop_duplicates(self, other, &mut state, va, shared).is_err() {
                 return Ok(Step::Ended(Look::Settle));
@@ -96,7 +96,7 @@ impl Core {
             return Ok(Step::Ended(Look::Moved)); // it was the device's until now
         }
         let beside = all - want;
-        if !dev.driver.info().replayable_faults && !dev.driver.info().coherent && !beside.is_empty() {
+        if !dev.driver.info().capabilities.replayable_faults && !dev.driver.info().capabilities.coherent && !beside.is_empty() {
             return Ok(Step::Home(beside));
         }
         let mut there = State::default();
@@ -112,7 +112,7 @@ impl Core {
         }
         self.hand_over(dev, other, &mut state, &mut there, va, all);
         match ranges::map(self, dev, &mut state, va, all) {
-            Err(Errno::AGAIN) if dev.driver.info().coherent => Ok(Step::Ended(Look::Settle)),
+            Err(Errno::AGAIN) if dev.driver.info().capabilities.coherent => Ok(Step::Ended(Look::Settle)),
             mapped => mapped.map(|()| Step::Ended(Look::Moved)).map_err(|e| dev.failed(e)),
         }
     }
@@ -142,7 +142,7 @@ impl Core {
     fn peer_copy(&self, dev: &Device, other: &Device, list: &mut [Dma], here: &State, there: &State, pages: Bits) -> Result<(), Error> {
         let bytes = pages.count() * PAGE;
         let first = pages.next(0).and_then(|page| other.driver.peek(self.dir.frame(here, page)));
-        if dev.driver.reads_peers() && first.is_some() {
+        if dev.driver.info().capabilities.reads_peers && first.is_some() {
             let mut n = 0;
             ranges::frame_runs(self, here, pages, |run, frame| {
                 let Some(at) = other.driver.peek(frame) else { return };

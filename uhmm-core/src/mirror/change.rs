@@ -5,6 +5,16 @@
 //! until the change has been made. Without a mirror they are the plain calls.
 //!
 //! They may be called from any thread but a notifier's.
+//!
+//! ```
+//! use uhmm_core::mirror::change::{self, Prot};
+//! use uhmm_os::{Errno, PAGE};
+//!
+//! fn seal(start: usize) -> Result<(), Errno> {
+//!     // SAFETY: whoever calls this owns the page and writes to it no more.
+//!     unsafe { change::protect(start, PAGE, Prot::Read) } // no mirror's device writes to it any more, either
+//! }
+//! ```
 
 use super::Reason;
 use crate::core::Core;

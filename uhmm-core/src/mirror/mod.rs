@@ -45,6 +45,25 @@
 //! # Costs
 //! A mirror has a thread, which waits for questions. What it has looked at is registered with the program's userfaultfd: about 10 us and up to two mappings for each
 //! mapping looked at; from then on `munmap`, `mremap` and `madvise` there wait for the monitor, some 10 us. Reading through a [`PageTable`] makes no system call.
+//!
+//! # Example
+//!
+//! A device with a [`PageTable`] reads: a miss is its device fault, which looks the page up and enters it.
+//!
+//! ```
+//! use core::time::Duration;
+//! use uhmm_core::mirror::{Fault, HasTable, Mirror, Request};
+//!
+//! fn read<N: HasTable>(mirror: &Mirror<N>, at: usize, to: &mut [u8]) -> Result<(), Fault> {
+//!     while let Err(_miss) = mirror.read(at, to) {
+//!         let pages = mirror.range_fault(at..at + to.len(), &Request::read(), Duration::from_secs(1))?;
+//!         mirror.enter(&pages); // or the pages have changed since: then the read misses again
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
+//! `uhmm/examples/mirror_only.rs` is a whole program. Who uses it: programs that model a device, and runtimes of devices that have no memory of their own.
 #![allow(unsafe_code)] // notifiers behind pointers, and the accesses themselves
 
 pub mod change;
@@ -166,6 +185,22 @@ impl<N: Notifier> core::fmt::Debug for Mirror<N> {
 impl CoreRef {
     /// Mirrors the pages that a range of addresses touches. Nothing is watched or looked at yet.
     ///
+    /// ```
+    /// use core::time::Duration;
+    /// use uhmm_core::mirror::PageTable;
+    /// use uhmm_core::{CoreRef, Error};
+    ///
+    /// fn watch(core: &CoreRef, data: &[u8]) -> Result<(), Error> {
+    ///     let range = data.as_ptr() as usize..data.as_ptr() as usize + data.len();
+    ///     let mirror = core.mirror(range.clone(), PageTable::new(range.clone())?)?;
+    ///     if let Ok(pages) = mirror.snapshot(range.clone(), Duration::from_secs(1)) {
+    ///         let there = pages.at(range.start).is_some_and(|entry| entry.is_mapped()); // is not faulted in by that
+    ///         println!("its first page is there: {there}");
+    ///     }
+    ///     Ok(())
+    /// }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Mirror`] in the mode without userfaultfd, for an empty range, and if there are 256 already; [`Error::System`] if a thread or address space is
     /// refused.
@@ -254,6 +289,21 @@ impl<N: Notifier> Mirror<N> {
     }
 
     /// The number to compare later. Waits while the monitor follows a change.
+    ///
+    /// ```
+    /// use uhmm_core::mirror::{HasTable, Mirror};
+    ///
+    /// /// What `look` sees of the range at one moment.
+    /// fn at_one_moment<N: HasTable, T>(mirror: &Mirror<N>, mut look: impl FnMut() -> T) -> T {
+    ///     loop {
+    ///         let seq = mirror.read_begin();
+    ///         let seen = look(); // may be the device's whole computation
+    ///         if !mirror.read_retry_begun(seq) {
+    ///             return seen;
+    ///         }
+    ///     }
+    /// }
+    /// ```
     pub fn read_begin(&self) -> u64 {
         self.core().space.mirrors.epoch();
         self.inner().head.watch.seq.load(Ordering::SeqCst)

@@ -107,6 +107,35 @@ impl Notifier for PageTable {
 }
 
 /// Notifiers with a page table, through which a mirror's accesses go.
+///
+/// ```
+/// use uhmm_core::mirror::{HasTable, Notifier, PageTable, Reason, Span};
+///
+/// /// A device that has more to do at an invalidation than to erase entries.
+/// struct Mine {
+///     table: PageTable,
+/// }
+///
+/// impl Notifier for Mine {
+///     fn invalidate(&self, span: Span, reason: Reason) {
+///         self.table.erase(span);
+///         if let Reason::Remap { to } = reason {
+///             let _ = to; // tell the device where its buffer is now
+///         }
+///     }
+/// }
+///
+/// impl HasTable for Mine {
+///     fn table(&self) -> &PageTable {
+///         &self.table
+///     }
+/// }
+///
+/// let mine = Mine { table: PageTable::new(0x10000..0x20000)? };
+/// mine.invalidate(Span { start: 0x10000, end: 0x11000 }, Reason::Unmap);
+/// assert_eq!(mine.table().allows(0x10000), (false, false));
+/// # Ok::<(), uhmm_core::Error>(())
+/// ```
 pub trait HasTable: Notifier {
     /// The table.
     fn table(&self) -> &PageTable;

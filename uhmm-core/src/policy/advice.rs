@@ -36,6 +36,15 @@ pub enum Advice {
 }
 
 /// What a program has said about some memory.
+///
+/// ```
+/// use uhmm_core::policy::{Advice, Advised, Location};
+///
+/// let said = Advised::default().and(Advice::ReadMostly).and(Advice::AccessedBy(1));
+/// assert!(said.read_mostly() && said.accessed_by(1) && !said.accessed_by(2));
+/// assert_eq!(said.preferred(), None::<Location>);
+/// assert_eq!(said.and(Advice::Normal), Advised::default()); // takes all back
+/// ```
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct Advised {
     flags: u8,

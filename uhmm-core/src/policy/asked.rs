@@ -46,22 +46,22 @@ impl Wishes {
         // In the lesser modes nothing stays but what was left there: there is nothing to decide.
         if core.space.mode == Mode::Full {
             let history = core.dir.get(part.start).map(|block| block.past.now()).unwrap_or_default();
-            let declared = Declaration { device: dev.id(), part, access, coherent: info.coherent, bytes, advice, history };
+            let declared = Declaration { device: dev.id(), part, access, coherent: info.capabilities.coherent, bytes, advice, history };
             let policy = core.policies.of(said, dev.id());
             answer = ask(|| policy.launch(&declared));
         }
         self.pin |= answer.pin;
         let mut place = answer.place;
-        if place == Placement::OnTouch && (!fetches || info.coherent) {
+        if place == Placement::OnTouch && (!fetches || info.capabilities.coherent) {
             place = if access == Access::In { Placement::Duplicate } else { Placement::Move };
         }
         // What is written can be on both sides only where the first write of each page is noticed.
         let shared = access == Access::In || (access == Access::InOut && fetches);
-        if place == Placement::Duplicate && (!shared || info.coherent) {
+        if place == Placement::Duplicate && (!shared || info.capabilities.coherent) {
             place = Placement::Move;
         }
         if advice.no_migrate() && place != Placement::Map {
-            place = if access == Access::In && !info.coherent { Placement::Duplicate } else { Placement::Map };
+            place = if access == Access::In && !info.capabilities.coherent { Placement::Duplicate } else { Placement::Map };
         }
         match place {
             Placement::Move => self.moves |= pages,

@@ -196,6 +196,20 @@ impl CoreRef {
     /// Sets the policy of the whole pages of a byte range, as long as they are mapped. It goes with them if they are moved (mremap), and is asked before those of the device and the process.
     /// Memory that cannot move has none.
     ///
+    /// ```
+    /// use uhmm_core::policy::{Advice, NeverMigrate, OnDemand};
+    /// use uhmm_core::{CoreRef, DeviceRef, Error};
+    ///
+    /// fn decide(core: &CoreRef, dev: &DeviceRef, table: &[u64], log: &[u8]) -> Result<(), Error> {
+    ///     let range = |start: *const u8, bytes| (start as usize, start as usize + bytes);
+    ///     let (start, end) = range(table.as_ptr().cast(), size_of_val(table));
+    ///     core.set_policy_for(start, end, OnDemand)?; // asked first, for the table
+    ///     dev.set_policy(NeverMigrate)?; // then this one, for all else on this device
+    ///     let (start, end) = range(log.as_ptr(), log.len());
+    ///     core.advise(start, end, Advice::WillNotNeed) // policies see it
+    /// }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::TooManyPolicies`], [`Error::TooManyRanges`]; [`Error::Reentrant`] from a kernel.
     pub fn set_policy_for<P: Policy + 'static>(&self, start: Va, end: Va, policy: P) -> Result<InForce<P>, Error> {

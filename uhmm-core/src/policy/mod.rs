@@ -16,8 +16,7 @@
 //! * It may be asked more than once for the same thing, and for things that then do not happen.
 //!
 //! ```
-//! use uhmm_core::policy::{CpuFault, Policy, Return};
-//! use uhmm_core::bits::Bits;
+//! use uhmm_core::policy::{Bits, CpuFault, Policy, Return};
 //!
 //! /// Each touch by the CPU brings the touched page, and no other.
 //! #[derive(Debug)]

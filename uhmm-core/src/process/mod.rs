@@ -49,9 +49,19 @@ const LOCK: usize = 0x2f00_0000_0000;
 const MEETING: usize = LOCK + PAGE;
 
 /// Makes a driver, on the keeper. What it starts there shares uhmm's descriptors.
+///
+/// Examples: `uhmm_null::open`, and `open` in uhmm/examples/tiny_driver.rs.
 pub type OpenDriver = fn(&DeviceConfig, Mode, &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error>;
 
 /// How a device is to be opened.
+///
+/// ```
+/// use core::time::Duration;
+/// use uhmm_core::DeviceConfig;
+///
+/// let config = DeviceConfig { memory: 1 << 30, fence_limit: Duration::from_secs(2), ..DeviceConfig::new("gpu0") };
+/// assert!(config.threads == 0 && config.replayable_faults); // the driver's defaults
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceConfig {
     /// Its name.
@@ -76,6 +86,11 @@ impl DeviceConfig {
     /// The driver's defaults, under a name.
     pub fn new(name: &'static str) -> Self {
         DeviceConfig { name, memory: 0, threads: 0, replayable_faults: true, coherent: false, fence_limit: Self::FENCE_LIMIT }
+    }
+
+    /// The error of a driver that cannot open such a device. `why` says what is wrong, and what to do.
+    pub fn refuse(&self, why: impl Into<String>) -> Error {
+        Error::Device { name: self.name.into(), why: why.into() }
     }
 }
 
@@ -234,6 +249,16 @@ impl Held {
 }
 
 /// A user's hold on the core. The core ends with the last one.
+///
+/// ```
+/// use uhmm_core::{CoreRef, DeviceConfig, DeviceRef, Error, OpenDriver};
+///
+/// fn open_small(open: OpenDriver) -> Result<DeviceRef, Error> {
+///     let core = CoreRef::get()?;
+///     println!("mode: {}, devices: {}", core.mode().name(), core.devices().len());
+///     core.device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("small") }, open) // with a hold on the core of its own
+/// }
+/// ```
 #[derive(Debug)]
 pub struct CoreRef {
     core: *const Core,

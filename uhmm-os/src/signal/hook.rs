@@ -4,6 +4,24 @@
 //! * the handler is async-signal-safe, and touches no static of zeros;
 //! * the action that was there is taken as it is: its mask and flags are the kernel's business, as before, and the default action really happens;
 //! * SIGBUS and SIGSEGV have a handler already ([`install`](super::install)): the hook is called when that one hands on.
+//!
+//! Who uses it: `uhmm-core`, for `evict_on_signal`.
+//!
+//! ```
+//! use uhmm_os::signal::hook::{self, Moment};
+//! use std::sync::atomic::{AtomicU32, Ordering};
+//!
+//! static SEEN: AtomicU32 = AtomicU32::new(0);
+//!
+//! hook::before(12, |moment| {
+//!     if let Moment::Before { fatal: false } = moment { // no end of the process follows
+//!         SEEN.fetch_add(1, Ordering::Relaxed);
+//!     }
+//! })?; // SIGUSR2
+//! hook::remove_all();
+//! assert_eq!(SEEN.load(Ordering::Relaxed), 0); // none came
+//! # Ok::<(), uhmm_os::Errno>(())
+//! ```
 
 use super::{Changing, FAULTS, KernelAction, NOT_OURS, OURS, Previous, action, bit, block, block_most, call_handler, die, send, set_mask};
 use crate::Errno;

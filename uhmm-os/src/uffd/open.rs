@@ -129,6 +129,15 @@ pub enum OpenError {
 
 /// What [`Userfaultfd::open`] would grant: the features that this kernel has and this process may use.
 ///
+/// ```
+/// use uhmm_os::uffd::{Features, Rights, probe};
+///
+/// match probe(Rights::Full) {
+///     Ok(features) => println!("pages can be moved: {}", features.contains(Features::MOVE)),
+///     Err(e) => println!("{e}"), // says what gives the right
+/// }
+/// ```
+///
 /// # Errors
 /// As [`Userfaultfd::open`].
 pub fn probe(rights: Rights) -> Result<Features, OpenError> {

@@ -8,6 +8,7 @@ use uhmm::{Advice, Ctx, Device, Location, args, inout, inp, out};
 crate::tests![
     what_must_not_migrate_stays,
     what_must_not_migrate_comes_home_at_once,
+    what_must_not_migrate_is_not_fetched_again,
     what_is_mostly_read_is_read_by_both,
     a_kernel_reads_what_is_mostly_read,
     a_kernel_writes_a_page_of_what_is_mostly_read,
@@ -114,6 +115,32 @@ fn what_must_not_migrate_comes_home_at_once() {
     hmm.advise(&data[PAGE - 1..BLOCK + 1], Advice::NoMigrate).unwrap();
     assert_eq!((pages_present(data), pages_present(&data[PAGE..BLOCK])), (511, 511));
     assert!(right(data, 0));
+}
+
+/// The advice waits for the launch that runs, which could fetch pages again: when it has been given nothing is on the device, and what the kernel wrote is there.
+fn what_must_not_migrate_is_not_fetched_again() {
+    let (hmm, _first) = device(16); // on a thread of which the advice is carried out
+    let dev = hmm.soft("second").memory(16 << 20).threads(1).open().unwrap();
+    let mut pages = blocks(1);
+    let (start, len) = (pages.start() as usize, pages.len());
+    let running = AtomicUsize::new(0);
+    let kernel = |ctx: &Ctx<'_>| {
+        running.store(1, Ordering::SeqCst);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        add(ctx);
+    };
+    std::thread::scope(|scope| {
+        let (dev, kernel, data) = (&dev, &kernel, pages.slice::<u8>());
+        scope.spawn(move || dev.run(kernel, 1, args![inout(data)]).unwrap());
+        while running.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        // SAFETY: the memory is there; what is in it is looked at when no kernel uses it.
+        let data = unsafe { std::slice::from_raw_parts(start as *const u8, len) };
+        hmm.advise(data, Advice::NoMigrate).unwrap();
+        assert_eq!((pages_present(data), pages_on_device(dev, data)), (512, 0));
+        assert!(right(data, 1), "what the kernel wrote");
+    });
 }
 
 fn what_is_mostly_read_is_read_by_both() {

@@ -1,7 +1,7 @@
 //! Blocks that come home before the CPU touches them, when it takes one after the other.
 
 use crate::harness::*;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use uhmm::{Device, args, inout};
 
@@ -11,6 +11,7 @@ crate::tests![
     touches_here_and_there_bring_no_others,
     a_launch_ends_a_stream,
     a_prefetch_is_not_undone_by_what_was_to_come_before_it,
+    a_prefetch_is_not_undone_by_a_touch_before_it,
     a_stream_beside_launches_and_unmapping,
 ];
 
@@ -125,6 +126,55 @@ fn a_prefetch_is_not_undone_by_what_was_to_come_before_it() {
             assert!((0..BLOCKS).all(|number| !away.is_home(number)), "a block came back in turn {turn}");
         }
     }
+}
+
+/// Two threads touched one block, and others others: the monitor read all of that at once. The first brought the block home, which woke the second too; a prefetch sent it away again;
+/// and then the monitor came to the second touch, and brought the block home once more, for nobody.
+fn a_prefetch_is_not_undone_by_a_touch_before_it() {
+    const OTHERS: usize = 8;
+    let (_hmm, dev) = device(256);
+    let away = Away::new(&dev);
+    let end = Instant::now() + seconds(5);
+    let (start, done) = (std::sync::Barrier::new(OTHERS + 3), AtomicU32::new(0));
+    let (stop, turns) = (AtomicBool::new(false), AtomicU32::new(0));
+    let words = away.pages.atomics::<AtomicU32>();
+    std::thread::scope(|scope| {
+        for thread in 0..OTHERS + 2 {
+            let (start, done, stop) = (&start, &done, &stop);
+            scope.spawn(move || {
+                loop {
+                    start.wait();
+                    if stop.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    // The two touch one block, each another page; the others every second one of those that follow.
+                    let at = if thread < 2 { thread * 300 * 4096 } else { 2 * (thread - 1) * BLOCK };
+                    words[at / 4].load(Ordering::SeqCst);
+                    done.fetch_add(if thread < 2 { 1 } else { 100 }, Ordering::SeqCst);
+                }
+            });
+        }
+        let mut came_back = false;
+        while !came_back && Instant::now() < end {
+            done.store(0, Ordering::SeqCst);
+            start.wait();
+            while done.load(Ordering::SeqCst) % 100 < 2 {
+                std::hint::spin_loop();
+            }
+            dev.prefetch_range(away.at(0) as usize, BLOCK).unwrap();
+            while done.load(Ordering::SeqCst) / 100 < OTHERS as u32 {
+                std::hint::spin_loop();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            came_back = away.is_home(0);
+            dev.prefetch_range(away.at(0) as usize, BLOCKS * BLOCK).unwrap();
+            turns.fetch_add(1, Ordering::SeqCst);
+        }
+        stop.store(true, Ordering::SeqCst);
+        start.wait();
+        assert!(!came_back, "the block came back in turn {turns:?}");
+    });
+    assert!(turns.into_inner() > 5);
 }
 
 /// What comes ahead may be launched over, or unmapped, at any moment: nothing is lost, and nobody hangs.

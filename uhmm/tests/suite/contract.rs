@@ -4,15 +4,20 @@ use crate::harness::*;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use uhmm_core::conformance::{CHECKS, Subject};
-use uhmm_core::driver::*;
+use uhmm_core::driver::{self, *};
 use uhmm_core::kernel::Entry;
 use uhmm_core::mode::Mode;
 use uhmm_core::own::{OwnBox, OwnSlice, Zeroed};
 use uhmm_core::page::Span;
-use uhmm_core::{CoreRef, DeviceConfig, Error};
+use uhmm_core::{CoreRef, DeviceConfig, DeviceRef, Error};
 use uhmm_os::{BLOCK, Errno, PAGE};
 
-crate::tests![uhmm_keeps_its_side, uhmm_keeps_its_side_with_a_device_that_fails];
+crate::tests![
+    uhmm_keeps_its_side,
+    uhmm_keeps_its_side_with_a_device_that_shows_no_mapped_page,
+    uhmm_keeps_its_side_with_a_device_that_fails,
+    calls_are_per_batch,
+];
 
 /// A number that lies in memory of uhmm's: these books are kept on the fault path.
 #[derive(Debug)]
@@ -33,6 +38,8 @@ impl Number {
 #[derive(Debug)]
 struct Books {
     inner: OwnBox<dyn Driver>,
+    /// What it was when it was opened.
+    info: DeviceInfo,
     /// Of each unit, whether it is populated.
     populated: OwnSlice<Number>,
     /// Of each frame, whether it holds data.
@@ -40,7 +47,10 @@ struct Books {
     /// Of each frame, the address at which it is mapped; 0 if it is not.
     mapped: OwnSlice<Number>,
     units: AtomicU64,
-    fences: AtomicU64,
+    /// Of each batch under way: what it was when it was handed over (0: none is).
+    batches: OwnSlice<Number>,
+    /// Its fence, as the other driver has it.
+    fences: OwnSlice<Number>,
     /// Uhmm has been told that the device is lost.
     told: Number,
 }
@@ -48,9 +58,9 @@ struct Books {
 /// The first line of this file where something did not agree, and how many lines did, in all. Not in `.bss`.
 #[unsafe(link_section = ".data")]
 static WRONG: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
-/// Calls that were looked at: copies, maps, unmaps.
+/// Calls that were looked at: copies, maps, unmaps; pieces of copies whose frame was mapped.
 #[unsafe(link_section = ".data")]
-static SEEN: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+static SEEN: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
 
 macro_rules! agree {
     ($what:expr) => {
@@ -62,13 +72,37 @@ macro_rules! agree {
 }
 
 fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
-    let inner = uhmm_faulty::around(uhmm_soft::open)(config, mode, others)?;
+    with_books(uhmm_faulty::around(uhmm_soft::open)(config, mode, others)?)
+}
+
+fn open_tiny(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
+    with_books(crate::tiny::driver::open(config, mode, others)?)
+}
+
+fn with_books(inner: OwnBox<dyn Driver>) -> Result<OwnBox<dyn Driver>, Error> {
     let units = 2 * inner.info().memory / BLOCK;
     let numbers = |n| OwnSlice::new(c"books", n).unwrap();
+    let (batches, fences) = (numbers(64), numbers(64));
     let (populated, valid, mapped) = (numbers(units), numbers(units * 512), numbers(units * 512));
-    let books =
-        Books { inner, populated, valid, mapped, units: AtomicU64::new(0), fences: AtomicU64::new(0), told: Number(AtomicU64::new(0)) };
-    Ok(OwnBox::new(c"books", books).unwrap().unsize(|p| p as *mut dyn Driver))
+    let books = Books {
+        info: inner.info().clone(),
+        inner,
+        populated,
+        valid,
+        mapped,
+        units: AtomicU64::new(0),
+        batches,
+        fences,
+        told: Number(AtomicU64::new(0)),
+    };
+    Ok(driver::boxed(c"books", books).unwrap())
+}
+
+/// A number, not 0, that tells one batch from another: what is in it, and where it lies.
+fn digest(batch: &[Dma]) -> u64 {
+    let mix = |sum: u64, word: usize| (sum ^ word as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    let words = batch.iter().flat_map(|dma| [dma.kind as usize, dma.host, dma.frame as usize, dma.offset, dma.len]);
+    words.fold(mix(batch.len() as u64, batch.as_ptr() as usize), mix) | 1
 }
 
 /// The frames that a piece of a batch touches.
@@ -78,6 +112,13 @@ fn frames(dma: &Dma) -> std::ops::Range<usize> {
 }
 
 impl Books {
+    /// Whether kernels can reach the page at `va`, for a device whose window lies in this process.
+    fn is_there(&self, va: u64) -> bool {
+        let (mask, mut byte) = (self.info.mask, 0u8);
+        // SAFETY: the byte is ours; a read of what is not there is an error.
+        mask != 0 && unsafe { uhmm_os::copy::guarded(&raw mut byte, (va as usize ^ mask) as *const u8, 1) }.is_ok()
+    }
+
     fn each(&self, batch: &[MapRun], mut f: impl FnMut(usize, u64)) {
         for run in batch {
             agree!(run.pages > 0 && run.va.is_multiple_of(PAGE) && run.va / BLOCK == (run.va + run.pages * PAGE - 1) / BLOCK);
@@ -87,17 +128,19 @@ impl Books {
 }
 
 // SAFETY: what the other driver promises.
-unsafe impl Driver for Books {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
+unsafe impl Forward for Books {
+    fn inner(&self) -> &dyn Driver {
+        &*self.inner
     }
 
     fn populate(&self, unit: usize) -> Result<(), Errno> {
         agree!(self.populated[unit].get() == 0);
         self.inner.populate(unit)?;
         self.populated[unit].set(1);
+        let address = |frame: usize| self.inner.address(frame as Frame);
+        agree!((unit * 512..unit * 512 + 511).all(|frame| address(frame + 1) == address(frame) + PAGE));
         self.valid[unit * 512..][..512].iter().for_each(|frame| _ = frame.set(0));
-        agree!((self.units.fetch_add(1, Ordering::SeqCst) as usize) < self.info().memory / BLOCK);
+        agree!((self.units.fetch_add(1, Ordering::SeqCst) as usize) < self.inner.info().memory / BLOCK);
         Ok(())
     }
 
@@ -108,18 +151,6 @@ unsafe impl Driver for Books {
         self.inner.release(unit);
     }
 
-    fn mapped(&self, va: usize) -> Option<usize> {
-        self.inner.mapped(va)
-    }
-
-    fn address(&self, frame: Frame) -> usize {
-        self.inner.address(frame)
-    }
-
-    fn stand_by(&self) {
-        self.inner.stand_by();
-    }
-
     fn copy(&self, batch: &[Dma]) -> Fence {
         SEEN[0].fetch_add(1, Ordering::SeqCst);
         agree!(self.told.get() == 0);
@@ -127,36 +158,45 @@ unsafe impl Driver for Books {
             let out = matches!(dma.kind, DmaKind::ToHost | DmaKind::GuardedToHost);
             for frame in frames(dma) {
                 agree!(self.populated[frame / 512].get() == 1);
-                agree!(self.mapped[frame].get() == 0);
+                let at = self.mapped[frame].get();
+                agree!(at == 0 || self.inner.mapped(at as usize).is_none());
+                SEEN[3].fetch_add(u64::from(at != 0), Ordering::SeqCst);
                 agree!(!out || self.valid[frame].get() == 1);
             }
         }
-        self.fences.fetch_add(1, Ordering::SeqCst);
-        self.inner.copy(batch)
+        let is = digest(batch);
+        let free = |of: &Number| of.0.compare_exchange(0, is, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        let Some(fence) = self.batches.iter().position(free) else { panic!("64 batches are under way: some were never waited for") };
+        self.fences[fence].set(self.inner.copy(batch).0);
+        Fence(fence as u64)
     }
 
     fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
-        agree!(self.fences.fetch_sub(1, Ordering::SeqCst) > 0);
+        let (is, inner) = (&self.batches[fence.0 as usize], &self.fences[fence.0 as usize]);
+        agree!(is.get() == digest(batch)); // not waited for yet, and with this batch
         agree!(limit == DeviceConfig::FENCE_LIMIT);
-        let result = self.inner.wait(fence, batch, limit);
+        let result = self.inner.wait(Fence(inner.get()), batch, limit);
+        agree!(is.get() == digest(batch)); // it did not change meanwhile
+        is.set(0);
         if result == Err(DmaError::Lost) {
             self.told.set(1);
         }
+        agree!(self.told.get() == 0 || (self.inner.is_lost() && result == Err(DmaError::Lost)));
         let done = |dma: &&Dma| match dma.kind {
             DmaKind::ToDevice | DmaKind::Zero => !matches!(result, Err(DmaError::Failed(_) | DmaError::Lost)),
             DmaKind::GuardedToDevice => result.is_ok(),
             DmaKind::ToHost | DmaKind::GuardedToHost => false,
         };
+        for dma in batch.iter().filter(done).filter(|dma| dma.kind == DmaKind::ToDevice && dma.offset == 0) {
+            let unmapped = frames(dma).all(|frame| self.mapped[frame].get() == 0);
+            if let Some(at) = self.inner.peek(dma.frame).filter(|_| unmapped) {
+                // SAFETY: the driver says that a frame can be read there that is not mapped; the host's memory is uhmm's.
+                let [there, sent] = [at, dma.host].map(|at| unsafe { std::slice::from_raw_parts(at as *const u8, dma.len.min(PAGE)) });
+                agree!(there == sent);
+            }
+        }
         batch.iter().filter(done).flat_map(frames).for_each(|frame| _ = self.valid[frame].set(1));
         result
-    }
-
-    fn is_lost(&self) -> bool {
-        self.inner.is_lost()
-    }
-
-    fn open_window(&self, span: Span) -> Result<(), Errno> {
-        self.inner.open_window(span)
     }
 
     fn close_window(&self, span: Span) {
@@ -165,18 +205,18 @@ unsafe impl Driver for Books {
         self.inner.close_window(span);
     }
 
-    fn share(&self, span: Span) -> Result<(), Errno> {
-        self.inner.share(span)
-    }
-
-    fn unshare(&self, span: Span) {
-        self.inner.unshare(span);
-    }
-
     fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
         SEEN[1].fetch_add(1, Ordering::SeqCst);
         self.each(&batch, |frame, _| agree!(self.valid[frame].get() == 1 && self.mapped[frame].get() == 0));
-        self.inner.map(batch)?;
+        for run in batch.iter() {
+            agree!(!self.mapped.iter().any(|frame| (run.span().start as u64..run.span().end as u64).contains(&frame.get())));
+        }
+        let mapped = self.inner.map(batch);
+        // All runs or none. Where the window cannot be, what is there is the program's.
+        if mapped.is_err_and(|e| e != Errno::EXIST) {
+            self.each(&batch, |_, va| agree!(!self.is_there(va)));
+        }
+        mapped?;
         self.each(&batch, |frame, va| _ = self.mapped[frame].set(va));
         Ok(())
     }
@@ -190,48 +230,57 @@ unsafe impl Driver for Books {
         SEEN[2].fetch_add(1, Ordering::SeqCst);
         self.each(batch, |frame, va| agree!(self.mapped[frame].set(0) == va));
         self.inner.unmap(batch);
-    }
-
-    fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
-        self.inner.launch(launch)
-    }
-
-    fn note_fault(&self, va: usize, write: bool) {
-        self.inner.note_fault(va, write);
-    }
-
-    fn fail(&self, fault: KernelFault) {
-        self.inner.fail(fault);
-    }
-
-    fn host_touch(&self, tid: u32, address: usize) {
-        self.inner.host_touch(tid, address);
-    }
-
-    fn owns_thread(&self, tid: u32) -> bool {
-        self.inner.owns_thread(tid)
-    }
-
-    fn in_window(&self, address: usize) -> bool {
-        self.inner.in_window(address)
-    }
-
-    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
-        self.inner.scratch(address, fault)
+        // Acknowledged: whoever uses an old entry now gets a fault. The block is locked, so that no new one is made.
+        self.each(batch, |_, va| agree!(!self.is_there(va)));
     }
 }
 
 impl Drop for Books {
     fn drop(&mut self) {
-        agree!(self.fences.load(Ordering::SeqCst) == 0);
+        let of = |info: &DeviceInfo| (info.name, info.memory, info.threads, info.mask, info.capabilities);
+        agree!(of(self.inner.info()) == of(&self.info) && self.info.memory.is_multiple_of(BLOCK));
+        agree!(self.batches.iter().all(|of| of.get() == 0));
         agree!(self.mapped.iter().all(|frame| frame.get() == 0));
+    }
+}
+
+/// Leases and a launch that share a page: who comes later brings his bytes up to date where the page is mapped already.
+fn overlap(dev: &DeviceRef) {
+    let mut page = Pages::new(3 * PAGE);
+    let (a, rest) = page.slice::<u32>().split_at_mut(100);
+    let (b, rest) = rest.split_at_mut(2000);
+    let (c, d) = rest.split_at_mut(100);
+    for round in 0..20u32 {
+        a.fill(round);
+        b.fill(round + 1);
+        let [of_a, of_b] = [uhmm::args![uhmm::inout(a)], uhmm::args![uhmm::inout(b)]].map(|list| list.raw().to_vec());
+        let first = dev.acquire(&of_a).unwrap();
+        b.fill(round + 10); // after the snapshot that the lease of its neighbour has
+        c.fill(round + 20);
+        let second = dev.acquire(&of_b).unwrap();
+        dev.run(Entry::new(&increment), groups(c.len()).into(), &uhmm::args![uhmm::inout(c)]).unwrap();
+        assert!(c.iter().all(|&x| x == round + 21), "{round}: {:?}", &c[..4]);
+        c.fill(round + 30);
+        d[0] = round;
+        for (leased, by) in [(&*a, 200), (&*b, 100)] {
+            for word in leased {
+                let word = (core::ptr::from_ref(word) as usize ^ dev.info().mask) as *mut u32;
+                // SAFETY: it is leased, and there until the lease ends; nobody else uses it.
+                unsafe { word.write(word.read() + by) };
+            }
+        }
+        let order = if round % 2 == 0 { [first, second] } else { [second, first] };
+        order.into_iter().for_each(|lease| dev.release(lease));
+        assert!(a.iter().all(|&x| x == round + 200), "{round}: {:?}", &a[..4]);
+        assert!(b.iter().all(|&x| x == round + 110), "{round}: {:?}", &b[..4]);
+        assert!(c.iter().all(|&x| x == round + 30) && d[0] == round, "{round}: a neighbour was written");
     }
 }
 
 fn right() {
     let [line, times] = [&WRONG[0], &WRONG[1]].map(|n| n.load(Ordering::SeqCst));
     assert_eq!(line, 0, "line {line} of this file did not agree, {times} times in all");
-    assert!(SEEN.iter().all(|n| n.load(Ordering::SeqCst) > 10), "{SEEN:?}");
+    assert!(SEEN[..3].iter().all(|n| n.load(Ordering::SeqCst) > 10), "{SEEN:?}");
 }
 
 fn uhmm_keeps_its_side() {
@@ -240,8 +289,43 @@ fn uhmm_keeps_its_side() {
         println!("{}", check.name);
         (check.run)(&mut Subject::new(&dev));
     }
+    overlap(&dev);
     drop(dev);
     right();
+}
+
+/// The same of a device that shows nobody its mapped pages: copies go to frames that are mapped then, as leases and launches that overlap have them.
+fn uhmm_keeps_its_side_with_a_device_that_shows_no_mapped_page() {
+    let core = CoreRef::get().unwrap();
+    let dev = core.device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("books") }, open_tiny).unwrap();
+    for check in CHECKS {
+        println!("{}", check.name);
+        (check.run)(&mut Subject::new(&dev));
+    }
+    overlap(&dev);
+    assert!(SEEN[3].load(Ordering::SeqCst) > 20, "no copy met a mapped frame");
+    drop(dev);
+    right();
+}
+
+/// What is moved as a whole takes calls by the batch, not by the page.
+fn calls_are_per_batch() {
+    let dev = CoreRef::get().unwrap().device(DeviceConfig { memory: 16 << 20, threads: 2, ..DeviceConfig::new("books") }, open).unwrap();
+    let mut pages = Pages::huge(8 << 20);
+    let data = pages.slice::<u32>();
+    data.fill(1);
+    let range = data.as_ptr_range();
+    let calls = || [&SEEN[0], &SEEN[1], &SEEN[2]].map(|n| n.load(Ordering::SeqCst));
+    for round in 0..4 {
+        let before = calls();
+        dev.run(Entry::new(&increment), groups(data.len()).into(), &uhmm::args![uhmm::inout(data)]).unwrap();
+        dev.evict(range.start as usize, range.end as usize).unwrap();
+        let [copies, maps, unmaps] = core::array::from_fn(|i| calls()[i] - before[i]);
+        // 4 blocks go there and come back: two copies of each and one map and one unmap, if not even fewer.
+        assert!((1..=8).contains(&copies) && (1..=4).contains(&maps) && (1..=4).contains(&unmaps), "{round}: {copies} {maps} {unmaps}");
+    }
+    drop(dev);
+    assert_eq!(WRONG[0].load(Ordering::SeqCst), 0);
 }
 
 /// The same while calls of every kind fail, and when the device is lost.

@@ -30,6 +30,7 @@ crate::tests![
     a_coherent_device_that_fails_leaves_what_the_program_has,
     a_result_that_is_not_given_back,
     a_twin_that_is_not_given,
+    an_edge_that_is_not_taken_back,
     one_of_two_devices_fails,
 ];
 
@@ -496,6 +497,44 @@ fn a_twin_that_is_not_given() {
     all_well();
     run(&dev, &write, 1, args![bare(&mut data[7..])]).unwrap();
     assert!(data.iter().enumerate().all(|(i, &x)| x == 4 + u32::from(i == 7)));
+}
+
+/// The program writes beside a large argument, on its first and last page, while the kernel runs. The device does not take these pages when the launch has ended:
+/// they are home, with what the one wrote and what the other wrote.
+fn an_edge_that_is_not_taken_back() {
+    let dev = faulty(16);
+    let mut memory = Pages::new(256 << 10);
+    let data = memory.slice::<u32>();
+    let len = data.len() - 200;
+    let (before, rest) = data.split_at_mut(100);
+    let (data, after) = rest.split_at_mut(len);
+    let running = AtomicUsize::new(0);
+    for round in 1..5 {
+        let kernel = |ctx: &Ctx<'_>| {
+            ctx.out::<u32>(0).chunk(len).iter_mut().for_each(|x| *x += 1);
+            running.store(1, Ordering::SeqCst);
+            while running.load(Ordering::SeqCst) != 2 {
+                std::thread::yield_now();
+            }
+        };
+        running.store(0, Ordering::SeqCst);
+        std::thread::scope(|scope| {
+            let (dev, data) = (&dev, &mut *data);
+            let launch = scope.spawn(move || run(dev, &kernel, 1, args![inout(data)]));
+            while running.load(Ordering::SeqCst) != 1 {
+                std::thread::yield_now();
+            }
+            before.fill(round);
+            after.fill(round);
+            order(Call::ToDevice, Fault::Failed, 1, ALWAYS);
+            running.store(2, Ordering::SeqCst);
+            launch.join().unwrap().unwrap();
+        });
+        assert!(outstanding(Call::ToDevice) == ALWAYS);
+        all_well();
+        assert!(before.iter().chain(&*after).all(|&x| x == round), "round {round}: what the program wrote");
+        assert!(data.iter().all(|&x| x == round), "round {round}: what the kernel wrote");
+    }
 }
 
 /// A block goes from one device to another, and one of them fails: the launch says which, the block stays where it was, and goes when both are well.

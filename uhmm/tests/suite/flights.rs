@@ -3,7 +3,7 @@
 use crate::harness::*;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use uhmm::{Ctx, Error, args, fence, inout, scope};
+use uhmm::{Ctx, Error, args, fence, inout, inp, scope};
 
 crate::tests![
     a_failed_launch_writes_nothing_later,
@@ -13,6 +13,9 @@ crate::tests![
     a_shared_mapping_is_replaced_before_a_launch_that_was_prepared_early,
     another_devices_lease_in_the_same_block,
     a_launch_finds_no_room_beside_one_that_has_fetched,
+    a_launch_that_fails_on_the_way_leaves_no_snapshot,
+    a_write_beside_what_a_running_launch_reads,
+    a_kernel_writes_what_a_lease_reads,
 ];
 
 /// Waits for another thread, 10 seconds at most.
@@ -131,7 +134,7 @@ fn acquires_that_wait_keep_no_launch_waiting() {
 /// What a kernel uses in place is looked at before its launch; one that was prepared early was not looked at again.
 fn a_shared_mapping_is_replaced_before_a_launch_that_was_prepared_early() {
     let (_hmm, dev) = device(16);
-    if !dev.info().replayable_faults {
+    if !dev.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let file = |value: u32| {
@@ -170,7 +173,7 @@ fn a_shared_mapping_is_replaced_before_a_launch_that_was_prepared_early() {
 /// A kernel that follows a pointer into a block of which another device has a small lease waited for its end, which could not come: an error is what is left.
 fn another_devices_lease_in_the_same_block() {
     let (hmm, one) = device(16);
-    if !one.info().replayable_faults {
+    if !one.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let two = hmm.soft("two").memory(16 << 20).threads(1).open().unwrap();
@@ -195,7 +198,7 @@ fn another_devices_lease_in_the_same_block() {
 /// A launch that was prepared early, and found no room, ended snapshots that the running kernel had asked for, and their changes were lost.
 fn a_launch_finds_no_room_beside_one_that_has_fetched() {
     let (_hmm, dev) = device(16);
-    if !dev.info().replayable_faults {
+    if !dev.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let mut fixed = Pages::new(4096);
@@ -223,4 +226,74 @@ fn a_launch_finds_no_room_beside_one_that_has_fetched() {
     .unwrap();
     assert_eq!(fixed.slice::<u32>()[0], 42);
     assert!(y.iter().all(|&y| y == 3));
+}
+
+/// A launch had its snapshot of what cannot move, and found no room for the rest. Nobody would have ended that snapshot, and another device would have waited for it for ever.
+fn a_launch_that_fails_on_the_way_leaves_no_snapshot() {
+    let (hmm, one) = device(16);
+    let two = hmm.soft("two").memory(16 << 20).threads(1).open().unwrap();
+    let file = memfd();
+    file.set_len(8 << 20).unwrap();
+    let at = map(8 << 20, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, Some(&file));
+    // SAFETY: a new mapping of that length, which stays.
+    let stays = unsafe { std::slice::from_raw_parts_mut(at.cast::<u32>(), 2 << 20) };
+    stays.fill(1);
+    let mut large = vec![1u32; 1 << 20];
+    let buffer = one.alloc::<u8>(6 << 20).unwrap();
+    let error = one.run(&increment, 1, args![inout(stays), inout(&mut large)]).unwrap_err();
+    assert!(matches!(error, Error::NoRoom { .. }), "{error}");
+    two.run(&increment, groups(stays.len()), args![inout(stays)]).unwrap();
+    assert!(stays.iter().all(|&x| x == 2));
+    drop(buffer);
+}
+
+/// On a device that cannot fetch pages again a write ends the copies of its block, but for those that the running launch reads.
+fn a_write_beside_what_a_running_launch_reads() {
+    let (hmm, _dev) = device(16);
+    let dev = hmm.soft("plain").memory(16 << 20).threads(1).replayable_faults(false).open().unwrap();
+    let mut memory = Pages::huge(2 << 20);
+    memory.slice::<u32>().fill(3);
+    let (reads, writes) = memory.slice::<u32>().split_at_mut(1 << 18);
+    let (running, go) = (AtomicBool::new(false), AtomicBool::new(false));
+    dev.run(&|_: &Ctx<'_>| {}, 1, args![inp(reads), inp(writes)]).unwrap();
+    let kernel = |ctx: &Ctx<'_>| {
+        running.store(true, Ordering::SeqCst);
+        until(&go);
+        assert!(ctx.inp::<u32>(0).iter().all(|&x| x == 3));
+    };
+    std::thread::scope(|threads| {
+        let (dev, kernel, reads) = (&dev, &kernel, &*reads);
+        let launch = threads.spawn(move || dev.run(kernel, 1, args![inp(reads)]));
+        until(&running);
+        write(&mut writes[1000], 4);
+        go.store(true, Ordering::SeqCst);
+        launch.join().unwrap().unwrap();
+    });
+    assert_eq!((reads[1000], writes[1000]), (3, 4));
+}
+
+/// A kernel wrote what the program may only read, and what a lease reads: the copy that it wrote to became a snapshot, the end of the lease left it there, and another device waited for
+/// its end for ever.
+fn a_kernel_writes_what_a_lease_reads() {
+    let (hmm, one) = device(16);
+    if !one.info().capabilities.replayable_faults {
+        return; // no pointer can be followed
+    }
+    let two = hmm.soft("two").memory(16 << 20).threads(1).open().unwrap();
+    for at in [100, 800_000] {
+        let mut memory = Pages::huge(6 << 20);
+        memory.slice::<u32>().fill(3);
+        // SAFETY: nobody writes it from now on, but for the kernel that fails.
+        unsafe { protect(memory.slice::<u32>(), libc::PROT_READ) };
+        let words = &*memory.slice::<u32>();
+        let place = &raw const words[at] as usize;
+        let lease = one.acquire(args![inp(words)]).unwrap();
+        // SAFETY: it is refused.
+        let writes = move |ctx: &Ctx<'_>| unsafe { ctx.ptr_mut(place as *mut u32).write_volatile(4) };
+        assert!(matches!(one.run(&writes, 1, args![]), Err(Error::Kernel(_))));
+        drop(lease);
+        let looks = |ctx: &Ctx<'_>| assert!(ctx.inp::<u32>(0).iter().all(|&x| x == 3));
+        two.run(&looks, 1, args![inp(words)]).unwrap();
+        one.run(&looks, 1, args![inp(words)]).unwrap();
+    }
 }

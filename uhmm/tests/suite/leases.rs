@@ -15,6 +15,9 @@ crate::tests![
     what_a_lease_has_is_no_others,
     a_released_lease_is_waited_for,
     a_kernel_under_a_lease,
+    what_a_kernel_under_a_lease_writes_where_nothing_moves,
+    a_large_launch_beside_a_lease,
+    a_write_to_what_is_leased_for_reading_waits,
     nothing_but_its_end_makes_a_lease_leave,
     a_fork_under_a_lease,
     a_forgotten_lease_ends_with_its_device,
@@ -143,7 +146,7 @@ fn neighbours_on_one_page() {
 /// what they wrote there was lost.
 fn pointers_to_what_lies_beside_a_lease() {
     let (_hmm, dev) = device(16);
-    if !dev.info().replayable_faults {
+    if !dev.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let mut page = Pages::new(4096);
@@ -248,7 +251,7 @@ fn a_kernel_under_a_lease() {
     let moved = dev.stats() - before;
     // But for what lies beside on the pages at the ends, which kernels could follow a pointer to.
     assert!(moved.bytes_to_device <= 5 * 2 * 4096 && moved.bytes_to_cpu == 0, "everything is there: {moved:?}");
-    if dev.info().replayable_faults {
+    if dev.info().capabilities.replayable_faults {
         let at = fetched.as_ptr() as usize;
         // SAFETY: the vector outlives the launch, which reads it.
         let follow = move |ctx: &Ctx<'_>| assert_eq!(unsafe { *ctx.ptr(at as *const u32).add(70_000) }, 3);
@@ -261,6 +264,70 @@ fn a_kernel_under_a_lease() {
     drop(lease);
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 6));
     assert!(fetched.iter().all(|&x| x == 3));
+}
+
+/// A kernel has snapshots of what must stay in the program: what it wrote there is the program's when its run has ended, not when a later launch has.
+fn what_a_kernel_under_a_lease_writes_where_nothing_moves() {
+    let (_hmm, dev) = device(16);
+    if !dev.info().capabilities.replayable_faults {
+        return; // no pointer can be followed
+    }
+    let mut fixed = Pages::new(4096);
+    if !lock(fixed.slice::<u32>()) {
+        return; // no memory may be locked here: everything moves
+    }
+    let mut data = vec![0u32; 1000];
+    let place = fixed.start() as usize;
+    let lease = dev.acquire(args![inout(&mut data)]).unwrap();
+    for round in 1..4 {
+        // SAFETY: the page outlives the launch, and only this kernel uses it.
+        let writes = |ctx: &Ctx<'_>| unsafe { ctx.ptr_mut(place as *mut u32).write_volatile(round) };
+        lease.run(&writes, 1).unwrap();
+        assert_eq!(read(&fixed.slice::<u32>()[0]), round);
+    }
+}
+
+/// A large argument and a lease share a page. When the launch had ended it would have kept that page for itself; a touch of what lies beside would have brought
+/// it home, away from who uses the lease.
+fn a_large_launch_beside_a_lease() {
+    let (_hmm, dev) = device(16);
+    let mut memory = Pages::new(64 * 4096);
+    let len = 40 * 1024 + 100;
+    let (large, rest) = memory.slice::<u32>().split_at_mut(len);
+    let (leased, beside) = rest.split_at_mut(200);
+    let lease = dev.acquire(args![inout(leased)]).unwrap();
+    for round in 1..4 {
+        dev.run(&increment, groups(len), args![inout(large)]).unwrap();
+        add_there(lease.addr(0), 200, 1);
+        write(&mut beside[0], round);
+        add_there(lease.addr(0), 200, 1);
+        assert_eq!((read(&large[len - 1]), read(&beside[0])), (round, round));
+        add_there(lease.addr(0), 200, 1);
+    }
+    drop(lease);
+    assert!(leased.iter().all(|&x| x == 9) && large.iter().all(|&x| x == 3) && beside[0] == 3);
+}
+
+fn a_write_to_what_is_leased_for_reading_waits() {
+    let (hmm, dev) = device(16);
+    let mut data = Pages::new(1 << 20);
+    data.slice::<u32>().fill(5);
+    let (mine, theirs) = twice(data.slice::<u32>());
+    let lease = dev.acquire(args![inp(mine)]).unwrap();
+    let at = lease.addr(0) as *const u32;
+    let (done, signal) = fence();
+    // SAFETY: whoever writes the memory waits.
+    unsafe { lease.release(done) };
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(move || write(&mut theirs[1000], 6));
+        std::thread::sleep(Duration::from_millis(100));
+        // SAFETY: the device's address is good until the signal.
+        assert_eq!(unsafe { at.add(1000).read_volatile() }, 5);
+        // Elsewhere the program's page is written beside the device's copy.
+        assert!(!writer.is_finished() || hmm.mode() != uhmm::Mode::Full);
+        signal.done();
+    });
+    assert_eq!(data.slice::<u32>()[1000], 6);
 }
 
 /// Eviction, by hand, for all, for want of room, and by a signal's handler.

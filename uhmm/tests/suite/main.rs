@@ -41,6 +41,7 @@ mod policies;
 mod ports;
 mod prefetches;
 mod profiles;
+mod promises;
 mod races;
 mod raw_fork;
 mod scopes;
@@ -73,6 +74,7 @@ fn main() {
     tests.extend(policies::TESTS);
     tests.extend(ports::TESTS);
     tests.extend(profiles::TESTS);
+    tests.extend(promises::TESTS);
     tests.extend(conformance::TESTS);
     tests.extend(mappings::TESTS);
     tests.extend(mirror::TESTS);

@@ -15,6 +15,7 @@ crate::tests![
     no_entry_outlives_the_call_that_changes_its_page,
     sums_while_the_list_migrates,
     writes_while_mappings_change,
+    what_is_being_dropped_is_not_looked_at,
 ];
 
 /// A device that counts why it was told.
@@ -384,4 +385,59 @@ fn writes_while_mappings_change() {
         assert_eq!(words[(page * PAGE + 2040) / 8].load(SeqCst), *count, "page {page}");
     }
     assert!(mirror.notifier().told(Reason::Migrate { to: None }) > 0);
+}
+
+/// The kernel announces that it will drop pages, and drops them a while later. A look in between that found them, and nothing told of after it, would be taken for true
+/// when they have gone.
+fn what_is_being_dropped_is_not_looked_at() {
+    const LEN: usize = 8 << 20;
+    let hmm = Uhmm::new().unwrap();
+    let memory = Pages::new(LEN);
+    let mirror = hmm.mirror(range(&memory), Summer::new(range(&memory))).unwrap();
+    let bytes = memory.atomics::<std::sync::atomic::AtomicU8>();
+    let all = range(&memory);
+    let last = all.end - PAGE;
+    let end = Instant::now() + seconds(5);
+    let (turn, dropped) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let mut random = fastrand::Rng::with_seed(6);
+    std::thread::scope(|scope| {
+        let (mirror, turn, dropped) = (&mirror, &turn, &dropped);
+        scope.spawn(move || {
+            for number in 1.. {
+                bytes.iter().step_by(PAGE).for_each(|byte| byte.store(1, Relaxed));
+                mirror.snapshot(all.clone(), SECOND).unwrap(); // all of it is watched
+                turn.store(number, SeqCst);
+                // SAFETY: pages of the test's own.
+                assert_eq!(unsafe { libc::madvise(all.start as *mut _, LEN, libc::MADV_DONTNEED) }, 0);
+                dropped.store(number, SeqCst);
+                while turn.load(SeqCst) == number {
+                    std::thread::yield_now();
+                }
+                if turn.load(SeqCst) == usize::MAX {
+                    return;
+                }
+            }
+        });
+        for number in 1.. {
+            while turn.load(SeqCst) != number {
+                std::hint::spin_loop();
+            }
+            let wait = random.u64(0..600);
+            let from = Instant::now();
+            while from.elapsed().as_micros() < u128::from(wait) {
+                std::hint::spin_loop();
+            }
+            let looked = mirror.snapshot(last..last + PAGE, SECOND).unwrap();
+            while dropped.load(SeqCst) != number {
+                std::hint::spin_loop();
+            }
+            let wrong = looked.entries[0].may_read() && !mirror.read_retry(looked.seq);
+            let over = wrong || Instant::now() > end;
+            turn.store(if over { usize::MAX } else { 0 }, SeqCst);
+            assert!(!wrong, "drop {number}: the page was looked at, it has gone, and nothing was told of that");
+            if over {
+                return;
+            }
+        }
+    });
 }

@@ -19,6 +19,7 @@ pub const LESSER: &[Test] = &[
     lesser("suite::modes::a_forked_child_sees_the_contents", a_forked_child_sees_the_contents),
     lesser("suite::modes::undeclared_memory", undeclared_memory),
     lesser("suite::modes::what_is_left_on_the_device", what_is_left_on_the_device),
+    lesser("suite::modes::a_lease_takes_nothing_away", a_lease_takes_nothing_away),
     lesser("suite::modes::a_mirror_needs_userfaultfd", a_mirror_needs_userfaultfd),
     lesser("suite::modes::more_than_the_device_holds", more_than_the_device_holds),
     lesser("suite::modes::hints_are_taken_or_do_nothing", hints_are_taken_or_do_nothing),
@@ -42,6 +43,7 @@ const FULL_ONLY: &[&str] = &[
     "basics::two_devices_take_turns",
     "contract::",
     "failing::",
+    "promises::",
     "faults::twice_the_capacity_by_launches",
     "hints::",
     "faults::twice_the_capacity_by_faults",
@@ -291,6 +293,24 @@ fn what_is_left_on_the_device() {
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
     assert_eq!(pages_present(&data), 0, "after the fork it stays again");
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 5));
+}
+
+/// Also of what is left on the device: a child could not be given what a lease keeps there.
+fn a_lease_takes_nothing_away() {
+    let (hmm, dev) = opened();
+    let mut data: Vec<u32> = (0..1_000_000).collect();
+    if hmm.mode() == Mode::UserModeOnly {
+        dev.leave(&mut data).unwrap();
+    }
+    let probe = data.as_ptr_range();
+    let (start, len) = (probe.start as usize, data.len());
+    let lease = dev.acquire(args![inout(&mut data)]).unwrap();
+    // SAFETY: the memory is there; who has the lease writes elsewhere until it ends.
+    let seen = move || unsafe { std::slice::from_raw_parts(start as *const u32, len) }.iter().enumerate().all(|(i, &x)| x == i as u32);
+    assert_eq!(wait(fork(false, seen)), 0);
+    lease.run(&increment, groups(len)).unwrap();
+    drop(lease);
+    assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1));
 }
 
 /// Snapshots must stay until the launch has ended. Making room for another chose the oldest of them, sent nothing home, and chose it again, for ever.

@@ -5,11 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use uhmm::Error;
 use uhmm_core::args::Args;
-use uhmm_core::driver::{Committed, DeviceInfo, Dma, DmaError, DmaKind, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::{self, DeviceInfo, Dma, DmaError, DmaKind, Driver, Fence, Forward};
 use uhmm_core::kernel::{Entry, Grid};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
-use uhmm_core::page::Span;
 use uhmm_core::residency::Place;
 use uhmm_core::{CoreRef, DeviceConfig, DeviceRef};
 use uhmm_os::Errno;
@@ -23,7 +22,7 @@ static FAILS: AtomicBool = AtomicBool::new(false);
 #[derive(Debug)]
 struct Other {
     soft: OwnBox<dyn Driver>,
-    reads: bool,
+    info: DeviceInfo,
 }
 
 fn reads_none(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
@@ -35,77 +34,25 @@ fn reads_and_fails(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> 
 }
 
 fn wrap(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo], reads: bool) -> Result<OwnBox<dyn Driver>, Error> {
-    let other = Other { soft: uhmm_soft::open(config, mode, others)?, reads };
-    let other = OwnBox::new(c"uhmm test device", other).map_err(|e| Error::System("map memory", e))?;
-    Ok(other.unsize(|p| p as *mut dyn Driver))
+    let soft = uhmm_soft::open(config, mode, others)?;
+    let mut info = soft.info().clone();
+    info.capabilities.reads_peers = reads;
+    driver::boxed(c"uhmm test device", Other { soft, info }).map_err(|e| Error::System("map memory", e))
 }
 
 // SAFETY: all is done by a soft device, but for what this one does not do.
-unsafe impl Driver for Other {
+unsafe impl Forward for Other {
+    fn inner(&self) -> &dyn Driver {
+        &*self.soft
+    }
+
     fn info(&self) -> &DeviceInfo {
-        self.soft.info()
-    }
-    fn populate(&self, unit: usize) -> Result<(), Errno> {
-        self.soft.populate(unit)
-    }
-    fn release(&self, unit: usize) {
-        self.soft.release(unit);
-    }
-    fn peek(&self, frame: Frame) -> Option<usize> {
-        self.soft.peek(frame)
-    }
-    fn mapped(&self, va: usize) -> Option<usize> {
-        self.soft.mapped(va)
-    }
-    fn reads_peers(&self) -> bool {
-        self.reads
-    }
-    fn address(&self, frame: Frame) -> usize {
-        self.soft.address(frame)
-    }
-    fn copy(&self, batch: &[Dma]) -> Fence {
-        self.soft.copy(batch)
+        &self.info
     }
     fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
         let done = self.soft.wait(fence, batch, limit);
         let to_device = batch.iter().any(|dma| dma.kind == DmaKind::ToDevice);
         if to_device && FAILS.load(Ordering::Relaxed) { Err(DmaError::Failed(Errno::IO)) } else { done }
-    }
-    fn open_window(&self, span: Span) -> Result<(), Errno> {
-        self.soft.open_window(span)
-    }
-    fn close_window(&self, span: Span) {
-        self.soft.close_window(span);
-    }
-    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
-        self.soft.map(batch)
-    }
-    fn allow_writes(&self, batch: &[MapRun]) {
-        self.soft.allow_writes(batch);
-    }
-    fn unmap(&self, batch: &[MapRun]) {
-        self.soft.unmap(batch);
-    }
-    fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
-        self.soft.launch(launch)
-    }
-    fn note_fault(&self, va: usize, write: bool) {
-        self.soft.note_fault(va, write);
-    }
-    fn fail(&self, fault: KernelFault) {
-        self.soft.fail(fault);
-    }
-    fn host_touch(&self, tid: u32, address: usize) {
-        self.soft.host_touch(tid, address);
-    }
-    fn owns_thread(&self, tid: u32) -> bool {
-        self.soft.owns_thread(tid)
-    }
-    fn in_window(&self, address: usize) -> bool {
-        self.soft.in_window(address)
-    }
-    fn scratch(&self, address: usize, fault: KernelFault) -> bool {
-        self.soft.scratch(address, fault)
     }
 }
 

@@ -202,8 +202,11 @@ fn a_block_stays_where_it_is_if_there_is_no_room() {
     drop(buffer);
     // Room for what is asked for, not for the block that it lies in: the rest goes home.
     let buffer = small.alloc::<u8>(4 << 20).unwrap();
-    small.run(&increment, 1, args![inout(&mut data[600_000..601_000])]).unwrap();
-    drop(buffer);
+    let mut taken = Pages::new(1 << 20);
+    let lease = small.acquire(args![inout(taken.slice::<u8>())]).unwrap();
+    small.run(&increment, 1, args![inout(&mut data[600_000..602_000])]).unwrap();
+    assert_eq!(hmm.residency(&*data).unwrap().on("one"), 6 << 20);
+    drop((buffer, lease));
     // In turns, the one driving out what the other does not need.
     for part in [0..1 << 20, 1 << 20..2 << 20] {
         small.run(&increment, groups(1 << 20), args![inout(&mut data[part])]).unwrap();

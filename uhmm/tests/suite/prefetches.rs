@@ -10,6 +10,8 @@ crate::tests![
     a_prefetch_takes_what_it_says_and_no_more,
     errors_of_a_prefetch_come_from_its_fence,
     what_was_unmapped_is_not_prefetched,
+    a_prefetch_takes_nothing_from_another_devices_kernel,
+    nothing_goes_to_a_device_that_was_removed,
     a_launch_does_not_wait_for_all_of_a_prefetch,
     prefetches_that_nobody_waits_for,
     forks_among_prefetches,
@@ -133,6 +135,56 @@ fn errors_of_a_prefetch_come_from_its_fence() {
         }
     }
     panic!("no prefetch was overtaken");
+}
+
+/// It waits for the end of the launch: the kernel would fetch its memory again, and so on.
+fn a_prefetch_takes_nothing_from_another_devices_kernel() {
+    let (hmm, one) = device(16);
+    let two = hmm.soft("two").memory(16 << 20).threads(1).open().unwrap();
+    let mut data = vec![1u32; 1 << 20];
+    let (running, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+    let kernel = |_: &Ctx<'_>| {
+        running.store(true, Ordering::Release);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        ended.store(true, Ordering::Release);
+    };
+    let (start, end) = (data.as_ptr() as usize, data.as_ptr_range().end as usize);
+    std::thread::scope(|scope| {
+        let (two, kernel, data) = (&two, &kernel, &mut data);
+        scope.spawn(move || two.run(kernel, 1, args![inout(data)]).unwrap());
+        while !running.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+        one.prefetch_range(start, end - start).unwrap();
+        assert!(ended.load(Ordering::Acquire), "the kernel was running");
+    });
+    assert_eq!(hmm.residency(start..end).unwrap().on("two"), 0);
+}
+
+/// It is removed while something goes there: what has gone is home when that returns, and the rest stays.
+fn nothing_goes_to_a_device_that_was_removed() {
+    let hmm = uhmm::Uhmm::new().unwrap();
+    let data = vec![3u8; 80 << 20];
+    let all = pages_present(&data);
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut overtaken = 0;
+    for round in 0..30 {
+        let dev = hmm.soft("dev").memory(96 << 20).threads(1).open().unwrap();
+        let fence = hmm.prefetch(&data, To::Device(&dev)).unwrap();
+        std::thread::sleep(std::time::Duration::from_micros(random.u64(0..20_000)));
+        dev.remove().unwrap();
+        assert_eq!(pages_present(&data), all, "round {round}");
+        match fence.wait() {
+            Ok(()) => {}
+            Err(Error::DeviceRemoved { device: "dev" }) => overtaken += 1,
+            Err(e) => panic!("{e}"),
+        }
+        let error = hmm.prefetch(&data, To::Device(&dev)).unwrap().wait().unwrap_err();
+        assert!(matches!(error, Error::DeviceRemoved { .. }), "{error}");
+        assert_eq!(pages_present(&data), all, "round {round}");
+    }
+    assert!(overtaken > 0, "no prefetch was overtaken");
+    assert!(data.iter().all(|&x| x == 3));
 }
 
 fn what_was_unmapped_is_not_prefetched() {

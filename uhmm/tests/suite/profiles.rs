@@ -26,7 +26,7 @@ fn every_kind_opens() {
     for &kind in uhmm::KINDS {
         let dev = hmm.device(kind).unwrap();
         assert_eq!(dev.name(), kind);
-        assert_eq!(dev.info().replayable_faults, kind != "soft:nofault");
+        assert_eq!(dev.info().capabilities.replayable_faults, kind != "soft:nofault");
         assert_eq!(dev.memory() == 0, kind == "null");
         dev.run(&|_: &Ctx<'_>| (), 1, args![]).unwrap();
     }

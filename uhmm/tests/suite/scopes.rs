@@ -119,7 +119,7 @@ fn the_next_launch_is_prepared_while_one_runs() {
 /// A kernel that follows a pointer into what the next launch overwrites still finds what was there.
 fn what_a_launch_overwrites_is_not_taken_early() {
     let (_hmm, dev) = device(64);
-    if !dev.info().replayable_faults {
+    if !dev.info().capabilities.replayable_faults {
         return; // no pointer can be followed
     }
     let mut data = vec![7u32; 1 << 20];

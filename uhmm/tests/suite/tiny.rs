@@ -1,7 +1,7 @@
 //! The driver of the example is a driver: it passes every check, in every mode.
 
 #[path = "../../examples/tiny_driver.rs"]
-mod driver;
+pub mod driver;
 
 use uhmm_core::conformance::{CHECKS, Subject};
 use uhmm_core::mode::Mode;

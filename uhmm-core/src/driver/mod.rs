@@ -2,6 +2,12 @@
 //!
 //! Sentence by sentence, with what shows it: docs/driver-contract.md. How to write a driver: docs/write-a-driver.md, with a complete one, uhmm/examples/tiny_driver.rs.
 //!
+//! | module | what helps to write one |
+//! |---|---|
+//! | [`cpu`] | copies, groups, first faults and scratch pages of a device whose copy engine or kernels are the CPU's |
+//! | [`window`] | the addresses at which such a device's kernels see the process |
+//! | [`forward`] | a driver around another one |
+//!
 //! # Rules
 //! * Drivers are called per batch, never per page, from uhmm's own threads. Every call but [`Driver::launch`] may be made on the
 //!   fault path: no allocation, no lock in memory that could migrate, no log, no touch of the program's memory but through
@@ -10,19 +16,28 @@
 //!   acknowledged: no access through the old entry can happen afterwards.
 //! * An error is only for what the caller cannot foresee. A page whose copy failed is not mapped: [`Committed`] shows that it did not.
 //! * A device may fail, and be lost, in any call that says so. It says what is so: uhmm then gives an error, keeps the page where it is, or poisons it.
-//! * The memory of a coherent device ([`DeviceInfo::coherent`]) is anonymous memory of this process, which [`Driver::peek`] tells, and its pages themselves go into
+//! * The memory of a coherent device ([`Capabilities::coherent`]) is anonymous memory of this process, which [`Driver::peek`] tells, and its pages themselves go into
 //!   the program and come back ([`Driver::take_back`]). It sees the process's addresses as they are (its mask is 0) and reaches all of them, so that it has no page table:
 //!   nothing is mapped, unmapped or shared for it, and no window is opened. A frame whose page is in the program, or went with it, is vacant; the copy engine's
 //!   next write gives it a page. A fault of its kernels is one of the process's own addresses, and uhmm lets them run on itself.
+//!
+//! Examples: uhmm/examples/tiny_driver.rs is a complete driver, `drivers/null` the smallest, `drivers/soft` the reference.
+
+pub mod cpu;
+pub mod forward;
+pub mod window;
 
 use crate::bits::PAGES;
 use crate::directory::State;
 use crate::kernel::{Bound, Entry, Message};
+use crate::own::OwnBox;
 use crate::page::Span;
+use core::ffi::CStr;
 use core::time::Duration;
 use uhmm_os::{Errno, PAGE};
 
 pub use crate::directory::Frame;
+pub use forward::Forward;
 
 /// What a device is, fixed when it is opened.
 #[derive(Clone, Debug)]
@@ -35,10 +50,27 @@ pub struct DeviceInfo {
     pub threads: usize,
     /// The device sees the process's address `v` at `v ^ mask`.
     pub mask: usize,
+    /// What it can do.
+    pub capabilities: Capabilities,
+}
+
+/// What a device can do, and so what uhmm asks of it: fixed when it is opened. By default it can do nothing of it.
+///
+/// ```
+/// use uhmm_core::driver::Capabilities;
+///
+/// let gpu = Capabilities { replayable_faults: true, ..Capabilities::default() };
+/// assert!(!gpu.coherent && !gpu.reads_peers);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
     /// The device may touch any address and waits until it is there. Without, a kernel reaches only what its launch declares.
     pub replayable_faults: bool,
     /// The CPU reads and writes the device's memory in place, so that a page of it need not come home to be touched.
     pub coherent: bool,
+    /// The device's copy engine can read what another device's [`peek`](Driver::peek) names, as the host address of [`DmaKind::ToDevice`]: then pages move from that device
+    /// to this one by one copy. Else they pass through host pages.
+    pub reads_peers: bool,
 }
 
 /// One piece of a batch of copies. Frames that follow each other are next to each other in device memory.
@@ -59,7 +91,7 @@ pub struct Dma {
 /// What one piece of a batch does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DmaKind {
-    /// From memory of uhmm's, or of another device ([`Driver::reads_peers`]), to the device.
+    /// From memory of uhmm's, or of another device ([`Capabilities::reads_peers`]), to the device.
     ToDevice,
     /// From the device to memory of uhmm's.
     ToHost,
@@ -100,6 +132,13 @@ pub struct MapRun {
     pub pages: usize,
     /// Whether the device may write.
     pub write: bool,
+}
+
+impl MapRun {
+    /// The process addresses of its pages.
+    pub fn span(&self) -> Span {
+        Span { start: self.va, end: self.va + self.pages * PAGE }
+    }
 }
 
 /// Runs of pages whose frames hold valid data: what a driver may enter into its page table. Only uhmm makes one, of pages that the directory calls resident, and those it calls
@@ -246,12 +285,6 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
         None
     }
 
-    /// Whether the device's copy engine can read what another device's [`peek`](Self::peek) names, as the host address of [`DmaKind::ToDevice`]: then pages move
-    /// from that device to this one by one copy. Else they pass through host pages.
-    fn reads_peers(&self) -> bool {
-        false
-    }
-
     /// The pages at `host`, which lie in memory of uhmm's and are those of a coherent device, become the pages of vacant frames from `frame` on again: the first so many.
     /// The others' contents are copied into the frames then.
     fn take_back(&self, frame: Frame, host: usize, pages: usize) -> usize {
@@ -288,7 +321,8 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
         false
     }
 
-    /// Makes the device able to see the blocks of `span` at all, before pages of it are mapped.
+    /// Makes the device able to see the blocks of `span` at all: asked for what a launch declares or advice names, so that a lack of addresses is an error there.
+    /// [`map`](Self::map) also comes for blocks that nobody has asked this for (a prefetch, a device fault), and opens them itself.
     ///
     /// # Errors
     /// If the device has no addresses for it.
@@ -380,4 +414,12 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
         let _ = (address, fault);
         false
     }
+}
+
+/// Moves a driver into memory of uhmm's: what an [`OpenDriver`](crate::OpenDriver) returns.
+///
+/// # Errors
+/// `ENOMEM`: no address space for it.
+pub fn boxed(name: &CStr, driver: impl Driver + 'static) -> Result<OwnBox<dyn Driver>, Errno> {
+    Ok(OwnBox::new(name, driver)?.unsize(|p| p as *mut dyn Driver))
 }
