@@ -1,8 +1,9 @@
 //! The files that there are, by path.
 //!
 //! # Rules
-//! * A path is compared only after the kernel did not find it (or could not open it): then it is a string that can be read, and for every other file this library costs nothing.
+//! * A path is compared after the kernel has read it: then it is a string, and comparing it costs next to nothing. Where it has not been read, or may not have been, the kernel copies it.
 //! * It is compared as it stands: a path relative to a directory, or with a detour, is not recognised.
+#![allow(unsafe_code)] // reads the program's strings
 
 use crate::sys;
 use core::ffi::{CStr, c_char};
@@ -26,8 +27,20 @@ pub(crate) const DEVICES: u8 = 4;
 const PREFIX: &[u8] = b"/dev/hmm_dmirror";
 const GUP: &[u8] = b"/sys/kernel/debug/gup_test";
 
+/// Whether a path that the kernel has read begins with these bytes, of which none is the end of a string.
+fn begins(path: *const c_char, text: &[u8]) -> bool {
+    // SAFETY: the path is a string, of which nothing is read behind the first byte that differs; the end does.
+    text.iter().enumerate().all(|(index, &byte)| unsafe { *path.add(index) }.cast_unsigned() == byte)
+}
+
 impl Kind {
-    /// The file of a path that could not be opened.
+    /// The file of a path that the kernel has read just now.
+    #[inline]
+    pub(crate) fn of_known_path(path: *const c_char) -> Option<Kind> {
+        if begins(path, PREFIX) || begins(path, GUP) { Kind::of_path(path) } else { None }
+    }
+
+    /// The file of a path, which may be any address.
     pub(crate) fn of_path(path: *const c_char) -> Option<Kind> {
         // One byte more than the longest, for the end.
         let mut bytes = [0; GUP.len() + 1];
@@ -84,9 +97,8 @@ impl Kind {
 }
 
 /// Whether the devices that are opened now do nothing.
-#[allow(unsafe_code)] // getenv, as std's copies the value to the heap
 fn null() -> bool {
-    // SAFETY: a string; the result is one too, and nobody changes the environment while threads read it.
+    // SAFETY: (std's own function would copy the value to the heap) a string; the result is one too, and nobody changes the environment while threads read it.
     unsafe {
         let value = libc::getenv(c"UHMM_DMIRROR".as_ptr());
         !value.is_null() && CStr::from_ptr(value) == c"null"

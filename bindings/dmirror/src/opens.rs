@@ -345,7 +345,8 @@ impl Home {
     /// # Errors
     /// `ENOMEM`.
     pub(crate) fn buffer(&self, len: usize) -> Result<Buffer<'_>, Errno> {
-        let kept = if len <= KEPT { lock(&self.buffer).take() } else { None };
+        // Without waiting, for a signal handler may have interrupted who holds it.
+        let kept = if len <= KEPT { self.buffer.try_lock().ok().and_then(|mut kept| kept.take()) } else { None };
         let memory = match kept {
             Some(memory) => memory,
             None => own::map(c"uhmm dmirror", len.max(1))?,
@@ -375,11 +376,11 @@ impl Buffer<'_> {
 
 impl Drop for Buffer<'_> {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory.take().filter(|memory| memory.len() == KEPT) {
-            let mut kept = lock(&self.home.buffer);
-            if kept.is_none() {
-                *kept = Some(memory);
-            }
+        if let Some(memory) = self.memory.take().filter(|memory| memory.len() == KEPT)
+            && let Ok(mut kept) = self.home.buffer.try_lock()
+            && kept.is_none()
+        {
+            *kept = Some(memory);
         }
     }
 }

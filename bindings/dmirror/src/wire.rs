@@ -107,12 +107,14 @@ pub(crate) fn ask(fd: c_int, what: What, command: &Command) -> Result<Done, Errn
         }
     }
     drop(theirs);
+    let mut over = false;
     let mut reply = Reply { magic: 0, errno: 0, cpages: 0, faults: 0 };
     let count = loop {
+        let flags = libc::MSG_DONTWAIT;
         // SAFETY: the reply may be written.
-        match unsafe { message(libc::SYS_recvmsg, mine.0, (&raw mut reply as usize, size_of::<Reply>()), (0, 0), 0) } {
+        match unsafe { message(libc::SYS_recvmsg, mine.0, (&raw mut reply as usize, size_of::<Reply>()), (0, 0), flags) } {
             Ok((count, _)) => break count,
-            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN | Errno::INTR) if !over => over = wait(fd, mine.0),
             Err(_) => break 0,
         }
     };
@@ -127,6 +129,15 @@ pub(crate) fn ask(fd: c_int, what: What, command: &Command) -> Result<Done, Errn
         unsafe { sys::transfer(libc::SYS_pread64, data.0, command.ptr, len) }?;
     }
     Ok(Done { cpages: reply.cpages, faults: reply.faults })
+}
+
+/// Waits until there is a reply or its socket hangs up; or the descriptor does, for some child may have a copy of the reply's other end: then true.
+fn wait(fd: c_int, reply: c_int) -> bool {
+    let polled = |fd, events| libc::pollfd { fd, events, revents: 0 };
+    let mut both = [polled(reply, libc::POLLIN), polled(fd, 0)];
+    // SAFETY: two entries.
+    let _ = unsafe { sys::call(libc::SYS_poll, [both.as_mut_ptr() as usize, 2, usize::MAX]) };
+    both[1].revents & libc::POLLHUP != 0
 }
 
 /// Takes a request from a descriptor's other end, does it, and replies. To be called on the service's thread.

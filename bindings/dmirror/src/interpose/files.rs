@@ -11,27 +11,32 @@ use core::ffi::c_char;
 use libc::{c_int, c_uint, c_ulong, mode_t};
 use uhmm_os::Errno;
 
-/// Whether a file that the kernel could not open or see may be one of this library's. Debugfs is closed to ordinary users.
-pub(super) fn may_be_ours(error: Errno) -> bool {
-    matches!(error, Errno::NOENT | Errno::ACCESS | Errno::PERM)
+/// The file of a path that the kernel could not open or see, if it is one of this library's. Debugfs is closed to ordinary users.
+pub(super) fn not_found(error: Errno, path: *const c_char) -> Option<Kind> {
+    match error {
+        Errno::NOENT => Kind::of_known_path(path),
+        Errno::ACCESS | Errno::PERM => Kind::of_path(path), // a filter of system calls says that too, without a look at the path
+        _ => None,
+    }
 }
 
 fn open_at(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
     // A file of that name must not be made.
     let creates = flags & libc::O_CREAT != 0 || flags & libc::O_TMPFILE == libc::O_TMPFILE;
-    let ours = if creates { Kind::of_path(path) } else { None };
-    let opened = match ours {
-        Some(_) => Err(Errno::NOENT),
-        // SAFETY: the program's call.
-        None => unsafe { sys::call(libc::SYS_openat, [dir as usize, path as usize, flags as usize, mode as usize]) },
+    if creates && let Some(kind) = Kind::of_path(path) {
+        return int(quietly(|| opens::open(kind, flags)));
+    }
+    // SAFETY: the program's call.
+    let opened = unsafe { sys::call(libc::SYS_openat, [dir as usize, path as usize, flags as usize, mode as usize]) };
+    let ours = match opened {
+        Ok(_) => Kind::of_known_path(path), // the kernel's own device, or what else is there
+        Err(error) => not_found(error, path),
     };
-    int(match opened {
-        Err(error) if may_be_ours(error) => match ours.or_else(|| Kind::of_path(path)) {
-            Some(kind) => quietly(|| opens::open(kind, flags)),
-            None => opened,
-        },
-        opened => opened,
-    })
+    let Some(kind) = ours else { return int(opened) };
+    if let Ok(fd) = opened {
+        sys::close(fd as c_int);
+    }
+    int(quietly(|| opens::open(kind, flags)))
 }
 
 #[unsafe(no_mangle)]
@@ -173,13 +178,10 @@ fn access_at(dir: c_int, path: *const c_char, mode: c_int, flags: c_int) -> c_in
             _ => sys::call(libc::SYS_faccessat2, [dir as usize, path as usize, mode as usize, flags as usize]),
         }
     };
-    int(match result {
-        Err(error) if may_be_ours(error) => match Kind::of_path(path) {
-            Some(kind) => quietly(|| stat::access(kind, mode)),
-            None => result,
-        },
-        result => result,
-    })
+    match result.map_err(|error| not_found(error, path)) {
+        Err(Some(kind)) => int(quietly(|| stat::access(kind, mode))),
+        _ => int(result),
+    }
 }
 
 #[unsafe(no_mangle)]

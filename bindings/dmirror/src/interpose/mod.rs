@@ -1,8 +1,8 @@
 //! The functions of libc that this library takes the place of, in every program that it is preloaded into.
 //!
 //! # Rules
-//! * The real call is made first, as a raw system call, with the program's arguments untouched. Only if it fails in the one way that it fails with a file or descriptor of this library's is there
-//!   anything to look at. So others' descriptors cost nothing, and nothing has to be initialised.
+//! * The real call is made first, as a raw system call, with the program's arguments untouched. What it says shows nearly always that it is not about a file or
+//!   descriptor of this library's. So others' descriptors cost nothing, and nothing has to be initialised.
 //! * Nothing unwinds into the program: what is more than a few lines runs under [`quietly`], and a panic there is `EIO`.
 //! * `errno` changes on errors only.
 //!

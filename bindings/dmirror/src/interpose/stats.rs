@@ -1,9 +1,8 @@
 //! stat(2) and its kin, under all names that libc has had for them. On x86-64 their struct is one, whatever the name.
 #![allow(unsafe_code)] // takes the place of libc's functions
 
-use super::files::may_be_ours;
+use super::files::not_found;
 use super::quietly;
-use crate::device::Kind;
 use crate::name::Name;
 use crate::stat;
 use crate::sys::{self, int};
@@ -15,7 +14,7 @@ fn by_path(dir: c_int, path: *const c_char, to: *mut libc::stat, flags: c_int) -
     // SAFETY: the program's call.
     let result = unsafe { sys::call(libc::SYS_newfstatat, [dir as usize, path as usize, to as usize, flags as usize]) };
     int(match result {
-        Err(error) if may_be_ours(error) => match Kind::of_path(path) {
+        Err(error) => match not_found(error, path) {
             Some(kind) => quietly(|| stat::give(&stat::stat(kind)?, to)),
             None => result,
         },
@@ -115,7 +114,7 @@ unsafe extern "C" fn statx(dir: c_int, path: *const c_char, flags: c_int, mask: 
     // SAFETY: the program's call.
     let result = unsafe { sys::call(libc::SYS_statx, [dir as usize, path as usize, flags as usize, mask as usize, to as usize]) };
     let kind = match result {
-        Err(error) if may_be_ours(error) => Kind::of_path(path),
+        Err(error) => not_found(error, path),
         // SAFETY: the kernel has just written there.
         Ok(_) if flags & libc::AT_EMPTY_PATH != 0 && u32::from(unsafe { (*to).stx_mode }) & libc::S_IFMT == libc::S_IFSOCK => {
             (path.is_null() || first(path) == 0).then(|| Name::of(dir)).flatten().map(|name| name.kind)
