@@ -171,7 +171,7 @@ fn settle() -> Result<&'static Home, Errno> {
     if !HANDLERS.swap(true, Ordering::AcqRel) {
         system::pin_library(settle as *const () as usize);
         // SAFETY: two functions of this library that take and give a lock.
-        unsafe { system::atfork(before_fork, after_fork, after_fork) }?;
+        unsafe { system::atfork(before_fork, after_fork, in_child) }?;
     }
     let slots = own::map(c"uhmm dmirror", SLOTS * size_of::<Slot>())?;
     let (first, _) = slots.into_raw(); // for good
@@ -231,6 +231,12 @@ extern "C" fn before_fork() {
 }
 
 extern "C" fn after_fork() {
+    OPENING.give();
+}
+
+extern "C" fn in_child() {
+    // The number says so too, but for a child that is in a namespace of its own and has its parent's number there.
+    OWNER.store(0, Ordering::Release);
     OPENING.give();
 }
 

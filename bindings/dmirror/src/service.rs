@@ -5,7 +5,7 @@
 //! | thread | does |
 //! |---|---|
 //! | desk | takes over the other end of a descriptor that is made; says whether the last copy of one was closed |
-//! | ends | waits for all ends: for requests of other processes, and for the close of a last copy that this process did not make itself |
+//! | ends, three | wait for all ends: for requests of other processes, and for the close of a last copy that this process did not make itself. One may wait long for what a command needs, so there are more |
 #![allow(unsafe_code)] // system calls; threads
 
 use crate::opens::{Home, lock};
@@ -18,6 +18,8 @@ use uhmm_os::{Errno, thread};
 
 /// Bytes of a thread's stack.
 const STACK: usize = 256 << 10;
+/// Threads that wait for ends. If several see the same, one has it, and the others find nothing.
+const ENDS: usize = 3;
 
 /// What the desk is asked for.
 #[derive(Clone, Copy, Debug)]
@@ -108,8 +110,10 @@ fn begin(home: &'static Home) -> Result<bool, Errno> {
     // SAFETY: the call takes flags.
     let epoll = unsafe { sys::call(libc::SYS_epoll_create1, [libc::EPOLL_CLOEXEC as usize]) }?;
     home.epoll.store(epoll as c_int, Ordering::Release);
-    // SAFETY: as for the desk. A thread shares the table of the one that starts it.
-    drop(unsafe { own::spawn(c"uhmm dmirror", STACK, ends, core::ptr::from_ref(home).cast_mut().cast()) }?);
+    for _ in 0..ENDS {
+        // SAFETY: as for the desk. A thread shares the table of the one that starts it.
+        drop(unsafe { own::spawn(c"uhmm dmirror", STACK, ends, core::ptr::from_ref(home).cast_mut().cast()) }?);
+    }
     Ok(true)
 }
 
