@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
-use uhmm_core::CoreRef;
 use uhmm_core::mode::Mode;
+use uhmm_core::port::{Owner, PortError, Station};
+use uhmm_core::{CoreRef, DeviceConfig};
+use uhmm_os::{Errno, PAGE};
 
 type Outcome = Result<(), Failed>;
 
@@ -18,9 +20,21 @@ fn main() {
         .into_iter()
         .map(|name| Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!full))
         .collect();
+    let serves = full && ports_are_served();
+    trials.extend(["commands", "userfaults"].map(|name| Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!serves)));
     trials.push(Trial::test("null", || succeeds("null", &[("UHMM_DMIRROR", "null")])));
     trials.push(Trial::test("refused_without_rights", refused));
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+/// Whether a port does anything.
+fn ports_are_served() -> bool {
+    let config = DeviceConfig { coherent: true, threads: 1, memory: 2 << 20, ..DeviceConfig::new("probe") };
+    let Ok(station) = Station::open(config, uhmm_soft::open) else { return false };
+    let page = vec![0u8; 2 * PAGE];
+    let start = page.as_ptr().addr().next_multiple_of(PAGE);
+    let port = station.port(Owner { number: 1, coherent: false });
+    port.is_ok_and(|port| port.read(start, &mut [0; PAGE]) != Err(PortError::System(Errno::NOSYS)))
 }
 
 /// Where this test's build lies: the folder of its profile.
