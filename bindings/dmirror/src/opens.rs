@@ -22,7 +22,7 @@ use uhmm_core::mode::Mode;
 use uhmm_core::own::{self, OwnBox};
 use uhmm_core::port::{Port, Station};
 use uhmm_core::{CoreRef, DeviceConfig};
-use uhmm_os::mem::Mapping;
+use uhmm_os::mem::{self, Advice, Mapping};
 use uhmm_os::signal::Deferred;
 use uhmm_os::{Errno, system, tasks};
 
@@ -36,8 +36,10 @@ static ACTIVE: AtomicBool = AtomicBool::new(false);
 
 /// Opens that can be at once.
 const SLOTS: usize = 4096;
-/// Buffers up to this length are kept for the next command.
-const KEPT: usize = 4 << 20;
+/// Bytes of the buffer that keep their pages for the next command.
+const WARM: usize = 4 << 20;
+/// The longest buffer whose addresses are kept.
+const KEPT: usize = 16 << 30;
 
 /// What a process has opened.
 #[derive(Debug)]
@@ -53,7 +55,10 @@ pub(crate) struct Home {
     /// Held by who drops a port, so that others can wait for that.
     ending: Mutex<()>,
     counts: [AtomicU32; DEVICES as usize],
+    /// The longest that was needed, while no command uses it: addresses are used up by mapping.
     buffer: Mutex<Option<Mapping>>,
+    /// The service's threads that run.
+    pub(crate) ready: AtomicU32,
 }
 
 /// A place for an open.
@@ -192,7 +197,8 @@ fn settle() -> Result<&'static Home, Errno> {
         epoll: AtomicI32::new(-1),
         ending: Mutex::new(()),
         counts: [const { AtomicU32::new(0) }; DEVICES as usize],
-        buffer: Mutex::new(own::map(c"uhmm dmirror", KEPT).ok()),
+        buffer: Mutex::new(own::map(c"uhmm dmirror", WARM).ok()),
+        ready: AtomicU32::new(0),
     };
     let home = OwnBox::new(c"uhmm dmirror", home)?.leak();
     // SAFETY: placed just now, and never freed.
@@ -352,10 +358,14 @@ impl Home {
     /// `ENOMEM`.
     pub(crate) fn buffer(&self, len: usize) -> Result<Buffer<'_>, Errno> {
         // Without waiting, for a signal handler may have interrupted who holds it.
-        let kept = if len <= KEPT { self.buffer.try_lock().ok().and_then(|mut kept| kept.take()) } else { None };
+        let kept = self.buffer.try_lock().ok().and_then(|mut kept| kept.take());
         let memory = match kept {
-            Some(memory) => memory,
-            None => own::map(c"uhmm dmirror", len.max(1))?,
+            Some(memory) if memory.len() >= len => memory,
+            shorter => {
+                drop(shorter);
+                let room = if len <= KEPT { len.next_power_of_two().max(WARM) } else { len };
+                own::map(c"uhmm dmirror", room)?
+            }
         };
         Ok(Buffer { memory: Some(memory), len, home: self })
     }
@@ -382,9 +392,13 @@ impl Buffer<'_> {
 
 impl Drop for Buffer<'_> {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory.take().filter(|memory| memory.len() == KEPT)
-            && let Ok(mut kept) = self.home.buffer.try_lock()
-            && kept.is_none()
+        let Some(memory) = self.memory.take().filter(|memory| memory.len() <= KEPT) else { return };
+        if self.len > WARM {
+            // SAFETY: our own memory, whose contents nobody needs any more.
+            let _ = unsafe { mem::madvise(memory.start() + WARM, memory.len() - WARM, Advice::DontNeed) };
+        }
+        if let Ok(mut kept) = self.home.buffer.try_lock()
+            && kept.as_ref().is_none_or(|kept| kept.len() < memory.len())
         {
             *kept = Some(memory);
         }

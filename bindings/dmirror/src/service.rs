@@ -19,7 +19,7 @@ use uhmm_os::{Errno, thread};
 /// Bytes of a thread's stack.
 const STACK: usize = 256 << 10;
 /// Threads that wait for ends. If several see the same, one has it, and the others find nothing.
-const ENDS: usize = 3;
+const ENDS: u32 = 3;
 
 /// What the desk is asked for.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +94,7 @@ pub(crate) fn start(home: &'static Home) -> Result<(), Errno> {
 unsafe extern "C" fn desk(home: *mut ()) {
     // SAFETY: `start` gives a home that lives as long as the process.
     let home = unsafe { &*home.cast::<Home>() };
+    ready(home);
     loop {
         let answer = match home.desk.next() {
             Request::Begin => begin(home),
@@ -114,7 +115,16 @@ fn begin(home: &'static Home) -> Result<bool, Errno> {
         // SAFETY: as for the desk. A thread shares the table of the one that starts it.
         drop(unsafe { own::spawn(c"uhmm dmirror", STACK, ends, core::ptr::from_ref(home).cast_mut().cast()) }?);
     }
+    while home.ready.load(Ordering::Acquire) != ENDS + 1 {
+        thread::yield_now();
+    }
     Ok(true)
+}
+
+/// To be called by each thread first: a thread's first allocation maps an arena for it, which must not happen later.
+fn ready(home: &Home) {
+    drop(std::hint::black_box(Box::new(0u8)));
+    home.ready.fetch_add(1, Ordering::AcqRel);
 }
 
 /// pidfd_open(2): for a thread, not a process.
@@ -171,6 +181,7 @@ unsafe extern "C" fn ends(home: *mut ()) {
     const BATCH: usize = 16;
     // SAFETY: as for the desk.
     let home = unsafe { &*home.cast::<Home>() };
+    ready(home);
     let epoll = home.epoll.load(Ordering::Acquire) as usize;
     let mut events = [libc::epoll_event { events: 0, u64: 0 }; BATCH];
     loop {

@@ -103,6 +103,32 @@ int main(void) {
     struct command endless = {.addr = 0, .ptr = (uint64_t)sights, .npages = 1ul << 40};
     FAILS(ioctl(fd, SNAPSHOT, &endless), EFAULT);
 
+    /* Much data, and a hole that stays one: a program may count on it. */
+    const size_t many = 5000;
+    char *much = pages(many), *copied = pages(many), *hole = pages(64);
+    munmap(hole, 64 * PAGE);
+    for (size_t i = 0; i < many; i++)
+        memset(much + i * PAGE, (int)(i % 251), PAGE);
+    struct command large = {.addr = (uint64_t)much, .ptr = (uint64_t)copied, .npages = many};
+    for (int round = 0; round < 3; round++) {
+        CHECK(ioctl(fd, READ, &large) == 0 && large.cpages == many && !memcmp(much, copied, many * PAGE));
+        memset(copied, round, many * PAGE);
+    }
+    child = fork();
+    if (child == 0) {
+        memset(much, 0, many * PAGE);
+        CHECK(ioctl(fd, READ, &large) == 0 && large.cpages == many);
+        for (size_t i = 0; i < many; i++)
+            CHECK(copied[i * PAGE] == (char)(i % 251) && copied[i * PAGE + PAGE - 1] == (char)(i % 251));
+        memset(copied, 17, many * PAGE);
+        CHECK(ioctl(fd, WRITE, &large) == 0 && large.cpages == many && much[0] == 0);
+        _exit(0);
+    }
+    well(child);
+    for (size_t i = 0; i < many * PAGE; i++)
+        CHECK(much[i] == 17);
+    CHECK(mmap(hole, 64 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == hole);
+
     /* The struct and the buffer may be on the device too. */
     fill(data, 70);
     struct command *own = (void *)buffer;
