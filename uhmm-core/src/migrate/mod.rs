@@ -386,8 +386,17 @@ impl Core {
         }
         state.device = dev.id();
         let (twins, rdonly) = (ask.twins & fresh, ask.rdonly & fresh);
-        let mut item =
-            Item { va: span.start, device: dev.id(), intent, twins, rdonly, moved: Bits::EMPTY, zeroed: Bits::EMPTY, copied: Bits::EMPTY, tray: None };
+        let mut item = Item {
+            va: span.start,
+            device: dev.id(),
+            intent,
+            twins,
+            rdonly,
+            moved: Bits::EMPTY,
+            zeroed: Bits::EMPTY,
+            copied: Bits::EMPTY,
+            tray: None,
+        };
         let here = present.pages & fresh;
         let huge = present.huge && fresh == Bits::ALL;
         let end = self.take(&mut item, fresh, here, huge, populated);

@@ -5,6 +5,7 @@
 use super::table::{EXCLUSIVE, NAMED, READ, Table, WATCHED, WRITE};
 use super::{Owner, PortError, huge};
 use crate::bits::Bits;
+use crate::coherent;
 use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::home;
@@ -149,7 +150,9 @@ impl Job<'_> {
         }
         for page in moved.pages() {
             let at = va + page * PAGE;
-            self.table.enter(at, READ | write | exclusive | WATCHED, self.page(at).pfn, || true);
+            let frame = self.page(at).pfn;
+            core.tags.note_frame(at, frame);
+            self.table.enter(at, READ | write | exclusive | WATCHED, frame, || true);
         }
     }
 
@@ -237,7 +240,12 @@ impl Job<'_> {
         let Some(block) = core.dir.get(va) else { return Ok(0) };
         let (own, whole) = {
             let _hold = core.space.hold();
-            let state = block.lock();
+            let mut state = block.lock();
+            // What copy-on-write has put in the place of a coherent page is no device's.
+            let coherent = self.own(&state, va) & part.bits() & state.coherent();
+            let others = coherent.pages().filter(|page| !core.tags.is_frame(va + page * PAGE, self.page(va + page * PAGE).pfn));
+            let others = others.fold(Bits::EMPTY, |all, page| all | Bits::one(page));
+            coherent::untag(core, &mut state, va, others);
             (self.own(&state, va) & part.bits(), state.huge)
         };
         if own.is_empty() {
@@ -307,5 +315,7 @@ fn relock(core: &Core, part: Span) {
 pub(super) fn own_pages(span: Span) -> Result<(), Errno> {
     #[allow(unsafe_code)]
     // SAFETY: it changes no contents.
-    unsafe { mem::madvise(span.start, span.len(), Advice::PopulateWrite) }
+    unsafe {
+        mem::madvise(span.start, span.len(), Advice::PopulateWrite)
+    }
 }

@@ -246,10 +246,7 @@ impl Port {
         let request = if write { Request::write() } else { Request::read() }.for_port(self.owner.number, wait);
         loop {
             let left = limit.saturating_duration_since(Instant::now());
-            let pages = self
-                .mirror
-                .range_fault(span.start..span.end, &request, left)
-                .map_err(|fault| told(fault, write))?;
+            let pages = self.mirror.range_fault(span.start..span.end, &request, left).map_err(|fault| told(fault, write))?;
             let entered = self.on(|core, _, table| Ok(access::enter(core, table, &pages, || !self.mirror.read_retry(pages.seq))))?;
             if entered {
                 return Ok(());

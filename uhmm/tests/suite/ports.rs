@@ -17,6 +17,7 @@ crate::tests![
     written_pages_of_a_private_file_mapping_migrate_in_name,
     holes_migrate_and_their_neighbours_stay_holes,
     two_forks_and_an_exclusive_page,
+    copy_on_write_takes_the_tag_off,
     exclusive_pages_are_revoked_by_any_touch,
     read_only_pages_migrate_and_stay_read_only,
 ];
@@ -261,7 +262,11 @@ fn written_pages_of_a_private_file_mapping_migrate_in_name() {
     let bytes = unsafe { core::slice::from_raw_parts_mut(at, 4 * PAGE) };
     bytes[..2 * PAGE].fill(4);
     let mut out = vec![0; 4 * PAGE];
-    assert_eq!(port.migrate_to_device(start, &mut out), Err(PortError::Missing { address: start + 2 * PAGE }), "a page of the file does not move");
+    assert_eq!(
+        port.migrate_to_device(start, &mut out),
+        Err(PortError::Missing { address: start + 2 * PAGE }),
+        "a page of the file does not move"
+    );
     port.migrate_to_device(start, &mut out[..2 * PAGE]).unwrap();
     assert!(out[..2 * PAGE].iter().all(|&byte| byte == 4));
     let places = || sights(&port, start, 4).iter().map(|sight| sight.place).collect::<Vec<_>>();
@@ -311,6 +316,30 @@ fn two_forks_and_an_exclusive_page() {
     assert_eq!(out[0], 77);
     port.migrate_to_device(start, &mut out).unwrap();
     assert_eq!((out[0], look(start)), (77, (false, true)));
+}
+
+/// A fork leaves coherent pages where they are. The first write by the parent makes a copy, which lies in the system's memory.
+fn copy_on_write_takes_the_tag_off() {
+    let station = station();
+    let port = station.port(Owner { number: 3, coherent: true }).unwrap();
+    let mut memory = filled(4);
+    let start = memory.start() as usize;
+    let mut out = vec![0; 4 * PAGE];
+    port.migrate_to_device(start, &mut out).unwrap();
+    assert!(sights(&port, start, 4).iter().all(|sight| sight.place == Place::Coherent));
+    let [mut ours, mut theirs] = std::os::unix::net::UnixStream::pair().map(|(a, b)| [a, b]).unwrap();
+    let bytes = memory.slice::<u8>();
+    let child = fork(false, || std::io::Read::read_exact(&mut theirs, &mut [0]).is_ok() && is_filled(bytes));
+    let places = || sights(&port, start, 4).iter().map(|sight| sight.place).collect::<Vec<_>>();
+    assert_eq!(places(), [Place::Coherent; 4]);
+    bytes[PAGE] = 99;
+    assert_eq!(places(), [Place::Coherent, Place::System, Place::Coherent, Place::Coherent]);
+    std::io::Write::write_all(&mut ours, &[0]).unwrap();
+    assert_eq!(wait(child), 0, "the child sees what there was");
+    assert_eq!(port.read(start, &mut out), Ok(1));
+    assert_eq!(out[PAGE], 99);
+    assert_eq!(port.migrate_to_system(start..start + 4 * PAGE), Ok(3));
+    assert_eq!(places(), [Place::System; 4]);
 }
 
 fn exclusive_pages_are_revoked_by_any_touch() {
