@@ -100,21 +100,21 @@ impl Job<'_> {
             want -= Bits::one(want.runs().next().map_or(0, |run| run.start));
         }
         core.tags.set(va, want, self.owner, self.exclusive);
-        let protected = !vma.write && unlock(core, part);
+        let protected = !vma.write && unlock(core, part, if vma.exec { Prot::ReadWriteExec } else { Prot::ReadWrite });
         let skip = |asked: Span| asked.bits() - want;
         let split = failing && want == Bits::ALL;
-        let moved = self.make_resident(part, split, &skip);
+        let moved = self.make_resident(part, vma.exec, split, &skip);
         if protected {
-            lock(core, part);
+            lock(core, part, if vma.exec { Prot::ReadExec } else { Prot::Read });
         }
         moved?;
         self.settle_block(vma, part, before);
         Ok(())
     }
 
-    fn make_resident(&self, part: Span, split: bool, skip: &dyn Fn(Span) -> Bits) -> Result<(), PortError> {
+    fn make_resident(&self, part: Span, exec: bool, split: bool, skip: &dyn Fn(Span) -> Bits) -> Result<(), PortError> {
         let mut park = |parked: crate::migrate::Parked| self.core.pool.put(parked.tray);
-        let mut ask = |part: Span| self.core.make_resident(self.dev, part, Intent::Move, skip, &mut park);
+        let mut ask = |part: Span| self.core.make_resident_in(self.dev, part, exec, Intent::Move, skip, &mut park);
         let done = if split {
             // In two parts, neither of which is a whole block: so its pages get their memory one by one.
             let half = part.start + part.len() / 2;
@@ -282,7 +282,7 @@ fn is_pool(vma: &Vma) -> bool {
 
 /// Makes a read-only range writable for the kernel's move, while userfaultfd keeps the program from writing there: what is there is write-protected first, and what is not is
 /// watched. A writer waits, and gets its SIGSEGV when the protection is back.
-fn unlock(core: &Core, part: Span) -> bool {
+fn unlock(core: &Core, part: Span, prot: Prot) -> bool {
     if ranges::watch_span(core, part).is_err() {
         return false;
     }
@@ -294,14 +294,14 @@ fn unlock(core: &Core, part: Span) -> bool {
     }
     #[allow(unsafe_code)]
     // SAFETY: nobody can write there meanwhile.
-    unsafe { mem::mprotect(part.start, part.len(), Prot::ReadWrite) }.is_ok()
+    unsafe { mem::mprotect(part.start, part.len(), prot) }.is_ok()
 }
 
 /// The protection is as it was, and what did not move is the program's as before.
-fn lock(core: &Core, part: Span) {
+fn lock(core: &Core, part: Span, prot: Prot) {
     #[allow(unsafe_code)]
     // SAFETY: as it was.
-    let _ = unsafe { mem::mprotect(part.start, part.len(), Prot::Read) };
+    let _ = unsafe { mem::mprotect(part.start, part.len(), prot) };
     relock(core, part);
 }
 

@@ -370,9 +370,16 @@ fn read_only_pages_migrate_and_stay_read_only() {
     let port = station.port(private(1)).unwrap();
     let memory = filled(4);
     let start = memory.start() as usize;
+    let mut out = vec![0; 4 * PAGE];
+    for access in [libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC, libc::PROT_READ | libc::PROT_EXEC] {
+        // SAFETY: memory of the test's own.
+        assert_eq!(unsafe { libc::mprotect(start as *mut _, 4 * PAGE, access) }, 0);
+        port.migrate_to_device(start, &mut out).unwrap();
+        assert!(is_filled(&out) && look(start) == (false, true));
+        assert_eq!(port.migrate_to_system(start..start + 4 * PAGE), Ok(4));
+    }
     // SAFETY: memory of the test's own.
     assert_eq!(unsafe { libc::mprotect(start as *mut _, 4 * PAGE, libc::PROT_READ) }, 0);
-    let mut out = vec![0; 4 * PAGE];
     port.migrate_to_device(start, &mut out).unwrap();
     assert!(is_filled(&out) && look(start) == (false, true));
     assert!(sights(&port, start, 4).iter().all(|sight| sight.place == Place::Private && !sight.write));
