@@ -102,7 +102,8 @@ impl Job<'_> {
         core.tags.set(va, want, self.owner, self.exclusive);
         let protected = !vma.write && unlock(core, part, if vma.exec { Prot::ReadWriteExec } else { Prot::ReadWrite });
         let skip = |asked: Span| asked.bits() - want;
-        let split = failing && want == Bits::ALL;
+        // Exclusive access is for single pages: a touch revokes it for one.
+        let split = (failing || self.exclusive) && want == Bits::ALL;
         let moved = self.make_resident(part, vma.exec, split, &skip);
         if protected {
             lock(core, part, if vma.exec { Prot::ReadExec } else { Prot::Read });

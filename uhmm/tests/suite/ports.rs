@@ -362,6 +362,13 @@ fn exclusive_pages_are_revoked_by_any_touch() {
         libc::mprotect((start + 2 * PAGE) as *mut _, 2 * PAGE, libc::PROT_READ);
     }
     assert!(!port.is_exclusive(start..start + 4 * PAGE));
+    let mut huge = Pages::huge(2 << 20);
+    huge.slice::<u8>().fill(5);
+    let first = huge.start() as usize;
+    port.exclusive(first, &mut vec![0; 2 << 20]).unwrap();
+    assert_eq!(huge.slice::<u8>()[7 * PAGE], 5);
+    let left = (0..512).filter(|page| port.is_exclusive(first + page * PAGE..first + (page + 1) * PAGE)).count();
+    assert_eq!(left, 511, "a touch revokes one page");
     assert_eq!(port.exclusive(start, &mut out), Err(PortError::Fault { address: start + 2 * PAGE }));
 }
 
