@@ -37,6 +37,7 @@ int main(void) {
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
     pid_t other = fork();
     if (other == 0) {
+        close(pair[0]); /* so that this ends if the other does */
         int fd = receive_descriptor(pair[1]);
         CHECK(flags(fd) == 0);
         struct stat status;
@@ -81,6 +82,21 @@ int main(void) {
     for (int i = 0; i < 100; i++)
         CHECK(flags(4 + i) == 0 && close(4 + i) == 0);
     closefrom(4);
+
+    /* Whatever is written to it, its commands go on. */
+    for (int i = 0; i < 300; i++) {
+        char garbage[100];
+        memset(garbage, i, sizeof garbage);
+        CHECK(write(3, garbage, (size_t)i % 100 + 1) > 0);
+        send_descriptor(3, 0);
+    }
+    pid_t child = fork();
+    if (child == 0) {
+        CHECK(flags(3) == 0);
+        _exit(0);
+    }
+    well(child);
+    CHECK(flags(3) == 0 && read(3, &child, 1) == 0);
 
     /* Other ways to open. */
     CHECK((fd = openat(AT_FDCWD, DEVICE, O_RDWR)) == 4 && flags(fd) == 0 && close(fd) == 0);
