@@ -3,6 +3,8 @@
 //! Each process that has opened a device listens at an abstract address, which names the family and the process. Who tells the others finds them in /proc/net/unix. A program that was
 //! executed begins a family of its own.
 
+#![allow(unsafe_code)] // a function that the loader calls
+
 use crate::opens::Home;
 use crate::sys;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -21,10 +23,16 @@ fn prefix() -> String {
     format!("uhmm-dmirror-family/{:016x}/", FAMILY.load(Ordering::Relaxed))
 }
 
-/// Begins a family, when the library is loaded.
-pub(crate) fn begin() {
+/// Begins a family.
+extern "C" fn begin() {
     FAMILY.store(sys::random(), Ordering::Relaxed);
 }
+
+/// When the library is loaded, before the program can fork.
+#[used]
+// SAFETY: the loader calls what the section lists, and passes what `begin` does not look at.
+#[unsafe(link_section = ".init_array")]
+static BEGIN: extern "C" fn() = begin;
 
 /// Where this process is told, by others of its family.
 ///
@@ -48,12 +56,12 @@ pub(crate) fn serve(home: &Home, listener: &UnixListener) {
 }
 
 /// Has every other process of the family bring home what it has on the device with this number.
-pub(crate) fn tell(home: Option<&Home>, number: u8) {
+pub(crate) fn tell(home: &Home, number: u8) {
     let Ok(sockets) = std::fs::read_to_string("/proc/net/unix") else { return };
-    let (prefix, own) = (prefix(), home.map_or(0, |home| home.cookie));
+    let prefix = prefix();
     for name in sockets.lines().filter_map(|line| line.rsplit(' ').next()?.strip_prefix('@')) {
         let Some(cookie) = name.strip_prefix(prefix.as_str()) else { continue };
-        if u64::from_str_radix(cookie, 16) == Ok(own) {
+        if u64::from_str_radix(cookie, 16) == Ok(home.cookie) {
             continue;
         }
         let Ok(address) = SocketAddr::from_abstract_name(name) else { continue };
