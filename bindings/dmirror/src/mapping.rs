@@ -82,7 +82,14 @@ pub(crate) fn remap(old: *mut c_void, old_len: size_t, new_len: size_t, flags: c
     };
     let _to = if flags & libc::MREMAP_FIXED != 0 { announce(new, new_len) } else { None };
     // SAFETY: the program's call.
-    let result = unsafe { sys::call(libc::SYS_mremap, [old as usize, old_len, new_len, flags as usize, new as usize]) };
+    let call = || unsafe { sys::call(libc::SYS_mremap, [old as usize, old_len, new_len, flags as usize, new as usize]) };
+    let mut result = call();
+    if result == Err(Errno::FAULT)
+        && let (Some(home), Some(range)) = (opens::home(), pages(old as usize, old_len))
+    {
+        home.station.unify(range);
+        result = call();
+    }
     // Whether it moves to grow, only the kernel knows before. Of anonymous memory it has told; entries of other memory go now.
     if !moves && result.is_ok_and(|at| at != old as usize) {
         drop(announce(old, old_len));

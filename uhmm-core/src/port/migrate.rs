@@ -181,9 +181,11 @@ impl Job<'_> {
         if !self.table.prepare(va) {
             return;
         }
+        let mut frames = [Entry::default(); uhmm_os::BLOCK / PAGE];
+        let _ = core.space.page_entries(va, &mut frames);
         for page in moved.pages() {
             let at = va + page * PAGE;
-            let frame = self.page(at).pfn;
+            let frame = frames[page].pfn;
             core.tags.note_frame(at, frame);
             self.table.enter(at, READ | write | exclusive | WATCHED, frame, || true);
         }

@@ -29,6 +29,7 @@ use crate::mode::Mode;
 use crate::own;
 use crate::page::{Span, Va};
 use crate::process::{self, CoreRef, DeviceConfig, OpenDriver};
+use crate::ranges;
 use crate::space;
 use crate::sync::*;
 use core::ops::Range;
@@ -192,6 +193,25 @@ impl Station {
     /// Pages of files with this inode on this device (major, minor) are a device's: they can be read, and do not migrate.
     pub fn add_device_file(&self, dev: (u32, u32), inode: u64) {
         self.core.core().tags.add_file(dev, inode);
+    }
+
+    /// Watches all of what is mapped of a range in one way. mremap(2) refuses (`EFAULT`) to move neighbouring mappings together that are watched in different ways, as they may be when
+    /// mappings were merged while uhmm looked at them.
+    pub fn unify(&self, range: Range<Va>) {
+        let span = Span::touching(range.start, range.end.min(EVERYTHING.end));
+        let _ = self.store.ask(|core, _| {
+            let _turn = core.turns.enter(Who::Alone);
+            let _prepare = core.prepare.lock();
+            let mut at = span.start;
+            while at < span.end {
+                let Ok(Some(vma)) = core.space.maps.find(at) else { break };
+                at = vma.end;
+                if vma.is_private_anonymous() && vma.start < span.end {
+                    let _ = ranges::watch_span(core, Span { start: vma.start, end: vma.end });
+                }
+            }
+            Ok(())
+        });
     }
 
     /// Whether a device has any page of a range, that the CPU uses in place or not at all.
