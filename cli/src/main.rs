@@ -12,6 +12,7 @@ mod mul_mat;
 mod npy;
 mod options;
 mod report;
+mod run;
 
 use clap::Parser;
 use options::{Cli, Command};
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         Command::MulMat(args) => mul_mat::run(&args, cli.json),
         Command::Demo(args) => demo::run(&args, cli.json),
         Command::Bench(args) => bench::run(&args, cli.json),
+        Command::Run(args) => run::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

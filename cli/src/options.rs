@@ -1,6 +1,7 @@
 //! What can be typed after `uhmm`.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// Heterogeneous memory management in user space: ordinary pointers, valid on a device too.
@@ -26,6 +27,8 @@ pub(crate) enum Command {
     Demo(Demo),
     /// Measure uhmm against the fewest system calls that could do each job.
     Bench(Bench),
+    /// Run a program in which uhmm serves the kernel's dummy HMM device. The output is the program's: --json does nothing.
+    Run(Run),
 }
 
 /// Arguments of `uhmm mul-mat`.
@@ -74,6 +77,22 @@ pub(crate) struct Bench {
     pub(crate) device: String,
 }
 
+/// Arguments of `uhmm run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The program finds /dev/hmm_dmirror0 and 1, whose memory is private, 2 and 3, whose memory is coherent, and /sys/kernel/debug/gup_test.
+With UHMM_DMIRROR=null in the environment they do nothing and say that they did everything.
+Programs that are linked statically, and those that change their user or group (setuid), load no such library.
+The exit status is the program's.")]
+pub(crate) struct Run {
+    /// Preload the library that serves /dev/hmm_dmirror*; it lies beside this command, as libuhmm_dmirror.so.
+    #[arg(long, required = true)]
+    pub(crate) dmirror: bool,
+    /// The program, looked for in PATH, and its arguments.
+    #[arg(value_name = "PROGRAM", last = true, required = true)]
+    pub(crate) program: Vec<OsString>,
+}
+
 /// The groups of measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Group {
@@ -93,6 +112,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_stands_behind_the_dashes_is_the_programs() {
+        let run = Cli::try_parse_from(["uhmm", "run", "--dmirror", "--", "prog", "--json", "-x"]);
+        assert!(matches!(run, Ok(Cli { command: Command::Run(run), json: false }) if run.program == ["prog", "--json", "-x"]));
+        assert!(Cli::try_parse_from(["uhmm", "run", "--", "prog"]).is_err());
+        assert!(Cli::try_parse_from(["uhmm", "run", "--dmirror"]).is_err());
     }
 
     #[test]

@@ -24,6 +24,8 @@ fn main() {
         Trial::test("a_pipe_is_no_matrix", a_pipe_is_no_matrix),
         Trial::test("a_closed_pipe_is_no_error", a_closed_pipe),
         Trial::test("no_colours_without_a_terminal", no_colours),
+        Trial::test("run_says_what_is_missing", run_says_what_is_missing),
+        Trial::test("run_becomes_the_program", run_becomes_the_program),
         needs_rights("no_such_device", no_such_device),
         needs_rights("digits_are_exact", digits_are_exact),
         needs_rights("random_matrices", random_matrices),
@@ -410,4 +412,28 @@ fn bad_files() -> Vec<BadFile> {
         bad("overflow", with("<f4", "(1099511627776, 1099511627776)"), &["too large"]),
         BadFile { name: "beyond_u32", bytes: large, length: large_length, words: &["4294967296 rows", "4294967295"] },
     ]
+}
+
+/// The command alone in a folder, as if its library had not been built.
+fn alone(folder: &TempDir) -> std::io::Result<Command> {
+    let command = folder.path().join("uhmm");
+    fs::copy(env!("CARGO_BIN_EXE_uhmm"), &command)?;
+    let mut command = Command::new(command);
+    command.stdin(Stdio::null()).env_remove("LD_PRELOAD");
+    Ok(command)
+}
+
+fn run_says_what_is_missing() -> Outcome {
+    let output = alone(&TempDir::new()?)?.args(["run", "--dmirror", "--", "true"]).output()?;
+    let said = text(&output.stderr);
+    if output.status.code() == Some(1) && said.contains("cargo build --release -p uhmm-dmirror") { Ok(()) } else { Err(said.into()) }
+}
+
+fn run_becomes_the_program() -> Outcome {
+    let folder = TempDir::new()?;
+    let library = folder.path().join("libuhmm_dmirror.so");
+    fs::write(&library, "")?; // the loader warns of it, and goes on
+    let output = alone(&folder)?.args(["run", "--dmirror", "--", "sh", "-c", "echo $LD_PRELOAD; exit 7"]).output()?;
+    let said = text(&output.stdout);
+    if output.status.code() == Some(7) && said.trim() == library.to_string_lossy() { Ok(()) } else { Err(said.into()) }
 }

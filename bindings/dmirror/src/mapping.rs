@@ -1,0 +1,152 @@
+//! Changes of the program's mappings, and mappings of the device's file.
+//!
+//! # Rules
+//! * What the program changes through libc is held as a [`Change`] around the real call. libc's own calls (malloc, threads' stacks) do not come by here; the core hears of those as of raw system calls.
+//! * Without an open device nothing is announced, and nothing costs.
+//! * A mapping of the device's file is one of a fresh file in memory, so that its pages are ordinary ones, zeroed, and nobody else's.
+#![allow(unsafe_code)] // system calls that the program asked for
+
+use crate::device::Kind;
+use crate::name::Name;
+use crate::{opens, sys};
+use core::ops::Range;
+use libc::{c_int, c_void, off_t, size_t};
+use uhmm_core::port::{self, Change, Place, Sight};
+use uhmm_os::{Errno, PAGE};
+
+/// The whole pages of a range; `None` if it has none, or ends beyond all addresses.
+pub(crate) fn pages(start: usize, len: usize) -> Option<Range<usize>> {
+    let end = start.checked_add(len)?.checked_next_multiple_of(PAGE)?;
+    (len > 0).then_some(start & !(PAGE - 1)..end)
+}
+
+/// Announces a change of a range, until the value is dropped.
+fn announce(start: *mut c_void, len: usize) -> Option<Change> {
+    opens::home()?;
+    pages(start as usize, len).map(port::change)
+}
+
+/// mmap(2).
+pub(crate) fn map(addr: *mut c_void, len: size_t, prot: c_int, flags: c_int, fd: c_int, offset: off_t) -> Result<usize, Errno> {
+    let _change = if flags & libc::MAP_FIXED != 0 { announce(addr, len) } else { None };
+    let args = [addr as usize, len, prot as usize, flags as usize, fd as usize, offset as usize];
+    // SAFETY: the program's call.
+    let mapped = unsafe { sys::call(libc::SYS_mmap, args) };
+    // A socket cannot be mapped, which the kernel says before it does anything.
+    let device = match mapped {
+        Err(Errno::NODEV) if flags & libc::MAP_ANONYMOUS == 0 => Name::of(fd).filter(|name| name.kind.number().is_some()),
+        _ => None,
+    };
+    match device {
+        Some(name) => map_device(&name, args),
+        None => mapped,
+    }
+}
+
+fn map_device(name: &Name, args: [usize; 6]) -> Result<usize, Errno> {
+    let [addr, len, prot, flags, _, offset] = args;
+    if !offset.is_multiple_of(PAGE) {
+        return Err(Errno::INVAL);
+    }
+    let file = sys::memfd()?;
+    // SAFETY: a file of our own; the mapping is the program's call.
+    let mapped = unsafe {
+        sys::call(libc::SYS_ftruncate, [file as usize, len]).and_then(|_| {
+            let mut status: libc::stat = core::mem::zeroed();
+            sys::call(libc::SYS_fstat, [file as usize, &raw mut status as usize])?;
+            // Whoever looks at the mapping knows already what it is.
+            if let (Kind::Device(_), Some(home)) = (name.kind, opens::home()) {
+                home.station.add_device_file((libc::major(status.st_dev), libc::minor(status.st_dev)), status.st_ino);
+            }
+            sys::call(libc::SYS_mmap, [addr, len, prot, flags | libc::MAP_POPULATE as usize, file as usize, 0])
+        })
+    };
+    sys::close(file);
+    mapped
+}
+
+/// munmap(2).
+pub(crate) fn unmap(addr: *mut c_void, len: size_t) -> Result<usize, Errno> {
+    let _change = announce(addr, len);
+    // SAFETY: the program's call.
+    unsafe { sys::call(libc::SYS_munmap, [addr as usize, len]) }
+}
+
+/// mremap(2).
+pub(crate) fn remap(old: *mut c_void, old_len: size_t, new_len: size_t, flags: c_int, new: *mut c_void) -> Result<usize, Errno> {
+    let _from = announce(old, old_len);
+    let _to = if flags & libc::MREMAP_FIXED != 0 { announce(new, new_len) } else { None };
+    // SAFETY: the program's call.
+    unsafe { sys::call(libc::SYS_mremap, [old as usize, old_len, new_len, flags as usize, new as usize]) }
+}
+
+/// mprotect(2).
+pub(crate) fn protect(addr: *mut c_void, len: size_t, prot: c_int) -> Result<usize, Errno> {
+    let _change = announce(addr, len);
+    // SAFETY: the program's call.
+    unsafe { sys::call(libc::SYS_mprotect, [addr as usize, len, prot as usize]) }
+}
+
+/// pkey_mprotect(2).
+pub(crate) fn protect_by_key(addr: *mut c_void, len: size_t, prot: c_int, key: c_int) -> Result<usize, Errno> {
+    let _change = announce(addr, len);
+    // SAFETY: the program's call.
+    unsafe { sys::call(libc::SYS_pkey_mprotect, [addr as usize, len, prot as usize, key as usize]) }
+}
+
+const MADV_COLLAPSE: c_int = 25;
+const MADV_DONTNEED_LOCKED: c_int = 24;
+const MADV_GUARD_INSTALL: c_int = 102;
+
+/// madvise(2).
+pub(crate) fn advise(addr: *mut c_void, len: size_t, advice: c_int) -> Result<usize, Errno> {
+    let changes = matches!(
+        advice,
+        libc::MADV_DONTNEED
+            | libc::MADV_FREE
+            | libc::MADV_REMOVE
+            | libc::MADV_PAGEOUT
+            | libc::MADV_HWPOISON
+            | libc::MADV_SOFT_OFFLINE
+            | MADV_COLLAPSE
+            | MADV_DONTNEED_LOCKED
+            | MADV_GUARD_INSTALL
+    );
+    let result = {
+        let _change = if changes { announce(addr, len) } else { None };
+        // SAFETY: the program's call.
+        unsafe { sys::call(libc::SYS_madvise, [addr as usize, len, advice as usize]) }
+    };
+    // Pages on a device can neither be freed lazily nor collapsed, and nobody promised that they are.
+    match result {
+        Err(_) if matches!(advice, libc::MADV_FREE | MADV_COLLAPSE) && is_on_a_device(addr, len) => Ok(0),
+        result => result,
+    }
+}
+
+/// Whether any page of a range lies on a device.
+fn is_on_a_device(start: *mut c_void, len: usize) -> bool {
+    const PART: usize = 256;
+    let (Some(home), Some(range)) = (opens::home(), pages(start as usize, len)) else { return false };
+    let mut sights = [Sight::default(); PART];
+    home.any(|live| {
+        let mut parts = range.clone().step_by(PART * PAGE);
+        parts.any(|at| {
+            let sights = &mut sights[..((range.end - at) / PAGE).min(PART)];
+            sights.fill(Sight::default());
+            live.port.snapshot(at, sights).is_ok() && sights.iter().any(|sight| sight.place != Place::System)
+        })
+    })
+}
+
+/// The program's own userfaultfd is about to watch a range: the struct of its request begins with it.
+pub(crate) fn step_aside(arg: u64) {
+    let Some(home) = opens::home() else { return };
+    let mut words = [[0; 8]; 2];
+    if sys::copy_in(words.as_flattened_mut(), arg).is_ok() {
+        let [start, len] = words.map(usize::from_ne_bytes);
+        if let Some(range) = pages(start, len) {
+            home.station.step_aside(range);
+        }
+    }
+}

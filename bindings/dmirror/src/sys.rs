@@ -1,0 +1,186 @@
+//! System calls past libc, and copies to and from memory that may be bad.
+//!
+//! # Rules
+//! * Everything here works before libc is initialised, on any thread, and in a signal handler: nothing is allocated, and no `errno` is written but by [`c`].
+//! * The library's own calls go through here and never through libc's functions of the same names, for those are its own.
+//! * Memory of the program is never dereferenced: the kernel copies, and says `EFAULT`.
+#![allow(unsafe_code)] // system calls
+
+use core::arch::asm;
+use libc::{c_int, c_long, c_void};
+use uhmm_os::Errno;
+
+/// Makes a system call.
+///
+/// # Safety
+/// What it does to the process must be what the caller may do: the arguments are valid for it, or come from the program, which asked for just this call.
+#[inline(always)]
+pub(crate) unsafe fn call<const N: usize>(number: c_long, args: [usize; N]) -> Result<usize, Errno> {
+    let arg = |i: usize| if i < N { args[i] } else { 0 };
+    let result: isize;
+    // SAFETY: the convention of syscall(2) on x86-64: rcx and r11 are clobbered, the stack is not used. The caller vouches for the rest.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") number as isize => result,
+            in("rdi") arg(0), in("rsi") arg(1), in("rdx") arg(2), in("r10") arg(3), in("r8") arg(4), in("r9") arg(5),
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+    if (-4095..0).contains(&result) { Err(Errno::from_raw_os_error(-result as i32)) } else { Ok(result as usize) }
+}
+
+/// A result as libc's functions give it: the value, or -1 and `errno`. `errno` is as before if all went well.
+#[inline(always)]
+pub(crate) fn c(result: Result<usize, Errno>) -> isize {
+    match result {
+        Ok(value) => value as isize,
+        Err(error) => {
+            set_errno(error.raw_os_error());
+            -1
+        }
+    }
+}
+
+/// As [`c`], for what returns an int.
+#[inline(always)]
+pub(crate) fn int(result: Result<usize, Errno>) -> c_int {
+    c(result) as c_int
+}
+
+/// Sets `errno`.
+pub(crate) fn set_errno(value: c_int) {
+    // SAFETY: the calling thread's own word.
+    unsafe { *libc::__errno_location() = value };
+}
+
+/// `errno`.
+pub(crate) fn errno() -> c_int {
+    // SAFETY: the calling thread's own word.
+    unsafe { *libc::__errno_location() }
+}
+
+/// The process. In a forked child another one than in its parent, whichever way it was forked.
+#[inline(always)]
+pub(crate) fn pid() -> u32 {
+    // SAFETY: no arguments, no effects.
+    unsafe { call(libc::SYS_getpid, []) }.map_or(0, |pid| pid as u32)
+}
+
+/// The calling thread.
+pub(crate) fn tid() -> u32 {
+    // SAFETY: no arguments, no effects.
+    unsafe { call(libc::SYS_gettid, []) }.map_or(0, |tid| tid as u32)
+}
+
+/// Closes a descriptor of the library's own.
+pub(crate) fn close(fd: c_int) {
+    // SAFETY: the descriptor is the caller's.
+    let _ = unsafe { call(libc::SYS_close, [fd as usize]) };
+}
+
+/// The most bytes of one copy: the kernel stops short of 2 GiB.
+const MOST: usize = 1 << 30;
+
+/// One copy between memory of the library's own and the program's, by the kernel.
+///
+/// # Safety
+/// `own` is valid for `len` bytes, of reads or writes as the call does.
+unsafe fn copy(number: c_long, own: usize, len: usize, theirs: u64) -> Result<(), Errno> {
+    let pid = pid() as usize;
+    let mut done = 0;
+    while done < len {
+        let part = (len - done).min(MOST);
+        let local = libc::iovec { iov_base: (own + done) as *mut c_void, iov_len: part };
+        let remote = libc::iovec { iov_base: theirs.wrapping_add(done as u64) as *mut c_void, iov_len: part };
+        let (local, remote) = (&raw const local as usize, &raw const remote as usize);
+        // SAFETY: both vectors live until the call returns; the local one is valid by the contract, the remote one is the kernel's to check.
+        let copied = unsafe { call(number, [pid, local, 1, remote, 1, 0]) }?;
+        if copied == 0 {
+            return Err(Errno::FAULT);
+        }
+        done += copied;
+    }
+    Ok(())
+}
+
+/// Copies from an address that the program gave.
+///
+/// # Errors
+/// `EFAULT`; what was copied up to then is unknown.
+pub(crate) fn copy_in(to: &mut [u8], from: u64) -> Result<(), Errno> {
+    // SAFETY: the slice is valid for writes.
+    unsafe { copy(libc::SYS_process_vm_readv, to.as_mut_ptr() as usize, to.len(), from) }
+}
+
+/// Copies to an address that the program gave.
+///
+/// # Errors
+/// `EFAULT`; what was copied up to then is there.
+pub(crate) fn copy_out(to: u64, from: &[u8]) -> Result<(), Errno> {
+    // SAFETY: the slice is valid for reads.
+    unsafe { copy(libc::SYS_process_vm_writev, from.as_ptr() as usize, from.len(), to) }
+}
+
+/// A file in memory, closed on exec.
+pub(crate) fn memfd() -> Result<c_int, Errno> {
+    let name = c"uhmm dmirror";
+    // SAFETY: the name is a string.
+    unsafe { call(libc::SYS_memfd_create, [name.as_ptr() as usize, libc::MFD_CLOEXEC as usize]) }.map(|fd| fd as c_int)
+}
+
+/// A connected pair of sockets that keep messages apart, closed on exec.
+pub(crate) fn socketpair() -> Result<[c_int; 2], Errno> {
+    let mut pair = [-1; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+    // SAFETY: the array is valid for two descriptors.
+    unsafe { call(libc::SYS_socketpair, [libc::AF_UNIX as usize, kind as usize, 0, pair.as_mut_ptr() as usize]) }?;
+    Ok(pair)
+}
+
+/// What has happened at a descriptor, of `events`, waiting up to `timeout` milliseconds (-1: for ever).
+pub(crate) fn poll(fd: c_int, events: i16, timeout: c_int) -> i16 {
+    let mut polled = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: one entry.
+    match unsafe { call(libc::SYS_poll, [&raw mut polled as usize, 1, timeout as usize]) } {
+        Ok(_) => polled.revents,
+        Err(_) => 0,
+    }
+}
+
+/// Reads or writes (`number`: pread64 or pwrite64) a file from its beginning, from or to any address: all of it.
+///
+/// # Errors
+/// `EFAULT` for bad memory, or a file that is shorter.
+///
+/// # Safety
+/// Whoever reads bytes into memory may write there.
+pub(crate) unsafe fn transfer(number: c_long, fd: c_int, at: u64, len: usize) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < len {
+        let part = (len - done).min(MOST);
+        // SAFETY: the kernel checks the address; the caller vouches for what is written there.
+        match unsafe { call(number, [fd as usize, at as usize + done, part, done]) } {
+            Ok(0) => return Err(Errno::FAULT),
+            Ok(count) => done += count,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Random bits.
+pub(crate) fn random() -> u64 {
+    let mut bits = 0u64;
+    // SAFETY: eight bytes that may be written.
+    let got = unsafe { call(libc::SYS_getrandom, [&raw mut bits as usize, 8, 0]) };
+    if got == Ok(8) {
+        return bits;
+    }
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a timespec that may be written.
+    let _ = unsafe { call(libc::SYS_clock_gettime, [libc::CLOCK_MONOTONIC as usize, &raw mut time as usize]) };
+    (time.tv_nsec as u64) << 32 ^ time.tv_sec as u64 ^ u64::from(pid()) << 16
+}
