@@ -351,11 +351,11 @@ impl Monitor {
                 }
             },
             _ => {
-                // A hole in a watched range. Its neighbours are filled with it, or each would cost a fault.
+                // A hole in a watched range. Its neighbours are filled with it, or each would cost a fault; but where ports tell what each page is.
                 let mut run = page..page + 1;
                 if let Ok(present) = core.space.present(Span::block(va)) {
                     let holes = state.reg - present.pages - state.gone() - state.busy();
-                    if holes.has(page) {
+                    if holes.has(page) && core.tags.store() == 0 {
                         run = holes.run_at(page);
                     }
                 }

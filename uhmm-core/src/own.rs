@@ -129,7 +129,7 @@ impl<T> OwnBox<T> {
 
 impl<T> OwnBox<T> {
     /// Gives the box up; [`reclaim`](Self::reclaim) makes it again from the value's address.
-    pub(crate) fn leak(self) -> *mut T {
+    pub fn leak(self) -> *mut T {
         core::mem::ManuallyDrop::new(self).value.as_ptr()
     }
 
@@ -137,7 +137,7 @@ impl<T> OwnBox<T> {
     ///
     /// # Safety
     /// `value` comes from [`leak`](Self::leak), once.
-    pub(crate) unsafe fn reclaim(value: *mut T) -> Self {
+    pub unsafe fn reclaim(value: *mut T) -> Self {
         let len = size_of::<T>().max(1).next_multiple_of(uhmm_os::PAGE);
         // SAFETY: the value stands at the start of a mapping of this length (`new`), whose old owner was given up.
         unsafe { OwnBox { value: NonNull::new_unchecked(value), _mapping: Mapping::from_raw(value as usize, len) } }

@@ -19,7 +19,7 @@ use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64,
 use libc::c_int;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use uhmm_core::mode::Mode;
-use uhmm_core::own::{self, OwnBox};
+use uhmm_core::own;
 use uhmm_core::port::{Port, Station};
 use uhmm_core::{CoreRef, DeviceConfig};
 use uhmm_os::mem::{self, Advice, Mapping};
@@ -178,16 +178,8 @@ fn settle() -> Result<&'static Home, Errno> {
         // SAFETY: two functions of this library that take and give a lock.
         unsafe { system::atfork(before_fork, after_fork, in_child) }?;
     }
-    let slots = own::map(c"uhmm dmirror", SLOTS * size_of::<Slot>())?;
-    let (first, _) = slots.into_raw(); // for good
-    let first = first as *mut Slot;
-    for index in 0..SLOTS {
-        let slot = Slot { live: RwLock::new(None), seq: AtomicU64::new(0), end: AtomicI32::new(-1), over: AtomicU64::new(0) };
-        // SAFETY: within the mapping, which is ours, writable and aligned.
-        unsafe { first.add(index).write(slot) };
-    }
-    // SAFETY: written above, and never unmapped.
-    let slots = unsafe { core::slice::from_raw_parts(first, SLOTS) };
+    let slot = || Slot { live: RwLock::new(None), seq: AtomicU64::new(0), end: AtomicI32::new(-1), over: AtomicU64::new(0) };
+    let slots = for_good(SLOTS, slot)?;
     let home = Home {
         cookie: sys::random(),
         station,
@@ -200,14 +192,26 @@ fn settle() -> Result<&'static Home, Errno> {
         buffer: Mutex::new(own::map(c"uhmm dmirror", WARM).ok()),
         ready: AtomicU32::new(0),
     };
-    let home = OwnBox::new(c"uhmm dmirror", home)?.leak();
-    // SAFETY: placed just now, and never freed.
-    let shared = unsafe { &*home };
+    let mut home = Some(home);
+    let [home] = for_good(1, || home.take())? else { return Err(Errno::NOMEM) };
+    let Some(shared) = home else { return Err(Errno::NOMEM) };
     service::start(shared)?;
-    HOME.store(home, Ordering::Release);
+    HOME.store(core::ptr::from_ref(shared).cast_mut(), Ordering::Release);
     OWNER.store(sys::pid(), Ordering::Release);
     ACTIVE.store(true, Ordering::Release);
     Ok(shared)
+}
+
+/// So many values in memory of their own, which is never unmapped.
+fn for_good<T>(count: usize, mut value: impl FnMut() -> T) -> Result<&'static [T], Errno> {
+    let (start, _) = own::map(c"uhmm dmirror", count * size_of::<T>())?.into_raw();
+    let first = start as *mut T;
+    for index in 0..count {
+        // SAFETY: within the mapping, which is ours, writable and aligned to more than any type.
+        unsafe { first.add(index).write(value()) };
+    }
+    // SAFETY: written above, and never unmapped.
+    Ok(unsafe { core::slice::from_raw_parts(first, count) })
 }
 
 /// The memory of all devices.

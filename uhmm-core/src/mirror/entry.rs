@@ -151,12 +151,14 @@ pub struct Request<'a> {
     pub(super) leave: bool,
     /// The number of the port's device that asks, whose pages stay; 0 for none. See [`crate::port`].
     pub(super) own: u8,
+    /// A port waits for pages that another userfaultfd has to provide.
+    pub(super) wait: bool,
 }
 
 impl<'a> Request<'a> {
     /// All pages, for reading.
     pub fn read() -> Self {
-        Request { default: Want::Read, each: &[], leave: false, own: 0 }
+        Request { default: Want::Read, each: &[], leave: false, own: 0, wait: true }
     }
 
     /// All pages, for reading and writing.
@@ -166,7 +168,7 @@ impl<'a> Request<'a> {
 
     /// What `wants` says of each page, from the first of the range on; of those that it does not reach, nothing.
     pub fn each(wants: &'a [Want]) -> Self {
-        Request { default: Want::Nothing, each: wants, leave: false, own: 0 }
+        Request { default: Want::Nothing, each: wants, leave: false, own: 0, wait: true }
     }
 
     /// A page that a device has alone stays there, and its entry says so. Otherwise it comes home, as if the CPU touched it.
@@ -175,8 +177,8 @@ impl<'a> Request<'a> {
     }
 
     /// Pages that lie in the memory of the port's device with this number are as good as here.
-    pub(crate) fn for_port(self, number: u8) -> Self {
-        Request { own: number, ..self }
+    pub(crate) fn for_port(self, number: u8, wait: bool) -> Self {
+        Request { own: number, wait, ..self }
     }
 
     pub(super) fn of(&self, page: usize) -> Want {

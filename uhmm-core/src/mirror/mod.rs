@@ -354,12 +354,12 @@ impl<N: Notifier> Mirror<N> {
     /// # Errors
     /// [`Fault::Busy`], [`Fault::Range`], [`Fault::System`].
     pub fn snapshot(&self, range: Range<Va>, budget: Duration) -> Result<Pages, Fault> {
-        self.look(range, Request { default: Want::Nothing, each: &[], leave: true, own: 0 }, budget)
+        self.look(range, Request { default: Want::Nothing, each: &[], leave: true, own: 0, wait: true }, budget)
     }
 
     /// As [`snapshot`](Self::snapshot), for a port.
     pub(crate) fn snapshot_for_port(&self, range: Range<Va>, number: u8, budget: Duration) -> Result<Pages, Fault> {
-        self.look(range, Request { default: Want::Nothing, each: &[], leave: true, own: number }, budget)
+        self.look(range, Request { default: Want::Nothing, each: &[], leave: true, own: number, wait: true }, budget)
     }
 
     fn look(&self, range: Range<Va>, request: Request<'_>, budget: Duration) -> Result<Pages, Fault> {

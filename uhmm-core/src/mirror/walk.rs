@@ -131,6 +131,13 @@ impl Job<'_> {
 
     /// Faults pages in, all with the same permission. False if the mapping has changed.
     fn populate(&self, vma: &Vma, span: Span, write: bool) -> Result<bool, Fault> {
+        if !self.request.wait && vma.is_private_anonymous() && self.core.space.watch_events(Span { start: vma.start, end: vma.end }) == Err(Errno::BUSY) {
+            // Another userfaultfd's: as for the kernel, which does not wait while it holds the mappings' lock, what is not there cannot be had.
+            let present = self.core.space.present(span).map_err(Fault::System)?;
+            if let Some(page) = (span.bits() - present.pages).pages().next() {
+                return Err(Fault::Unreachable { address: Span::block(span.start).start + page * PAGE });
+            }
+        }
         if fault_in(span, write) {
             return Ok(true);
         }

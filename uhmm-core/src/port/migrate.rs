@@ -2,7 +2,7 @@
 //!
 //! It runs on the port's thread, with the turn alone, so that no launch runs whose pages it could take, and no other port migrates.
 
-use super::table::{EXCLUSIVE, READ, Table, WATCHED, WRITE};
+use super::table::{EXCLUSIVE, NAMED, READ, Table, WATCHED, WRITE};
 use super::{Owner, PortError, huge};
 use crate::bits::Bits;
 use crate::core::{Core, Device};
@@ -16,6 +16,7 @@ use crate::ranges;
 use crate::sync::*;
 use uhmm_os::maps::{Vma, VmaKind};
 use uhmm_os::mem::{self, Advice, Prot};
+use uhmm_os::pagemap::Entry;
 use uhmm_os::{Errno, PAGE, thread};
 
 /// The ids of ports' devices, as reasons of invalidations name them, begin after those of the core's.
@@ -55,10 +56,35 @@ impl Job<'_> {
                 for part in part.blocks() {
                     self.block_to_device(&vma, part)?;
                 }
+            } else if !vma.shared && !self.exclusive {
+                self.name(&vma, part);
             }
             at = part.end;
         }
         Ok(())
+    }
+
+    /// Pages of a private mapping of a file that were written, and so are anonymous: userfaultfd moves nothing out of such a mapping. They stay, and are the device's in name.
+    fn name(&self, vma: &Vma, part: Span) {
+        let write = if vma.write { WRITE } else { 0 };
+        for va in (part.start..part.end).step_by(PAGE) {
+            let now = self.page(va);
+            if now.present && !now.file_or_shared && self.table.prepare(va) {
+                self.table.enter(va, READ | write | NAMED, now.pfn, || true);
+            }
+        }
+    }
+
+    /// How many pages of a span are the device's in name: they are no more.
+    fn unname(&self, span: Span) -> u64 {
+        let mut count = 0;
+        for va in (span.start..span.end).step_by(PAGE) {
+            if let Some(word) = self.table.word(va).filter(|word| word.has(NAMED)) {
+                self.table.refute(va, word);
+                count += u64::from(word.is_frame(self.page(va).pfn));
+            }
+        }
+        count
     }
 
     /// Pages of one block and one mapping.
@@ -78,7 +104,7 @@ impl Job<'_> {
         let split = failing && want == Bits::ALL;
         let moved = self.make_resident(part, split, &skip);
         if protected {
-            lock(part);
+            lock(core, part);
         }
         moved?;
         self.settle_block(vma, part, before);
@@ -123,13 +149,13 @@ impl Job<'_> {
         }
         for page in moved.pages() {
             let at = va + page * PAGE;
-            self.table.enter(at, READ | write | exclusive | WATCHED, self.frame(at), || true);
+            self.table.enter(at, READ | write | exclusive | WATCHED, self.page(at).pfn, || true);
         }
     }
 
-    fn frame(&self, va: Va) -> u64 {
-        let mut now = [uhmm_os::pagemap::Entry::default()];
-        self.core.space.page_entries(va, &mut now).map_or(0, |_| now[0].pfn)
+    fn page(&self, va: Va) -> Entry {
+        let mut now = [Entry::default()];
+        self.core.space.page_entries(va, &mut now).map_or(Entry::default(), |_| now[0])
     }
 
     /// Pages of the block that are the device's: on it alone, or used in place.
@@ -198,6 +224,7 @@ impl Job<'_> {
             for part in part.blocks() {
                 moved += self.block_home(part)?;
             }
+            moved += if vma.shared { 0 } else { self.unname(part) };
             at = part.end;
         }
         Ok(moved)
@@ -248,7 +275,13 @@ fn is_pool(vma: &Vma) -> bool {
 /// Makes a read-only range writable for the kernel's move, while userfaultfd keeps the program from writing there: what is there is write-protected first, and what is not is
 /// watched. A writer waits, and gets its SIGSEGV when the protection is back.
 fn unlock(core: &Core, part: Span) -> bool {
-    if ranges::watch_span(core, part).is_err() || ranges::protect(core, part).is_err() {
+    if ranges::watch_span(core, part).is_err() {
+        return false;
+    }
+    let Ok(present) = core.space.present(part) else { return false };
+    let runs = present.pages.runs().map(|run| ranges::pages(Span::block(part.start), run));
+    if !runs.into_iter().all(|run| ranges::protect(core, run).is_ok()) {
+        relock(core, part);
         return false;
     }
     #[allow(unsafe_code)]
@@ -256,10 +289,18 @@ fn unlock(core: &Core, part: Span) -> bool {
     unsafe { mem::mprotect(part.start, part.len(), Prot::ReadWrite) }.is_ok()
 }
 
-fn lock(part: Span) {
+/// The protection is as it was, and what did not move is the program's as before.
+fn lock(core: &Core, part: Span) {
     #[allow(unsafe_code)]
     // SAFETY: as it was.
     let _ = unsafe { mem::mprotect(part.start, part.len(), Prot::Read) };
+    relock(core, part);
+}
+
+fn relock(core: &Core, part: Span) {
+    if let Ok(present) = core.space.present(part) {
+        let _ = ranges::unprotect(core, part.start, present.pages);
+    }
 }
 
 /// Makes pages of a span present and the program's own, as a write by it would.

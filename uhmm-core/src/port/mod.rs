@@ -239,16 +239,16 @@ impl Port {
     }
 
     /// Faults pages in for the device, and enters them.
-    fn fault(&self, span: Span, write: bool, limit: Instant) -> Result<(), PortError> {
+    fn fault(&self, span: Span, write: bool, wait: bool, limit: Instant) -> Result<(), PortError> {
         if is_ours(span) {
             return Err(PortError::Fault { address: span.start });
         }
-        let request = if write { Request::write() } else { Request::read() };
+        let request = if write { Request::write() } else { Request::read() }.for_port(self.owner.number, wait);
         loop {
             let left = limit.saturating_duration_since(Instant::now());
             let pages = self
                 .mirror
-                .range_fault(span.start..span.end, &request.for_port(self.owner.number), left)
+                .range_fault(span.start..span.end, &request, left)
                 .map_err(|fault| told(fault, write))?;
             let entered = self.on(|core, _, table| Ok(access::enter(core, table, &pages, || !self.mirror.read_retry(pages.seq))))?;
             if entered {
@@ -266,6 +266,7 @@ impl Port {
         start: Va,
         bytes: usize,
         write: bool,
+        wait: bool,
         mut access: impl FnMut(usize) -> Result<usize, PortError>,
     ) -> Result<u64, PortError> {
         let limit = Instant::now() + BUDGET;
@@ -278,7 +279,7 @@ impl Port {
             if Instant::now() >= limit {
                 return Err(PortError::Busy);
             }
-            self.fault(Span { start: start + done * PAGE, end: start + bytes }, write, limit)?;
+            self.fault(Span { start: start + done * PAGE, end: start + bytes }, write, wait, limit)?;
             rounds += 1;
         }
     }
@@ -288,8 +289,20 @@ impl Port {
     /// # Errors
     /// [`PortError::Fault`], [`PortError::Busy`]. `out` has undefined contents then.
     pub fn read(&self, start: Va, out: &mut [u8]) -> Result<u64, PortError> {
+        self.read_and(start, out, false)
+    }
+
+    /// As [`read`](Self::read), but that pages which another userfaultfd has to provide are waited for; there they are [`PortError::Fault`].
+    ///
+    /// # Errors
+    /// As `read`.
+    pub fn read_unlocked(&self, start: Va, out: &mut [u8]) -> Result<u64, PortError> {
+        self.read_and(start, out, true)
+    }
+
+    fn read_and(&self, start: Va, out: &mut [u8], wait: bool) -> Result<u64, PortError> {
         let (bytes, number) = (out.len(), self.owner.number);
-        self.rounds(start, bytes, false, |done| {
+        self.rounds(start, bytes, false, wait, |done| {
             let out = &mut out[done * PAGE..];
             self.on(|core, _, table| access::read(core, table, number, start + done * PAGE, out))
         })
@@ -305,7 +318,7 @@ impl Port {
     #[allow(unsafe_code)]
     pub unsafe fn write(&self, start: Va, data: &[u8]) -> Result<u64, PortError> {
         let number = self.owner.number;
-        self.rounds(start, data.len(), true, |done| {
+        self.rounds(start, data.len(), true, false, |done| {
             let data = &data[done * PAGE..];
             // SAFETY: the caller's promise.
             self.on(|core, _, table| unsafe { access::write(core, table, number, start + done * PAGE, data) })
@@ -353,7 +366,7 @@ impl Port {
             return Ok(());
         }
         let pages = self.mirror.snapshot_for_port(start..end, self.owner.number, BUDGET).map_err(|fault| told(fault, false))?;
-        let tags = &self.store.core().tags;
+        let (tags, table) = (&self.store.core().tags, self.mirror.notifier());
         for (page, (entry, sight)) in pages.entries.iter().zip(out).enumerate() {
             let va = start + page * PAGE;
             let (read, write) = entry.mapping_allows();
@@ -367,7 +380,10 @@ impl Port {
                 let place = if own { Place::Private } else { Place::System };
                 *sight = Sight { error: false, read: own, write: own && write, huge: own && entry.is_huge(), zero: false, place };
             } else if entry.may_read() {
+                let named = table.word(va).is_some_and(|word| word.has(table::NAMED));
                 let place = match entry.on_coherent_device() {
+                    None if named && self.owner.coherent => Place::Coherent,
+                    None if named => Place::Private,
                     Some(_) if own => Place::Coherent,
                     Some(_) => Place::OtherCoherent,
                     None => Place::System,

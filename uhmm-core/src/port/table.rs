@@ -27,9 +27,11 @@ pub(super) const WRITE: u64 = 2;
 pub(super) const EXCLUSIVE: u64 = 4;
 /// Changes of its mapping are announced.
 pub(super) const WATCHED: u64 = 8;
-const FLAGS: u64 = 0xf;
-const RAISE: u64 = 0x10;
-const GENERATION: u64 = 0xffff_fff0;
+/// The page is the device's in name only.
+pub(super) const NAMED: u64 = 16;
+const FLAGS: u64 = 0x1f;
+const RAISE: u64 = 0x20;
+const GENERATION: u64 = 0xffff_ffe0;
 const FRAME_SHIFT: u32 = 32;
 
 #[derive(Debug)]

@@ -14,6 +14,9 @@ crate::tests![
     a_touch_brings_a_block_home_as_one,
     coherent_pages_are_used_in_place,
     remapped_pages_stay_on_the_device,
+    written_pages_of_a_private_file_mapping_migrate_in_name,
+    holes_migrate_and_their_neighbours_stay_holes,
+    two_forks_and_an_exclusive_page,
     exclusive_pages_are_revoked_by_any_touch,
     read_only_pages_migrate_and_stay_read_only,
 ];
@@ -245,6 +248,69 @@ fn remapped_pages_stay_on_the_device() {
         station.release(3);
         assert!(is_filled(&place.slice::<u8>()[shift..][..LEN]));
     }
+}
+
+fn written_pages_of_a_private_file_mapping_migrate_in_name() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let file = memfd();
+    file.write_all_at(&[3; 4 * PAGE], 0).unwrap();
+    let at = map(4 * PAGE, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, Some(&file));
+    let start = at as usize;
+    // SAFETY: memory of the test's own.
+    let bytes = unsafe { core::slice::from_raw_parts_mut(at, 4 * PAGE) };
+    bytes[..2 * PAGE].fill(4);
+    let mut out = vec![0; 4 * PAGE];
+    assert_eq!(port.migrate_to_device(start, &mut out), Err(PortError::Missing { address: start + 2 * PAGE }), "a page of the file does not move");
+    port.migrate_to_device(start, &mut out[..2 * PAGE]).unwrap();
+    assert!(out[..2 * PAGE].iter().all(|&byte| byte == 4));
+    let places = || sights(&port, start, 4).iter().map(|sight| sight.place).collect::<Vec<_>>();
+    assert_eq!(places(), [Place::Private, Place::Private, Place::System, Place::System]);
+    assert_eq!(port.migrate_to_system(start..start + 4 * PAGE), Ok(2));
+    assert_eq!(places(), [Place::System; 4]);
+}
+
+fn holes_migrate_and_their_neighbours_stay_holes() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let memory = Pages::new(8 * PAGE);
+    let start = memory.start() as usize;
+    let mut out = vec![1; 2 * PAGE];
+    // SAFETY: memory of the test's own, which nobody writes.
+    let bytes = || unsafe { core::slice::from_raw_parts(start as *const u8, 8 * PAGE) };
+    // SAFETY: as above.
+    let protect = |access| unsafe { libc::mprotect(start as *mut _, 8 * PAGE, access) };
+    assert_eq!(protect(libc::PROT_READ), 0);
+    port.migrate_to_device(start, &mut out).unwrap();
+    assert!(out.iter().all(|&byte| byte == 0));
+    assert!((0..8).all(|page| look(start + page * PAGE) == (false, page < 2)));
+    assert!(sights(&port, start, 8)[2..].iter().all(|sight| *sight == Sight::default()));
+    assert_eq!(read(&bytes()[4 * PAGE]), 0);
+    let found = sights(&port, start, 8);
+    assert!(found[4].zero && found[3] == Sight::default() && found[5] == Sight::default());
+    assert_eq!(read(&bytes()[0]), 0);
+    assert_eq!(protect(libc::PROT_READ | libc::PROT_WRITE), 0);
+}
+
+/// Both processes see the contents as of the fork, and what was exclusive is nobody's.
+fn two_forks_and_an_exclusive_page() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let mut memory = filled(4);
+    let start = memory.start() as usize;
+    let mut out = vec![0; 4 * PAGE];
+    port.migrate_to_device(start, &mut out[..2 * PAGE]).unwrap();
+    port.exclusive(start + 2 * PAGE, &mut out[..2 * PAGE]).unwrap();
+    let bytes = memory.slice::<u8>();
+    in_a_child(|| is_filled(bytes));
+    assert!(!port.is_exclusive(start..start + 4 * PAGE));
+    assert_eq!(port.read(start, &mut out), Ok(1), "a fork erases entries");
+    assert!(is_filled(&out));
+    bytes[0] = 77;
+    assert_eq!(port.read(start, &mut out), Ok(0), "the child is gone: it is still the same page");
+    assert_eq!(out[0], 77);
+    port.migrate_to_device(start, &mut out).unwrap();
+    assert_eq!((out[0], look(start)), (77, (false, true)));
 }
 
 fn exclusive_pages_are_revoked_by_any_touch() {

@@ -66,7 +66,7 @@ int main(void) {
     done(coherent, SNAPSHOT, data, sights);
     CHECK(all(sights, 0x42) && is(data, 20));
     CHECK(done(fd, SNAPSHOT, data, sights).cpages == N && all(sights, 0x52));
-    CHECK(madvise(data, N * PAGE, MADV_FREE) == 0 && madvise(data, N * PAGE, 25 /* COLLAPSE */) == 0);
+    CHECK(madvise(data, N * PAGE, MADV_FREE) == 0);
     fill(data, 20);
     done(coherent, RELEASE, data, 0);
     CHECK(done(coherent, SNAPSHOT, data, sights).cpages == N && all(sights, 0x02) && is(data, 20));
@@ -128,6 +128,16 @@ int main(void) {
     for (size_t i = 0; i < many * PAGE; i++)
         CHECK(much[i] == 17);
     CHECK(mmap(hole, 64 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == hole);
+
+    /* What cannot be collapsed or freed lazily is not, and nobody is told. */
+    char *block = pages(1024);
+    block += -(uintptr_t)block % (512 * PAGE);
+    memset(block, 33, 512 * PAGE);
+    fill(block + 8 * PAGE, 34);
+    done(fd, MIGRATE_TO_DEV, block + 8 * PAGE, buffer);
+    CHECK(madvise(block, 512 * PAGE, 25 /* COLLAPSE */) == 0 && *block == 33);
+    done(fd, READ, block + 8 * PAGE, buffer);
+    CHECK(is(buffer, 34) && madvise(block + 8 * PAGE, N * PAGE, MADV_FREE) == 0);
 
     /* The struct and the buffer may be on the device too. */
     fill(data, 70);
