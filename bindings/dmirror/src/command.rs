@@ -76,7 +76,7 @@ pub(crate) fn execute(home: &Home, live: &Live, what: What, command: &Command, b
         What::MigrateToSystem => port.migrate_to_system(range).map(|cpages| Done { cpages, faults: 0 }),
         What::Exclusive => port.exclusive(start, buffer).map(|()| all),
         What::Snapshot => {
-            const PART: usize = 256;
+            const PART: usize = 512;
             let mut sights = [Sight::default(); PART];
             let mut result = Ok(all);
             for (index, part) in buffer.chunks_mut(PART).enumerate() {

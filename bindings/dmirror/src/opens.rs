@@ -196,6 +196,7 @@ fn settle() -> Result<&'static Home, Errno> {
     let [home] = for_good(1, || home.take())? else { return Err(Errno::NOMEM) };
     let Some(shared) = home else { return Err(Errno::NOMEM) };
     service::start(shared)?;
+    sys::trust_handlers();
     HOME.store(core::ptr::from_ref(shared).cast_mut(), Ordering::Release);
     OWNER.store(sys::pid(), Ordering::Release);
     ACTIVE.store(true, Ordering::Release);

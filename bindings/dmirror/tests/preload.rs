@@ -21,7 +21,9 @@ fn main() {
         .map(|name| Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!full))
         .collect();
     let serves = full && ports_are_served();
-    trials.extend(["commands", "userfaults"].map(|name| Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!serves)));
+    trials.extend(
+        ["commands", "userfaults", "traffic"].map(|name| Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!serves)),
+    );
     trials.push(Trial::test("null", || succeeds("null", &[("UHMM_DMIRROR", "null")])));
     trials.push(Trial::test("refused_without_rights", refused));
     libtest_mimic::run(&Arguments::from_args(), trials).exit();

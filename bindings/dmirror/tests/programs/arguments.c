@@ -1,9 +1,7 @@
 /* Bad arguments, and the order in which they are found. */
 #include "check.h"
 
-int main(void) {
-    int fd = open(DEVICE, O_RDWR);
-    CHECK(fd >= 0);
+static void find(int fd) {
     static const unsigned long all[] = {READ,      WRITE,           MIGRATE_TO_DEV, MIGRATE_TO_SYS, SNAPSHOT,
                                         EXCLUSIVE, CHECK_EXCLUSIVE, RELEASE,        FLAGS,          READ_UNLOCKED, UNKNOWN, 0x1234, 0};
     char *hole = pages(3);
@@ -46,5 +44,25 @@ int main(void) {
     good.ptr = (uint64_t)hole + PAGE;
     good.npages = 2; /* the second is not there */
     FAILS(ioctl(fd, WRITE, &good), EFAULT);
+}
+
+static void never(int signal) {
+    _exit(100 + signal);
+}
+
+int main(void) {
+    int fd = open(DEVICE, O_RDWR);
+    CHECK(fd >= 0);
+    find(fd);
+    /* The program's own handlers are none of a device's business. */
+    sigset_t faults;
+    sigemptyset(&faults), sigaddset(&faults, SIGSEGV), sigaddset(&faults, SIGBUS);
+    CHECK(sigprocmask(SIG_BLOCK, &faults, 0) == 0);
+    find(fd);
+    CHECK(sigprocmask(SIG_UNBLOCK, &faults, 0) == 0);
+    CHECK(signal(SIGSEGV, never) != SIG_ERR);
+    find(fd);
+    CHECK(signal(SIGBUS, never) != SIG_ERR);
+    find(fd);
     return 0;
 }

@@ -166,5 +166,6 @@ int main(void) {
     CHECK(file != MAP_FAILED);
     memset(buffer, 9, N * PAGE);
     CHECK(done(fd, READ, file, buffer).cpages == N && buffer[0] == 0 && buffer[N * PAGE - 1] == 0);
+    CHECK(done(fd, SNAPSHOT, file, sights).cpages == N && all(sights, 0x01) && fails(fd, MIGRATE_TO_DEV, file, buffer) == EINVAL);
     return 0;
 }

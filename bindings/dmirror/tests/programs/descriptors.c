@@ -82,6 +82,21 @@ int main(void) {
         CHECK(flags(4 + i) == 0 && close(4 + i) == 0);
     closefrom(4);
 
+    /* Whatever is written to it, its commands go on. */
+    for (int i = 0; i < 300; i++) {
+        char garbage[100];
+        memset(garbage, i, sizeof garbage);
+        CHECK(write(3, garbage, (size_t)i % 100 + 1) > 0);
+        send_descriptor(3, 0);
+    }
+    pid_t child = fork();
+    if (child == 0) {
+        CHECK(flags(3) == 0);
+        _exit(0);
+    }
+    well(child);
+    CHECK(flags(3) == 0 && read(3, &child, 1) == 0);
+
     /* Other ways to open. */
     CHECK((fd = openat(AT_FDCWD, DEVICE, O_RDWR)) == 4 && flags(fd) == 0 && close(fd) == 0);
     CHECK((fd = openat(3, DEVICE, O_RDWR)) == 4 && flags(fd) == 0 && close(fd) == 0);
