@@ -86,6 +86,23 @@ enum where where(const void *at) {
     return entry >> 63 ? HERE : entry >> 62 & 1 ? AWAY : EMPTY;
 }
 
+#define PM_SCAN _IOWR('f', 16, struct { uint64_t words[12]; })
+#define PM_HUGE (1ul << 6)
+
+int is_huge(const void *at) {
+    struct {
+        uint64_t start, end, categories;
+    } region = {0, 0, 0};
+    struct {
+        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, any, result;
+    } scan = {96, 0, (uint64_t)at, (uint64_t)at + PAGE, 0, (uint64_t)&region, 1, 0, 0, PM_HUGE, 0, PM_HUGE};
+    int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC), found = ioctl(pagemap, PM_SCAN, &scan);
+    CHECK(close(pagemap) == 0);
+    if (found < 0)
+        SKIP("this kernel does not tell where huge pages are");
+    return found == 1;
+}
+
 int look(int fd, const void *at) {
     unsigned char bytes[3] = {0xee, 0xee, 0xee};
     DOES(fd, SNAPSHOT, at, bytes + 1, 1, 1, 0);

@@ -156,6 +156,9 @@ enum where where(const void *at);
                 WRONG("page %ld of %s: it is %d, not %s", (long)page_, #at, where((char *)(at) + page_ * PAGE), #place);  \
     } while (0)
 
+/* Whether the kernel maps a page by a 2 MiB entry, now. */
+int is_huge(const void *at);
+
 /* One permission byte. */
 int look(int fd, const void *at);
 #define LOOKS(fd, at, n, byte)                                                                                                           \
@@ -189,12 +192,12 @@ int look(int fd, const void *at);
     } while (0)
 
 /* A child that finds all as it should be. */
-#define CHILD(what)                 \
+#define CHILD(...)                  \
     ({                              \
         pid_t child_ = fork();      \
         CHECK(child_ >= 0);         \
         if (child_ == 0) {          \
-            what;                   \
+            __VA_ARGS__;            \
             _exit(0);               \
         }                           \
         child_;                     \
