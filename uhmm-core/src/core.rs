@@ -25,10 +25,10 @@ use crate::line::{Line, Turns};
 use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::{Span, Va};
-use crate::port::huge::Tables;
-use crate::port::tags::Tags;
 use crate::policy::Policies;
 use crate::pool::Pool;
+use crate::port::huge::Tables;
+use crate::port::tags::Tags;
 use crate::prefetch::Prefetches;
 use crate::process::CoreRef;
 use crate::shares::Shares;
@@ -246,6 +246,25 @@ impl Core {
     /// Brings everything home that any device has.
     pub(crate) fn evict_all(&self) {
         self.for_each_device(|dev| self.evict_device(dev));
+    }
+
+    /// As [`evict_all`](Self::evict_all), but for pages of ports that the program has mapped: the child gets them as any other page.
+    pub(crate) fn evict_for_fork(&self) {
+        self.for_each_device(|dev| {
+            if dev.id() != self.tags.store() {
+                return self.evict_device(dev);
+            }
+            self.dir.for_each(EVERYTHING, |block, part| {
+                let private = {
+                    let _hold = self.space.hold();
+                    let state = block.lock();
+                    if state.device == dev.id() { state.private() } else { Bits::EMPTY }
+                };
+                if !private.is_empty() {
+                    let _ = home::send_pages_home(self, dev, part.start, private);
+                }
+            });
+        });
     }
 
     /// As [`evict_device`](Self::evict_device); `send_home` does it, and says whether to go on.

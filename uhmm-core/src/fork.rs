@@ -1,7 +1,7 @@
 //! fork: both processes see the contents as of the fork.
 //!
 //! The child inherits neither uhmm's threads nor its memory, and a page that is away has nothing in the child. So before a fork everything comes
-//! home, and no launch begins until it is over; the launch that runs is waited for. The child starts without uhmm, and may start one of its own.
+//! home (what ports' coherent devices have is in the program, and stays), and no launch begins until it is over; the launch that runs is waited for. The child starts without uhmm, and may start one of its own.
 //! What bypasses libc's fork (raw clone, `_Fork`) goes past this; vfork and posix_spawn need nothing, for they share the address space until exec.
 #![allow(unsafe_code)] // handlers that libc calls, and a lock that is taken in one and released in another
 
@@ -43,7 +43,7 @@ extern "C" fn before() {
     let _deferred = Deferred::new();
     let Some((held, turn)) = alone(user.core()) else { return };
     let asked = held.ask_keeper(|core: &Core| {
-        core.evict_all();
+        core.evict_for_fork();
         core.space.mirrors.invalidate(EVERYTHING, Reason::Fork);
         core.space.left.for_each(|span| left::inherit(span, true));
         core::ptr::from_ref(core) as usize

@@ -19,7 +19,7 @@ use crate::own::{self, OwnSlice, Zeroed};
 use crate::page::Span;
 use crate::space::Space;
 use crate::sync::*;
-use uhmm_os::mem::{self, Advice, Mapping};
+use uhmm_os::mem::{self, Advice, Mapping, Prot};
 use uhmm_os::uffd::{Features, MoveMode, RegisterMode, Userfaultfd};
 use uhmm_os::{BLOCK, Errno, PAGE, thread};
 
@@ -56,6 +56,13 @@ impl Tray {
     /// The address of a slot.
     pub fn slot(&self, page: usize) -> usize {
         self.start + page * PAGE
+    }
+
+    /// Sets what may be done with its memory: the kernel moves pages only between mappings of the same rights. If it fails, so does the move.
+    pub(crate) fn allow(&self, prot: Prot) {
+        #[allow(unsafe_code)]
+        // SAFETY: the tray is in our hands alone, and may be read and written whatever `prot` says (`ReadWrite` or more).
+        let _ = unsafe { mem::mprotect(self.start, uhmm_os::BLOCK, prot) };
     }
 }
 

@@ -25,7 +25,8 @@ pub(crate) fn fill(core: &Core, child: &Userfaultfd) {
         let mut state = block.lock();
         let va = part.start;
         // The child has these too: whoever writes first gets a copy, and nothing tells who.
-        let shared = state.coherent();
+        // A port's stays the device's until copy-on-write makes another of it: then its frame tells.
+        let shared = if state.device == core.tags.store() { Bits::EMPTY } else { state.coherent() };
         coherent::untag(core, &mut state, va, shared);
         if state.gone().is_empty() {
             return;

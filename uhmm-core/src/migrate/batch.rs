@@ -176,7 +176,17 @@ impl Failed<'_> {
 /// Gives pages of one block back to the program that have been taken out into a tray, and are `Moving`: nobody else has a part in that block's migration.
 pub(crate) fn give_back(core: &Core, dev: &Device, va: Va, pages: Bits, tray: Tray) {
     let none = Bits::EMPTY;
-    let item = Item { va, device: dev.id(), intent: Intent::Move, moved: pages, zeroed: none, copied: none, tray: Some(tray), twins: none, rdonly: none };
+    let item = Item {
+        va,
+        device: dev.id(),
+        intent: Intent::Move,
+        moved: pages,
+        zeroed: none,
+        copied: none,
+        tray: Some(tray),
+        twins: none,
+        rdonly: none,
+    };
     undo_block(core, dev, item);
 }
 

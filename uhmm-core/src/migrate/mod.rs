@@ -33,7 +33,7 @@ use crate::ranges::{self, MoveEnd};
 use crate::space::{Present, Refusals};
 use crate::sync::*;
 use batch::{Batch, Collected, Item};
-use uhmm_os::mem::{self, Advice};
+use uhmm_os::mem::{self, Advice, Prot};
 use uhmm_os::{Errno, PAGE, thread};
 
 /// Blocks in one batch: enough for a copy to be worth waking the engine, few enough for the next batch to be collected meanwhile.
@@ -114,6 +114,8 @@ pub(crate) struct Ask<'a> {
     pub rdonly: Bits,
     /// The policy wants the block to leave a full device last.
     pub last: bool,
+    /// The pages may be executed: the kernel moves them only to where that is so too.
+    pub exec: bool,
 }
 
 impl Ask<'_> {
@@ -130,6 +132,7 @@ impl Ask<'_> {
             twins: Bits::EMPTY,
             rdonly: Bits::EMPTY,
             last: false,
+            exec: false,
         }
     }
 }
@@ -156,12 +159,25 @@ impl Core {
         skip: &dyn Fn(Span) -> Bits,
         park: Park<'_>,
     ) -> Result<(), Error> {
+        self.make_resident_in(dev, span, false, intent, skip, park)
+    }
+
+    /// As [`make_resident`](Self::make_resident), of a mapping whose pages may be executed, if `exec`.
+    pub(crate) fn make_resident_in(
+        &self,
+        dev: &Device,
+        span: Span,
+        exec: bool,
+        intent: Intent,
+        skip: &dyn Fn(Span) -> Bits,
+        park: Park<'_>,
+    ) -> Result<(), Error> {
         // As often as in `prepare`.
         for _pass in 0..8 {
             let again = self.one_pass(dev, park, |room, park| {
                 span.blocks().try_fold(false, |again, part| {
                     let want = part.bits() - skip(part);
-                    let ask = Ask { beside: want, ..Ask::new(part, want, intent) };
+                    let ask = Ask { beside: want, exec, ..Ask::new(part, want, intent) };
                     Ok(again | self.block_resident(dev, room, &ask, park)?)
                 })
             })?;
@@ -386,11 +402,20 @@ impl Core {
         }
         state.device = dev.id();
         let (twins, rdonly) = (ask.twins & fresh, ask.rdonly & fresh);
-        let mut item =
-            Item { va: span.start, device: dev.id(), intent, twins, rdonly, moved: Bits::EMPTY, zeroed: Bits::EMPTY, copied: Bits::EMPTY, tray: None };
+        let mut item = Item {
+            va: span.start,
+            device: dev.id(),
+            intent,
+            twins,
+            rdonly,
+            moved: Bits::EMPTY,
+            zeroed: Bits::EMPTY,
+            copied: Bits::EMPTY,
+            tray: None,
+        };
         let here = present.pages & fresh;
         let huge = present.huge && fresh == Bits::ALL;
-        let end = self.take(&mut item, fresh, here, huge, populated);
+        let end = self.take(&mut item, fresh, here, huge, ask.exec, populated);
         let taken = item.moved | item.zeroed | item.copied;
         // What was refused is the program's as before. If this fails, the first write does it.
         let _ = ranges::unprotect(self, span.start, (beside & fresh) - taken);
@@ -488,7 +513,7 @@ impl Core {
     }
 
     /// The heart of collecting: takes `fresh` pages, of which `here` exist, from the CPU as the item's intent says.
-    fn take(&self, item: &mut Item, fresh: Bits, here: Bits, huge: bool, populated: bool) -> MoveEnd {
+    fn take(&self, item: &mut Item, fresh: Bits, here: Bits, huge: bool, exec: bool, populated: bool) -> MoveEnd {
         match item.intent {
             Intent::Snapshot | Intent::Blank => {
                 item.copied = fresh;
@@ -514,7 +539,13 @@ impl Core {
                     return MoveEnd::All;
                 }
                 let Some(mut tray) = self.pool.take_empty(size, here) else { return MoveEnd::All };
+                if exec {
+                    tray.allow(Prot::ReadWriteExec);
+                }
                 let (moved, end) = ranges::move_out(&self.space, item.va, here, &tray, Some(item.device), !populated);
+                if exec {
+                    tray.allow(Prot::ReadWrite);
+                }
                 tray.full |= moved;
                 item.moved = moved;
                 item.zeroed = fresh - here;

@@ -494,7 +494,8 @@ fn unwatch(core: &Core, span: Span) {
         let Ok(Some(vma)) = core.space.maps.find(at) else { return };
         let mapped = Span { start: vma.start, end: vma.end }.and(Span { start: at, end: span.end });
         at = vma.end;
-        if !vma.is_private_anonymous() {
+        let ours = !mapped.and(own::PLACE).is_empty();
+        if ours || !vma.is_private_anonymous() || core.space.uffd.watches(mapped.start) == Ok(false) {
             continue;
         }
         for part in mapped.blocks() {

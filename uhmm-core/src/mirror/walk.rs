@@ -131,7 +131,10 @@ impl Job<'_> {
 
     /// Faults pages in, all with the same permission. False if the mapping has changed.
     fn populate(&self, vma: &Vma, span: Span, write: bool) -> Result<bool, Fault> {
-        if !self.request.wait && vma.is_private_anonymous() && self.core.space.watch_events(Span { start: vma.start, end: vma.end }) == Err(Errno::BUSY) {
+        if !self.request.wait
+            && vma.is_private_anonymous()
+            && self.core.space.watch_events(Span { start: vma.start, end: vma.end }) == Err(Errno::BUSY)
+        {
             // Another userfaultfd's: as for the kernel, which does not wait while it holds the mappings' lock, what is not there cannot be had.
             let present = self.core.space.present(span).map_err(Fault::System)?;
             if let Some(page) = (span.bits() - present.pages).pages().next() {
@@ -180,7 +183,10 @@ impl Job<'_> {
             let Some(vma) = space.maps.find(at).map_err(Fault::System)?.filter(|vma| vma.start < part.end) else { break };
             let here = Span { start: vma.start.max(at), end: vma.end.min(self.span.end) };
             // All of the mapping that the look is about, so that it is split but twice. What the kernel has from now on announces its changes.
-            let watched = vma.is_private_anonymous() && space.watch_events(here).is_ok();
+            // For a port all of the mapping: it may be moved as a whole later, and is one huge page maybe; and a look that faults nothing changes nothing.
+            let watch = if self.request.own != 0 { Span { start: vma.start, end: vma.end } } else { here };
+            let asked = vma.is_private_anonymous() && !(self.request.own != 0 && self.request.leave);
+            let watched = asked && space.watch_events(watch).is_ok();
             match space.mapping(here.start).map_err(Fault::System)? {
                 Some(now) if same(&now, &vma) => {}
                 _ => return Ok(false),
@@ -194,7 +200,9 @@ impl Job<'_> {
         let served = |(want, entry): (&Want, &Entry)| match want {
             Want::Nothing => true,
             Want::Read => entry.may_read() || entry.is_own() || (self.request.leave && entry.on_device().is_some()),
-            Want::Write => entry.may_write() || (entry.is_own() && entry.mapping_allows().1) || (self.request.leave && entry.on_device().is_some()),
+            Want::Write => {
+                entry.may_write() || (entry.is_own() && entry.mapping_allows().1) || (self.request.leave && entry.on_device().is_some())
+            }
         };
         Ok(wants.iter().zip(&*found).all(served))
     }
@@ -236,6 +244,7 @@ impl Job<'_> {
             let private = state.private().has(bit);
             let coherent = state.coherent().has(bit);
             let now = if page < told { raw[page] } else { pagemap::Entry::default() };
+            let coherent = coherent && self.core.tags.is_frame(here.start + page * PAGE, now.pfn);
             if private {
                 flags |= Entry::PRIVATE;
                 flags |= if own.has(bit) { Entry::OWN } else { 0 };

@@ -5,8 +5,8 @@
 //! * What is read counts only if the entry is still there afterwards; what is written is written under the locks that a change of the page needs.
 #![allow(unsafe_code)] // the accesses themselves
 
-use super::table::{READ, Table, WATCHED, WRITE, Word};
 use super::PortError;
+use super::table::{READ, Table, WATCHED, WRITE, Word};
 use crate::core::Core;
 use crate::directory::State;
 use crate::page::{PageState, Span, Va};

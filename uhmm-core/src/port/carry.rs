@@ -96,7 +96,16 @@ fn enter(target: &mut State, private: Bits, coherent: Bits) {
 }
 
 /// Pages get frames in the new block, and contents. False, with nothing changed, if there is no room, or the device does not copy.
-fn take(core: &Core, dev: &Device, state: &State, target: &mut State, pages: Bits, to: Va, moved: impl Fn(usize) -> usize, there: Bits) -> bool {
+fn take(
+    core: &Core,
+    dev: &Device,
+    state: &State,
+    target: &mut State,
+    pages: Bits,
+    to: Va,
+    moved: impl Fn(usize) -> usize,
+    there: Bits,
+) -> bool {
     let lack = there - target.resident();
     if ranges::take_frames(core, dev, target, to, lack).is_err() {
         return false;
@@ -119,7 +128,9 @@ fn take(core: &Core, dev: &Device, state: &State, target: &mut State, pages: Bit
 }
 
 fn copy(dev: &Device, from: Frame, to: Frame) -> bool {
-    dev.driver.peek(from).is_some_and(|host| dev.transfer(&[Dma { kind: DmaKind::ToDevice, host, frame: to, offset: 0, len: PAGE }]).is_ok())
+    dev.driver
+        .peek(from)
+        .is_some_and(|host| dev.transfer(&[Dma { kind: DmaKind::ToDevice, host, frame: to, offset: 0, len: PAGE }]).is_ok())
 }
 
 /// The old block has these pages no more.

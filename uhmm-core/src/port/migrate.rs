@@ -5,6 +5,7 @@
 use super::table::{EXCLUSIVE, NAMED, READ, Table, WATCHED, WRITE};
 use super::{Owner, PortError, huge};
 use crate::bits::Bits;
+use crate::coherent;
 use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::home;
@@ -99,21 +100,22 @@ impl Job<'_> {
             want -= Bits::one(want.runs().next().map_or(0, |run| run.start));
         }
         core.tags.set(va, want, self.owner, self.exclusive);
-        let protected = !vma.write && unlock(core, part);
+        let protected = !vma.write && unlock(core, part, if vma.exec { Prot::ReadWriteExec } else { Prot::ReadWrite });
         let skip = |asked: Span| asked.bits() - want;
-        let split = failing && want == Bits::ALL;
-        let moved = self.make_resident(part, split, &skip);
+        // Exclusive access is for single pages: a touch revokes it for one.
+        let split = (failing || self.exclusive) && want == Bits::ALL;
+        let moved = self.make_resident(part, vma.exec, split, &skip);
         if protected {
-            lock(core, part);
+            lock(core, part, if vma.exec { Prot::ReadExec } else { Prot::Read });
         }
         moved?;
         self.settle_block(vma, part, before);
         Ok(())
     }
 
-    fn make_resident(&self, part: Span, split: bool, skip: &dyn Fn(Span) -> Bits) -> Result<(), PortError> {
+    fn make_resident(&self, part: Span, exec: bool, split: bool, skip: &dyn Fn(Span) -> Bits) -> Result<(), PortError> {
         let mut park = |parked: crate::migrate::Parked| self.core.pool.put(parked.tray);
-        let mut ask = |part: Span| self.core.make_resident(self.dev, part, Intent::Move, skip, &mut park);
+        let mut ask = |part: Span| self.core.make_resident_in(self.dev, part, exec, Intent::Move, skip, &mut park);
         let done = if split {
             // In two parts, neither of which is a whole block: so its pages get their memory one by one.
             let half = part.start + part.len() / 2;
@@ -149,7 +151,9 @@ impl Job<'_> {
         }
         for page in moved.pages() {
             let at = va + page * PAGE;
-            self.table.enter(at, READ | write | exclusive | WATCHED, self.page(at).pfn, || true);
+            let frame = self.page(at).pfn;
+            core.tags.note_frame(at, frame);
+            self.table.enter(at, READ | write | exclusive | WATCHED, frame, || true);
         }
     }
 
@@ -237,7 +241,12 @@ impl Job<'_> {
         let Some(block) = core.dir.get(va) else { return Ok(0) };
         let (own, whole) = {
             let _hold = core.space.hold();
-            let state = block.lock();
+            let mut state = block.lock();
+            // What copy-on-write has put in the place of a coherent page is no device's.
+            let coherent = self.own(&state, va) & part.bits() & state.coherent();
+            let others = coherent.pages().filter(|page| !core.tags.is_frame(va + page * PAGE, self.page(va + page * PAGE).pfn));
+            let others = others.fold(Bits::EMPTY, |all, page| all | Bits::one(page));
+            coherent::untag(core, &mut state, va, others);
             (self.own(&state, va) & part.bits(), state.huge)
         };
         if own.is_empty() {
@@ -274,7 +283,7 @@ fn is_pool(vma: &Vma) -> bool {
 
 /// Makes a read-only range writable for the kernel's move, while userfaultfd keeps the program from writing there: what is there is write-protected first, and what is not is
 /// watched. A writer waits, and gets its SIGSEGV when the protection is back.
-fn unlock(core: &Core, part: Span) -> bool {
+fn unlock(core: &Core, part: Span, prot: Prot) -> bool {
     if ranges::watch_span(core, part).is_err() {
         return false;
     }
@@ -286,14 +295,14 @@ fn unlock(core: &Core, part: Span) -> bool {
     }
     #[allow(unsafe_code)]
     // SAFETY: nobody can write there meanwhile.
-    unsafe { mem::mprotect(part.start, part.len(), Prot::ReadWrite) }.is_ok()
+    unsafe { mem::mprotect(part.start, part.len(), prot) }.is_ok()
 }
 
 /// The protection is as it was, and what did not move is the program's as before.
-fn lock(core: &Core, part: Span) {
+fn lock(core: &Core, part: Span, prot: Prot) {
     #[allow(unsafe_code)]
     // SAFETY: as it was.
-    let _ = unsafe { mem::mprotect(part.start, part.len(), Prot::Read) };
+    let _ = unsafe { mem::mprotect(part.start, part.len(), prot) };
     relock(core, part);
 }
 
@@ -307,5 +316,7 @@ fn relock(core: &Core, part: Span) {
 pub(super) fn own_pages(span: Span) -> Result<(), Errno> {
     #[allow(unsafe_code)]
     // SAFETY: it changes no contents.
-    unsafe { mem::madvise(span.start, span.len(), Advice::PopulateWrite) }
+    unsafe {
+        mem::madvise(span.start, span.len(), Advice::PopulateWrite)
+    }
 }

@@ -199,16 +199,20 @@ impl Station {
     pub fn step_aside(&self, range: Range<Va>) {
         let span = Span::touching(range.start, range.end);
         let _ = self.store.ask(|core, _| {
-            core.dir.for_each(span, |block, part| {
-                let _hold = core.space.hold();
-                let mut state = block.lock();
-                if (state.resident() | state.busy()).meets(part.bits()) {
-                    return;
+            let _turn = core.turns.enter(Who::Alone);
+            let _prepare = core.prepare.lock();
+            let _hold = core.space.hold();
+            let mut used = false;
+            core.dir.for_each(span, |block, part| used |= block.lock().resident().meets(part.bits()));
+            let mut at = span.start;
+            while !used && at < span.end {
+                let Ok(Some(vma)) = core.space.maps.find(at) else { break };
+                let part = Span { start: vma.start, end: vma.end }.and(Span { start: at, end: span.end });
+                at = vma.end;
+                if vma.is_private_anonymous() && !part.is_empty() && core.space.uffd.unregister(part.start, part.len()).is_ok() {
+                    core.dir.for_each(part, |block, part| block.lock().reg -= part.bits());
                 }
-                if core.space.uffd.unregister(part.start, part.len()).is_ok() {
-                    state.reg -= part.bits();
-                }
-            });
+            }
             Ok(())
         });
     }
@@ -246,10 +250,7 @@ impl Port {
         let request = if write { Request::write() } else { Request::read() }.for_port(self.owner.number, wait);
         loop {
             let left = limit.saturating_duration_since(Instant::now());
-            let pages = self
-                .mirror
-                .range_fault(span.start..span.end, &request, left)
-                .map_err(|fault| told(fault, write))?;
+            let pages = self.mirror.range_fault(span.start..span.end, &request, left).map_err(|fault| told(fault, write))?;
             let entered = self.on(|core, _, table| Ok(access::enter(core, table, &pages, || !self.mirror.read_retry(pages.seq))))?;
             if entered {
                 return Ok(());

@@ -33,6 +33,8 @@ unsafe impl Zeroed for AtomicU8 {}
 #[derive(Debug)]
 pub(crate) struct Tags {
     pages: OnceLock<OwnSlice<AtomicU8>>,
+    /// For coherent pages the number of the CPU's frame, a part of it, where the system tells: another one there is not the device's page any more.
+    frames: OnceLock<OwnSlice<AtomicU32>>,
     /// Device number plus 1.
     store: AtomicU32,
     files: Mutex<([(u32, u32, u64); FILES], usize)>,
@@ -40,7 +42,7 @@ pub(crate) struct Tags {
 
 impl Default for Tags {
     fn default() -> Self {
-        Tags { pages: OnceLock::new(), store: AtomicU32::new(0), files: Mutex::new(([(0, 0, 0); FILES], 0)) }
+        Tags { pages: OnceLock::new(), frames: OnceLock::new(), store: AtomicU32::new(0), files: Mutex::new(([(0, 0, 0); FILES], 0)) }
     }
 }
 
@@ -62,6 +64,7 @@ impl Tags {
     /// `ENOMEM`.
     pub(crate) fn begin(&self, store: u32) -> Result<(), Errno> {
         if self.pages.get().is_none() {
+            let _ = self.frames.set(OwnSlice::new(c"uhmm tags", ALL)?);
             let _ = self.pages.set(OwnSlice::new(c"uhmm tags", ALL)?);
         }
         self.store.store(store, Ordering::Release);
@@ -79,9 +82,7 @@ impl Tags {
 
     /// Tags pages of the block at `va`.
     pub(crate) fn set(&self, va: Va, pages: Bits, owner: Owner, exclusive: bool) {
-        let tag = owner.number & NUMBER
-            | if owner.coherent && !exclusive { COHERENT } else { 0 }
-            | if exclusive { EXCLUSIVE } else { 0 };
+        let tag = owner.number & NUMBER | if owner.coherent && !exclusive { COHERENT } else { 0 } | if exclusive { EXCLUSIVE } else { 0 };
         pages.pages().filter_map(|page| self.slot(va + page * PAGE)).for_each(|slot| slot.store(tag, Ordering::Relaxed));
     }
 
@@ -129,11 +130,28 @@ impl Tags {
         if device == 0 || self.store() != device { Bits::EMPTY } else { self.of(va, 0).private }
     }
 
+    fn frame(&self, va: Va) -> u64 {
+        self.frames.get().and_then(|all| all.get(va / PAGE)).map_or(0, |slot| u64::from(slot.load(Ordering::Relaxed)))
+    }
+
+    /// The coherent page at `va` has this frame.
+    pub(crate) fn note_frame(&self, va: Va, frame: u64) {
+        if let Some(slot) = self.frames.get().and_then(|all| all.get(va / PAGE)) {
+            slot.store(frame as u32, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the frame that the CPU has at a coherent page is still the one that was noted; where nothing was noted, yes.
+    pub(crate) fn is_frame(&self, va: Va, frame: u64) -> bool {
+        matches!(self.frame(va), 0) || self.frame(va) as u32 == frame as u32
+    }
+
     /// The page at `from` is at `to` now.
     pub(crate) fn moved(&self, from: Va, to: Va) {
         if let (Some(from), Some(to)) = (self.slot(from), self.slot(to)) {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
         }
+        self.note_frame(to, self.frame(from));
     }
 
     /// Mappings of this file are a device's. The oldest is forgotten if there are too many.

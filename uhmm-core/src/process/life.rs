@@ -6,12 +6,12 @@
 
 use super::*;
 use crate::ahead;
-use crate::port::huge;
 use crate::core::{CURRENT, NONE, OWNER};
 use crate::device_fault;
 use crate::fork;
 use crate::lease;
 use crate::monitor::Monitor;
+use crate::port::huge;
 use uhmm_os::{signal, system};
 
 pub(super) fn no_thread(e: Errno) -> Error {

@@ -17,6 +17,7 @@ crate::tests![
     written_pages_of_a_private_file_mapping_migrate_in_name,
     holes_migrate_and_their_neighbours_stay_holes,
     two_forks_and_an_exclusive_page,
+    copy_on_write_takes_the_tag_off,
     exclusive_pages_are_revoked_by_any_touch,
     read_only_pages_migrate_and_stay_read_only,
 ];
@@ -261,7 +262,11 @@ fn written_pages_of_a_private_file_mapping_migrate_in_name() {
     let bytes = unsafe { core::slice::from_raw_parts_mut(at, 4 * PAGE) };
     bytes[..2 * PAGE].fill(4);
     let mut out = vec![0; 4 * PAGE];
-    assert_eq!(port.migrate_to_device(start, &mut out), Err(PortError::Missing { address: start + 2 * PAGE }), "a page of the file does not move");
+    assert_eq!(
+        port.migrate_to_device(start, &mut out),
+        Err(PortError::Missing { address: start + 2 * PAGE }),
+        "a page of the file does not move"
+    );
     port.migrate_to_device(start, &mut out[..2 * PAGE]).unwrap();
     assert!(out[..2 * PAGE].iter().all(|&byte| byte == 4));
     let places = || sights(&port, start, 4).iter().map(|sight| sight.place).collect::<Vec<_>>();
@@ -313,6 +318,30 @@ fn two_forks_and_an_exclusive_page() {
     assert_eq!((out[0], look(start)), (77, (false, true)));
 }
 
+/// A fork leaves coherent pages where they are. The first write by the parent makes a copy, which lies in the system's memory.
+fn copy_on_write_takes_the_tag_off() {
+    let station = station();
+    let port = station.port(Owner { number: 3, coherent: true }).unwrap();
+    let mut memory = filled(4);
+    let start = memory.start() as usize;
+    let mut out = vec![0; 4 * PAGE];
+    port.migrate_to_device(start, &mut out).unwrap();
+    assert!(sights(&port, start, 4).iter().all(|sight| sight.place == Place::Coherent));
+    let [mut ours, mut theirs] = std::os::unix::net::UnixStream::pair().map(|(a, b)| [a, b]).unwrap();
+    let bytes = memory.slice::<u8>();
+    let child = fork(false, || std::io::Read::read_exact(&mut theirs, &mut [0]).is_ok() && is_filled(bytes));
+    let places = || sights(&port, start, 4).iter().map(|sight| sight.place).collect::<Vec<_>>();
+    assert_eq!(places(), [Place::Coherent; 4]);
+    bytes[PAGE] = 99;
+    assert_eq!(places(), [Place::Coherent, Place::System, Place::Coherent, Place::Coherent]);
+    std::io::Write::write_all(&mut ours, &[0]).unwrap();
+    assert_eq!(wait(child), 0, "the child sees what there was");
+    assert_eq!(port.read(start, &mut out), Ok(1));
+    assert_eq!(out[PAGE], 99);
+    assert_eq!(port.migrate_to_system(start..start + 4 * PAGE), Ok(3));
+    assert_eq!(places(), [Place::System; 4]);
+}
+
 fn exclusive_pages_are_revoked_by_any_touch() {
     let station = station();
     let port = station.port(private(1)).unwrap();
@@ -333,6 +362,13 @@ fn exclusive_pages_are_revoked_by_any_touch() {
         libc::mprotect((start + 2 * PAGE) as *mut _, 2 * PAGE, libc::PROT_READ);
     }
     assert!(!port.is_exclusive(start..start + 4 * PAGE));
+    let mut huge = Pages::huge(2 << 20);
+    huge.slice::<u8>().fill(5);
+    let first = huge.start() as usize;
+    port.exclusive(first, &mut vec![0; 2 << 20]).unwrap();
+    assert_eq!(huge.slice::<u8>()[7 * PAGE], 5);
+    let left = (0..512).filter(|page| port.is_exclusive(first + page * PAGE..first + (page + 1) * PAGE)).count();
+    assert_eq!(left, 511, "a touch revokes one page");
     assert_eq!(port.exclusive(start, &mut out), Err(PortError::Fault { address: start + 2 * PAGE }));
 }
 
@@ -341,9 +377,16 @@ fn read_only_pages_migrate_and_stay_read_only() {
     let port = station.port(private(1)).unwrap();
     let memory = filled(4);
     let start = memory.start() as usize;
+    let mut out = vec![0; 4 * PAGE];
+    for access in [libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC, libc::PROT_READ | libc::PROT_EXEC] {
+        // SAFETY: memory of the test's own.
+        assert_eq!(unsafe { libc::mprotect(start as *mut _, 4 * PAGE, access) }, 0);
+        port.migrate_to_device(start, &mut out).unwrap();
+        assert!(is_filled(&out) && look(start) == (false, true));
+        assert_eq!(port.migrate_to_system(start..start + 4 * PAGE), Ok(4));
+    }
     // SAFETY: memory of the test's own.
     assert_eq!(unsafe { libc::mprotect(start as *mut _, 4 * PAGE, libc::PROT_READ) }, 0);
-    let mut out = vec![0; 4 * PAGE];
     port.migrate_to_device(start, &mut out).unwrap();
     assert!(is_filled(&out) && look(start) == (false, true));
     assert!(sights(&port, start, 4).iter().all(|sight| sight.place == Place::Private && !sight.write));
