@@ -87,6 +87,8 @@ pub(crate) struct Core {
     pub(crate) twins: Twins,
     pub(crate) tags: Tags,
     pub(crate) tables: Tables,
+    /// Held while a port has a mapping's protection changed: see [`crate::port::change`].
+    pub(crate) rights: Mutex<()>,
     pub(crate) devices: DeviceTable,
     rooms: OwnBox<[Mutex<Room>; ROOMS]>,
     /// Threads that are making pages the program's own.
@@ -166,6 +168,7 @@ impl Core {
             ahead: Ahead::default(),
             tags: Tags::default(),
             tables: Tables::default(),
+            rights: Mutex::new(()),
             prefetches: Prefetches::new().map_err(reserve)?,
             twins: Twins::new(blocks).map_err(reserve)?,
             devices: DeviceTable::default(),

@@ -432,6 +432,10 @@ pub(crate) fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
 /// Fills holes with the zero page. What is there already is left, and its toucher woken.
 fn fill(core: &Core, start: Va, pages: usize) -> Served {
     let (mut at, mut most) = (0, pages);
+    if core.space.has_markers() {
+        // MADV_FREE drops what was away, and leaves the mark of it.
+        let _ = ranges::unprotect_span(core, Span { start, end: start + pages * PAGE });
+    }
     while at < pages {
         let n = most.min(pages - at);
         match core.space.uffd.zeropage(start + at * PAGE, n * PAGE) {

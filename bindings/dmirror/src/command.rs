@@ -4,7 +4,7 @@
 //! may lie on the device itself, or be bad: the kernel copies them.
 #![allow(unsafe_code)] // the device writes where the program asked
 
-use crate::abi::{self, Command, Done, Flow, What, errno, permission};
+use crate::abi::{Command, Done, Flow, What, errno, permission};
 use crate::device::Kind;
 use crate::name::Name;
 use crate::opens::{self, Home, Live};
@@ -43,12 +43,6 @@ pub(crate) fn ioctl(fd: c_int, name: &Name, request: u32, arg: u64) -> Result<us
 /// A command whose struct was checked.
 fn run(fd: c_int, name: &Name, what: What, command: &Command) -> Result<Done, Errno> {
     let Some(home) = opens::home_of(name) else {
-        // Device memory of another process is another uhmm's: this one's goes here, the other's there.
-        if what == What::Release
-            && let (Some(home), Some(device)) = (opens::home(), name.kind.number())
-        {
-            home.station.release(abi::owner(device).number);
-        }
         return wire::ask(fd, what, command);
     };
     let (flow, len) = what.buffer(command.npages);
@@ -69,7 +63,8 @@ pub(crate) fn execute(home: &Home, live: &Live, what: What, command: &Command, b
     let range = start..start + npages as usize * PAGE; // `Command::check` has seen that it fits
     let all = Done { cpages: npages, faults: 0 };
     let done = match what {
-        What::Read | What::ReadUnlocked => port.read(start, buffer).map(|faults| Done { faults, ..all }),
+        What::Read => port.read(start, buffer).map(|faults| Done { faults, ..all }),
+        What::ReadUnlocked => port.read_unlocked(start, buffer).map(|faults| Done { faults, ..all }),
         // SAFETY: the program asks for it, by address, as it would by a pointer.
         What::Write => unsafe { port.write(start, buffer) }.map(|faults| Done { faults, ..all }),
         What::MigrateToDevice => port.migrate_to_device(start, buffer).map(|()| all),
@@ -95,7 +90,7 @@ pub(crate) fn execute(home: &Home, live: &Live, what: What, command: &Command, b
         What::CheckExclusive if port.is_exclusive(range) => return Err(Errno::PERM),
         What::CheckExclusive => Ok(Done::default()),
         What::Release => {
-            home.station.release(abi::owner(live.device).number);
+            home.release(live.device);
             Ok(Done::default())
         }
         What::Flags => {

@@ -10,6 +10,7 @@
 //! | `opens` | what this process has opened, from the first open to the close of the last copy |
 //! | `service` | the threads that hold the other ends of descriptors |
 //! | `command`, `abi` | the commands; numbers and structs |
+//! | `family` | what concerns every process that was forked from one |
 //! | `wire` | commands of a process that has another's descriptor |
 //! | `mapping` | changes of mappings; mappings of the device's file |
 //! | `gup` | the file that pins pages |
@@ -21,6 +22,7 @@
 mod abi;
 mod command;
 mod device;
+mod family;
 mod gup;
 mod interpose;
 mod lock;

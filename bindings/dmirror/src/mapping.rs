@@ -11,7 +11,7 @@ use crate::name::Name;
 use crate::{opens, sys};
 use core::ops::Range;
 use libc::{c_int, c_void, off_t, size_t};
-use uhmm_core::port::{self, Change, Place, Sight};
+use uhmm_core::port::{self, Change};
 use uhmm_os::{Errno, PAGE};
 
 /// The whole pages of a range; `None` if it has none, or ends beyond all addresses.
@@ -74,10 +74,20 @@ pub(crate) fn unmap(addr: *mut c_void, len: size_t) -> Result<usize, Errno> {
 
 /// mremap(2).
 pub(crate) fn remap(old: *mut c_void, old_len: size_t, new_len: size_t, flags: c_int, new: *mut c_void) -> Result<usize, Errno> {
-    let _from = announce(old, old_len);
+    let moves = flags & (libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP) != 0;
+    let _from = match old_len.checked_sub(new_len) {
+        _ if moves => announce(old, old_len),
+        Some(tail) if tail > 0 => announce(old.wrapping_byte_add(new_len), tail), // what stays where it is does not change
+        _ => None,
+    };
     let _to = if flags & libc::MREMAP_FIXED != 0 { announce(new, new_len) } else { None };
     // SAFETY: the program's call.
-    unsafe { sys::call(libc::SYS_mremap, [old as usize, old_len, new_len, flags as usize, new as usize]) }
+    let result = unsafe { sys::call(libc::SYS_mremap, [old as usize, old_len, new_len, flags as usize, new as usize]) };
+    // Whether it moves to grow, only the kernel knows before. Of anonymous memory it has told; entries of other memory go now.
+    if !moves && result.is_ok_and(|at| at != old as usize) {
+        drop(announce(old, old_len));
+    }
+    result
 }
 
 /// mprotect(2).
@@ -102,16 +112,12 @@ const MADV_GUARD_INSTALL: c_int = 102;
 pub(crate) fn advise(addr: *mut c_void, len: size_t, advice: c_int) -> Result<usize, Errno> {
     let changes = matches!(
         advice,
-        libc::MADV_DONTNEED
-            | libc::MADV_FREE
-            | libc::MADV_REMOVE
-            | libc::MADV_PAGEOUT
-            | libc::MADV_HWPOISON
-            | libc::MADV_SOFT_OFFLINE
-            | MADV_COLLAPSE
-            | MADV_DONTNEED_LOCKED
-            | MADV_GUARD_INSTALL
+        libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE | libc::MADV_HWPOISON | MADV_DONTNEED_LOCKED | MADV_GUARD_INSTALL
     );
+    // What is on a device keeps its contents: the kernel's lazy freeing passes it by, and is not promised for the rest.
+    if advice == libc::MADV_FREE && is_on_a_device(addr, len) {
+        return Ok(0);
+    }
     let result = {
         let _change = if changes { announce(addr, len) } else { None };
         // SAFETY: the program's call.
@@ -119,24 +125,15 @@ pub(crate) fn advise(addr: *mut c_void, len: size_t, advice: c_int) -> Result<us
     };
     // Pages on a device can neither be freed lazily nor collapsed, and nobody promised that they are.
     match result {
-        Err(_) if matches!(advice, libc::MADV_FREE | MADV_COLLAPSE) && is_on_a_device(addr, len) => Ok(0),
+        Err(_) if advice == MADV_COLLAPSE && is_on_a_device(addr, len) => Ok(0),
         result => result,
     }
 }
 
 /// Whether any page of a range lies on a device.
 fn is_on_a_device(start: *mut c_void, len: usize) -> bool {
-    const PART: usize = 256;
     let (Some(home), Some(range)) = (opens::home(), pages(start as usize, len)) else { return false };
-    let mut sights = [Sight::default(); PART];
-    home.any(|live| {
-        let mut parts = range.clone().step_by(PART * PAGE);
-        parts.any(|at| {
-            let sights = &mut sights[..((range.end - at) / PAGE).min(PART)];
-            sights.fill(Sight::default());
-            live.port.snapshot(at, sights).is_ok() && sights.iter().any(|sight| sight.place != Place::System)
-        })
-    })
+    home.station.holds(range)
 }
 
 /// The program's own userfaultfd is about to watch a range: the struct of its request begins with it.

@@ -10,7 +10,8 @@
 #![allow(unsafe_code)] // places values in raw mappings; handlers that libc calls around a fork
 
 use crate::abi::{self, Done};
-use crate::device::{DEVICES, Kind};
+use crate::device::Kind;
+use crate::family;
 use crate::lock::Lock;
 use crate::name::Name;
 use crate::service::{self, Desk, Request};
@@ -54,7 +55,6 @@ pub(crate) struct Home {
     pub(crate) epoll: AtomicI32,
     /// Held by who drops a port, so that others can wait for that.
     ending: Mutex<()>,
-    counts: [AtomicU32; DEVICES as usize],
     /// The longest that was needed, while no command uses it: addresses are used up by mapping.
     buffer: Mutex<Option<Mapping>>,
     /// The service's threads that run.
@@ -188,7 +188,6 @@ fn settle() -> Result<&'static Home, Errno> {
         ends: Mutex::new(()),
         epoll: AtomicI32::new(-1),
         ending: Mutex::new(()),
-        counts: [const { AtomicU32::new(0) }; DEVICES as usize],
         buffer: Mutex::new(own::map(c"uhmm dmirror", WARM).ok()),
         ready: AtomicU32::new(0),
     };
@@ -267,7 +266,6 @@ impl Home {
             let _ending = lock(&self.ending); // who ends the slot's last open for a second time looks at its number
             slot.seq.store(seq, Ordering::Release);
             *slot.live.write().unwrap_or_else(PoisonError::into_inner) = Some(Live { seq, device, port });
-            self.counts[usize::from(device)].fetch_add(1, Ordering::AcqRel);
         }
         let adopted = self.desk.ask(Request::Adopt { slot: index, thread: sys::tid(), fd: other });
         sys::close(other);
@@ -313,12 +311,18 @@ impl Home {
             Err(TryLockError::WouldBlock) => return,
         };
         let ended = live.take_if(|live| live.seq == seq).map(|live| live.device); // and its port is dropped
-        if let Some(device) = ended
-            && self.counts[usize::from(device)].fetch_sub(1, Ordering::AcqRel) == 1
-        {
-            self.station.release(abi::owner(device).number);
+        drop(live);
+        if let Some(device) = ended {
+            self.release(device);
         }
         slot.over.store(0, Ordering::SeqCst);
+    }
+
+    /// Brings home what a device has, of this process and of every other of its family.
+    pub(crate) fn release(&self, device: u8) {
+        let number = abi::owner(device).number;
+        self.station.release(number);
+        family::tell(self, number);
     }
 
     /// Uses an open's port.

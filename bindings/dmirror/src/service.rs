@@ -5,9 +5,11 @@
 //! | thread | does |
 //! |---|---|
 //! | desk | takes over the other end of a descriptor that is made; says whether the last copy of one was closed |
+//! | relatives | does what other processes of the family ask for |
 //! | ends, three | wait for all ends: for requests of other processes, and for the close of a last copy that this process did not make itself. One may wait long for what a command needs, so there are more |
 #![allow(unsafe_code)] // system calls; threads
 
+use crate::family;
 use crate::opens::{Home, lock};
 use crate::{sys, wire};
 use core::sync::atomic::Ordering;
@@ -115,10 +117,23 @@ fn begin(home: &'static Home) -> Result<bool, Errno> {
         // SAFETY: as for the desk. A thread shares the table of the one that starts it.
         drop(unsafe { own::spawn(c"uhmm dmirror", STACK, ends, core::ptr::from_ref(home).cast_mut().cast()) }?);
     }
-    while home.ready.load(Ordering::Acquire) != ENDS + 1 {
+    // SAFETY: as for the desk.
+    drop(unsafe { own::spawn(c"uhmm dmirror", STACK, relatives, core::ptr::from_ref(home).cast_mut().cast()) }?);
+    while home.ready.load(Ordering::Acquire) != ENDS + 2 {
         thread::yield_now();
     }
     Ok(true)
+}
+
+/// Does what other processes of the family ask for.
+unsafe extern "C" fn relatives(home: *mut ()) {
+    // SAFETY: as for the desk.
+    let home = unsafe { &*home.cast::<Home>() };
+    let listener = family::listen(home);
+    ready(home);
+    if let Ok(listener) = listener {
+        family::serve(home, &listener);
+    }
 }
 
 /// To be called by each thread first: a thread's first allocation maps an arena for it, which must not happen later.

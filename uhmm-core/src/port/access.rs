@@ -14,6 +14,9 @@ use crate::sync::*;
 use uhmm_os::pagemap::Entry;
 use uhmm_os::{BLOCK, PAGE, copy, thread};
 
+/// Pages whose frames are looked up at once.
+const LOOK: usize = 64;
+
 /// A page of bytes on its way.
 pub(super) type Bounce = [u8; PAGE];
 
@@ -29,9 +32,16 @@ enum Reached {
 /// The device's reads, page by page: how many pages were read before one that has no entry.
 pub(super) fn read(core: &Core, table: &Table, number: u8, start: Va, out: &mut [u8]) -> Result<usize, PortError> {
     let mut bounce: Bounce = [0; PAGE];
+    let mut frames = [Entry::default(); LOOK];
     for (page, out) in out.chunks_mut(PAGE).enumerate() {
         let va = start + page * PAGE;
-        let reached = until(|| read_page(core, table, number, va, &mut bounce));
+        if page % LOOK == 0 {
+            frames.fill(Entry::default());
+            let _ = core.space.page_entries(va, &mut frames);
+        }
+        let mut then = Some(frames[page % LOOK]);
+        // What is not as it was a moment ago is looked at once more.
+        let reached = until(|| read_page(core, table, number, va, then.take(), &mut bounce));
         if !reached {
             return Ok(page);
         }
@@ -80,7 +90,7 @@ fn own_frame(core: &Core, state: &State, number: u8, va: Va, word: Word) -> Opti
     dev.driver.peek(frame).filter(|_| ours && state.device == core.tags.store())
 }
 
-fn read_page(core: &Core, table: &Table, number: u8, va: Va, out: &mut Bounce) -> Reached {
+fn read_page(core: &Core, table: &Table, number: u8, va: Va, then: Option<Entry>, out: &mut Bounce) -> Reached {
     let Some(word) = table.word(va).filter(|word| word.has(READ)) else { return Reached::Missing };
     let page = va % BLOCK / PAGE;
     let private = {
@@ -106,7 +116,8 @@ fn read_page(core: &Core, table: &Table, number: u8, va: Va, out: &mut Bounce) -
         }
     };
     if !private {
-        if !frame_is(core, va, word) {
+        let same = then.is_some_and(|then| then.present && word.is_frame(then.pfn)) || frame_is(core, va, word);
+        if !same {
             table.refute(va, word);
             return Reached::Missing;
         }

@@ -38,7 +38,8 @@ fn part(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bi
     }
     let Ok(target) = core.dir.get_or_make(to) else { return };
     if core::ptr::eq(target, state.block()) {
-        return; // it would have to be moved within itself: it comes home instead
+        within(core, dev, state, to, pages, shift);
+        return;
     }
     let mut target = target.lock();
     if (target.device != 0 && target.device != dev.id()) || target.mover != 0 {
@@ -62,6 +63,30 @@ fn part(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bi
     }
     if target.device != 0 {
         dev.mem.touch(&core.dir, to);
+    }
+    dev.changed();
+}
+
+/// Pages stay in their block, at other places, which the kernel has emptied: none of them is one of the old ones.
+fn within(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits, shift: isize) {
+    let moved = |page: usize| page.wrapping_add_signed(shift);
+    let newer = pages.pages().filter(|&page| state.private().has(page) && is_present(core, va + moved(page) * PAGE));
+    let newer = newer.fold(Bits::EMPTY, |all, page| all | Bits::one(page));
+    let there = (pages - newer).pages().fold(Bits::EMPTY, |all, page| all | Bits::one(moved(page)));
+    if there.meets(state.resident() | state.busy()) || ranges::take_frames(core, dev, state, va, there).is_err() {
+        return;
+    }
+    let private = (pages - newer) & state.private();
+    let copied = private.pages().all(|page| copy(dev, core.dir.frame(state, page), core.dir.frame(state, moved(page))));
+    if !copied {
+        ranges::give_frames(core, dev, state, va, there);
+        return;
+    }
+    let there_private = private.pages().fold(Bits::EMPTY, |all, page| all | Bits::one(moved(page)));
+    enter(state, there_private, there - there_private);
+    leave(core, dev, state, va, pages);
+    for page in (pages - newer).pages() {
+        core.tags.moved(va + page * PAGE, va + moved(page) * PAGE);
     }
     dev.changed();
 }

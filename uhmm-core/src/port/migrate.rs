@@ -99,18 +99,45 @@ impl Job<'_> {
         if failing && self.fail.swap(false, Ordering::Relaxed) && !(want == Bits::ALL && self.is_huge(va)) {
             want -= Bits::one(want.runs().next().map_or(0, |run| run.start));
         }
+        self.clear_stale_marks(part, want);
         core.tags.set(va, want, self.owner, self.exclusive);
-        let protected = !vma.write && unlock(core, part, if vma.exec { Prot::ReadWriteExec } else { Prot::ReadWrite });
         let skip = |asked: Span| asked.bits() - want;
         // Exclusive access is for single pages: a touch revokes it for one.
         let split = (failing || self.exclusive) && want == Bits::ALL;
-        let moved = self.make_resident(part, vma.exec, split, &skip);
-        if protected {
-            lock(core, part, if vma.exec { Prot::ReadExec } else { Prot::Read });
+        if vma.write {
+            self.make_resident(part, vma.exec, split, &skip)?;
+        } else {
+            self.move_read_only(part, split, &skip)?;
         }
-        moved?;
         self.settle_block(vma, part, before);
         Ok(())
+    }
+
+    /// Pages of a mapping that may not be written: see [`unlock`].
+    fn move_read_only(&self, part: Span, split: bool, skip: &dyn Fn(Span) -> Bits) -> Result<(), PortError> {
+        let core = self.core;
+        let mut times = 0;
+        let _rights = loop {
+            // The program's own change comes first, and no other begins until the protection is back. So what the mapping allows is looked up once more.
+            let rights = core.rights.lock();
+            if !core.space.mirrors.changing(part) {
+                break rights;
+            }
+            drop(rights);
+            thread::pause(times);
+            times += 1;
+        };
+        let Some(vma) = mapping(core, part.start)?.filter(|vma| vma.read && vma.end >= part.end) else { return Ok(()) };
+        if vma.write {
+            return self.make_resident(part, vma.exec, split, skip);
+        }
+        let [there, back] = if vma.exec { [Prot::ReadWriteExec, Prot::ReadExec] } else { [Prot::ReadWrite, Prot::Read] };
+        if !unlock(core, part, there) {
+            return Ok(());
+        }
+        let moved = self.make_resident(part, vma.exec, split, skip);
+        lock(core, part, back);
+        moved
     }
 
     fn make_resident(&self, part: Span, exec: bool, split: bool, skip: &dyn Fn(Span) -> Bits) -> Result<(), PortError> {
@@ -155,6 +182,20 @@ impl Job<'_> {
             core.tags.note_frame(at, frame);
             self.table.enter(at, READ | write | exclusive | WATCHED, frame, || true);
         }
+    }
+
+    /// Marks without a page: MADV_FREE has dropped what was away.
+    fn clear_stale_marks(&self, part: Span, want: Bits) {
+        if !self.core.space.has_markers() {
+            return;
+        }
+        let mut raw = [Entry::default(); uhmm_os::BLOCK / PAGE];
+        let count = part.len() / PAGE;
+        let told = self.core.space.page_entries(part.start, &mut raw[..count]).unwrap_or(0);
+        let first = part.start % uhmm_os::BLOCK / PAGE;
+        let stale = (0..told).filter(|&page| raw[page].swapped && !raw[page].present && raw[page].uffd_wp && want.has(first + page));
+        let stale = stale.fold(Bits::EMPTY, |all, page| all | Bits::one(first + page));
+        let _ = ranges::unprotect(self.core, Span::block(part.start).start, stale);
     }
 
     fn page(&self, va: Va) -> Entry {

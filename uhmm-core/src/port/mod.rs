@@ -24,7 +24,6 @@ pub(crate) mod tags;
 use crate::core::{Core, Device, DeviceRef};
 use crate::error::Error;
 use crate::line::Who;
-use crate::mirror::registry::Mirrors;
 use crate::mirror::{Fault, Mirror, Reason, Request};
 use crate::mode::Mode;
 use crate::own;
@@ -195,17 +194,33 @@ impl Station {
         self.core.core().tags.add_file(dev, inode);
     }
 
-    /// Another userfaultfd, the program's own, is about to watch a range: ends uhmm's watch where nothing is on a device.
+    /// Whether a device has any page of a range, that the CPU uses in place or not at all.
+    pub fn holds(&self, range: Range<Va>) -> bool {
+        let span = Span::touching(range.start, range.end.min(EVERYTHING.end));
+        let core = self.core.core();
+        let found = self.store.ask(|_, _| {
+            let mut any = false;
+            core.dir.for_each(span, |block, part| any |= block.lock().resident().meets(part.bits()));
+            Ok(any)
+        });
+        found.unwrap_or(false)
+    }
+
+    /// Another userfaultfd, the program's own, is about to watch a range: what is there comes home, and uhmm's watch ends.
     pub fn step_aside(&self, range: Range<Va>) {
         let span = Span::touching(range.start, range.end);
-        let _ = self.store.ask(|core, _| {
+        let _ = self.store.ask(|core, dev| {
             let _turn = core.turns.enter(Who::Alone);
             let _prepare = core.prepare.lock();
+            core.dir.for_each(span, |block, part| {
+                let pages = block.lock().resident() & part.bits();
+                if !pages.is_empty() {
+                    let _ = crate::home::send_pages_home(core, dev, part.start, pages);
+                }
+            });
             let _hold = core.space.hold();
-            let mut used = false;
-            core.dir.for_each(span, |block, part| used |= block.lock().resident().meets(part.bits()));
             let mut at = span.start;
-            while !used && at < span.end {
+            while at < span.end {
                 let Ok(Some(vma)) = core.space.maps.find(at) else { break };
                 let part = Span { start: vma.start, end: vma.end }.and(Span { start: at, end: span.end });
                 at = vma.end;
@@ -455,23 +470,27 @@ pub struct Change(Option<Span>);
 /// Begins a change of a range.
 pub fn change(range: Range<Va>) -> Change {
     let span = Span::touching(range.start, range.end.min(EVERYTHING.end));
-    let begun = !span.is_empty() && with_mirrors(|mirrors| mirrors.begin(span, Reason::Protect));
+    let begun = !span.is_empty()
+        && with_core(|core| {
+            core.space.mirrors.begin(span, Reason::Protect);
+            drop(core.rights.lock()); // a port that has changed the protection for a moment gives it back first
+        });
     Change(begun.then_some(span))
 }
 
 impl Drop for Change {
     fn drop(&mut self) {
         if let Some(span) = self.0 {
-            with_mirrors(|mirrors| mirrors.end(span));
+            with_core(|core| core.space.mirrors.end(span));
         }
     }
 }
 
-/// Does something with the process's mirrors, on the keeper; false if there are none.
-fn with_mirrors(f: impl FnOnce(&Mirrors) + Send) -> bool {
+/// Does something on the keeper, if there are mirrors; false if there are none.
+fn with_core(f: impl FnOnce(&Core) + Send) -> bool {
     if !crate::core::current().is_some_and(|core| core.space.mirrors.any()) {
         return false;
     }
     let Ok(held) = process::lock() else { return false };
-    held.ask_keeper(|core: &Core| f(&core.space.mirrors)).is_some()
+    held.ask_keeper(f).is_some()
 }

@@ -37,6 +37,7 @@ int main(void) {
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
     pid_t other = fork();
     if (other == 0) {
+        close(pair[0]); /* so that this ends if the other does */
         int fd = receive_descriptor(pair[1]);
         CHECK(flags(fd) == 0);
         struct stat status;
