@@ -191,12 +191,13 @@ int look(int fd, const void *at);
         CHECK(munmap(read_back_, (n) * PAGE) == 0);            \
     } while (0)
 
-/* A child that finds all as it should be. */
+/* A child that finds all as it should be; one that is left alone ends some day. */
 #define CHILD(...)                  \
     ({                              \
         pid_t child_ = fork();      \
         CHECK(child_ >= 0);         \
         if (child_ == 0) {          \
+            alarm(40);              \
             __VA_ARGS__;            \
             _exit(0);               \
         }                           \
