@@ -7,6 +7,7 @@ use super::{Owner, PortError, huge};
 use crate::bits::Bits;
 use crate::coherent;
 use crate::core::{Core, Device};
+use crate::directory::State;
 use crate::error::Error;
 use crate::home;
 use crate::line::Who;
@@ -92,6 +93,10 @@ impl Job<'_> {
     fn block_to_device(&self, vma: &Vma, part: Span) -> Result<(), PortError> {
         let core = self.core;
         let va = Span::block(part.start).start;
+        if let Some(block) = core.dir.get(va) {
+            let _hold = core.space.hold();
+            self.untag_copied(&mut block.lock(), va, part);
+        }
         let before = self.resident(part);
         let mut want = part.bits() - before;
         let failing = self.fail.load(Ordering::Relaxed) && !want.is_empty();
@@ -204,12 +209,24 @@ impl Job<'_> {
     }
 
     /// Pages of the block that are the device's: on it alone, or used in place.
-    fn own(&self, state: &crate::directory::State, va: Va) -> Bits {
+    fn own(&self, state: &State, va: Va) -> Bits {
         if state.device != self.dev.id() {
             return Bits::EMPTY;
         }
         let tagged = self.core.tags.of(va, self.owner.number);
         (state.private() | state.coherent()) & if self.exclusive { tagged.exclusive } else { tagged.own }
+    }
+
+    /// What copy-on-write has put in the place of a coherent page is no device's.
+    fn untag_copied(&self, state: &mut State, va: Va, part: Span) {
+        let tags = &self.core.tags;
+        if state.device != self.dev.id() {
+            return;
+        }
+        let coherent = (part.bits() & state.coherent()).pages();
+        let others = coherent.filter(|page| !tags.is_frame(va + page * PAGE, self.page(va + page * PAGE).pfn));
+        let others = others.fold(Bits::EMPTY, |all, page| all | Bits::one(page));
+        coherent::untag(self.core, state, va, others);
     }
 
     fn resident(&self, part: Span) -> Bits {
@@ -283,11 +300,7 @@ impl Job<'_> {
         let (own, whole) = {
             let _hold = core.space.hold();
             let mut state = block.lock();
-            // What copy-on-write has put in the place of a coherent page is no device's.
-            let coherent = self.own(&state, va) & part.bits() & state.coherent();
-            let others = coherent.pages().filter(|page| !core.tags.is_frame(va + page * PAGE, self.page(va + page * PAGE).pfn));
-            let others = others.fold(Bits::EMPTY, |all, page| all | Bits::one(page));
-            coherent::untag(core, &mut state, va, others);
+            self.untag_copied(&mut state, va, part);
             (self.own(&state, va) & part.bits(), state.huge)
         };
         if own.is_empty() {

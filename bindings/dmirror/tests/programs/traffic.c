@@ -11,11 +11,16 @@ static struct command command(void *addr, void *ptr) {
     return (struct command){.addr = (uint64_t)addr, .ptr = (uint64_t)ptr, .npages = N};
 }
 
-/* A page that is just being unshared after a fork, or that a fork has just brought home, may stay: that is no error of the program's. */
+/* A page that is just being unshared after a fork, or that a fork has just brought home, may stay; and one that a fork has left on the device has lost its entry, which a read enters
+ * again: that is no error of the program's. */
 static void on_device(int fd, unsigned long request, void *addr, void *ptr) {
     struct command wanted = command(addr, ptr);
-    while (ioctl(fd, request, &wanted) != 0)
+    while (ioctl(fd, request, &wanted) != 0) {
         CHECK(errno == ENOENT || errno == EBUSY);
+        struct command read = command(addr, ptr);
+        if (request == MIGRATE_TO_DEV)
+            ioctl(fd, READ, &read);
+    }
 }
 
 static void *work(void *number) {
