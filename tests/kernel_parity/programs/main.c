@@ -44,6 +44,44 @@ char *aligned(size_t blocks) {
     return start;
 }
 
+static long pool_before = -1;
+static pid_t pool_owner;
+
+static int set_pool(long count) {
+    FILE *setting = fopen("/proc/sys/vm/nr_hugepages", "w");
+    if (!setting)
+        return -1;
+    int bad = fprintf(setting, "%ld\n", count) < 0;
+    return fclose(setting) != 0 || bad ? -1 : 0;
+}
+
+void restore_pool(void) {
+    if (pool_before >= 0 && pool_owner == getpid())
+        set_pool(pool_before);
+    pool_before = -1;
+}
+
+char *pool_pages(size_t count) {
+    FILE *setting = fopen("/proc/sys/vm/nr_hugepages", "r");
+    long before = -1;
+    if (!setting || fscanf(setting, "%ld", &before) != 1)
+        SKIP("this kernel has no pool of huge pages");
+    fclose(setting);
+    int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB;
+    char *at = mmap(NULL, count * BLOCK, PROT_READ | PROT_WRITE, kind, -1, 0);
+    if (at == MAP_FAILED) {
+        pool_before = before, pool_owner = getpid();
+        if (set_pool(before + (long)count) != 0)
+            SKIP("the pool of huge pages is empty, and this user may not fill it");
+        at = mmap(NULL, count * BLOCK, PROT_READ | PROT_WRITE, kind, -1, 0);
+        if (at == MAP_FAILED) {
+            restore_pool();
+            SKIP("there are no huge pages for the pool");
+        }
+    }
+    return at;
+}
+
 int file_of(size_t npages, uint64_t seed) {
     int fd = memfd_create("parity", MFD_CLOEXEC);
     CHECK(fd >= 0 && ftruncate(fd, (off_t)(npages * PAGE)) == 0);
@@ -142,6 +180,7 @@ int main(int argc, char **argv) {
     for (struct test *test = tests; test; test = test->next)
         if (!strcmp(test->name, argv[1])) {
             test->run();
+            restore_pool();
             return 0;
         }
     WRONG("no such case: %s", argv[1]);

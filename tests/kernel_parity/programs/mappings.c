@@ -314,7 +314,7 @@ TEST(madvise_dontneed_of_a_huge_page, BOTH) {
 }
 
 TEST(madvise_of_other_kinds_returns_0, BOTH) {
-    static const int kinds[] = {MADV_NORMAL, MADV_RANDOM, MADV_SEQUENTIAL, MADV_WILLNEED, 8 /* FREE */, MADV_HUGEPAGE, MADV_NOHUGEPAGE, 20 /* COLD */, 21 /* PAGEOUT */, 25 /* COLLAPSE */};
+    static const int kinds[] = {MADV_NORMAL, MADV_RANDOM, MADV_SEQUENTIAL, MADV_WILLNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, 20 /* COLD */, 21 /* PAGEOUT */, 25 /* COLLAPSE */};
     int fd = device(0);
     char *at = aligned(1), *to = buffer(512);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
@@ -326,9 +326,33 @@ TEST(madvise_of_other_kinds_returns_0, BOTH) {
         int result = madvise(at, BLOCK, kinds[i]);
         if (result != 0)
             WRONG("madvise %d gives errno %d", kinds[i], errno);
-        if (kinds[i] != 8)
-            HOLDS(at, 512, i);
+        HOLDS(at, 512, i);
     }
+}
+
+static void freed(char *at, char *to, size_t n) {
+    int fd = device(0);
+    fill(at, n, 25);
+    DOES(fd, MIGRATE_TO_DEV, at, to, n, n, 0);
+    IS(at, n, coherent ? HERE : AWAY);
+    EQ(madvise(at, n * PAGE, 8 /* FREE */), 0);
+    char *whole = anonymous(n);
+    fill(whole, n, 25);
+    for (size_t page = 0; page < n; page++) { /* each as it was, or zeros */
+        char *here = at + page * PAGE;
+        if (memcmp(here, whole + page * PAGE, PAGE))
+            ALL(here, 1, 0ul);
+    }
+    fill(at, n, 26);
+    HOLDS(at, n, 26);
+}
+
+TEST(madvise_free_of_pages, BOTH) { freed(anonymous(N), buffer(N), N); }
+
+TEST(madvise_free_of_a_huge_page, BOTH) {
+    char *at = aligned(1);
+    CHECK(madvise(at, BLOCK, MADV_HUGEPAGE) == 0);
+    freed(at, buffer(512), 512);
 }
 
 TEST(madvise_dontneed_erases_entries, BOTH) {

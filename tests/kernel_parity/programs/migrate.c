@@ -208,9 +208,7 @@ TEST(migrate_leaves_pages_of_another_device, BOTH) {
 
 TEST(migrate_of_a_pool_page_is_EINVAL, BOTH) {
     int fd = device(0);
-    char *at = mmap(NULL, BLOCK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0), *to = buffer(512);
-    if (at == MAP_FAILED)
-        SKIP("no huge page in the pool");
+    char *at = pool_pages(1), *to = buffer(512);
     fill(at, 512, 18);
     FAILS(fd, MIGRATE_TO_DEV, at, to, 512, EINVAL);
     FAILS(fd, MIGRATE_TO_DEV, at, to, 1, EINVAL);
@@ -355,4 +353,21 @@ TEST(flags_can_be_cleared, BOTH) {
     DOES(fd, MIGRATE_TO_DEV, at, to, N, N, 0);
     ON_DEVICE(fd, at, N, RW);
     HOLDS(at, N, 28);
+}
+
+TEST(migrate_leaves_pinned_pages, BOTH) {
+    int fd = device(0);
+    char *at = anonymous(N), *to = buffer(N);
+    fill(at, N, 29);
+    uint64_t parameters[15] = {0};
+    int ring = (int)syscall(SYS_io_uring_setup, 1, parameters);
+    struct iovec pinned = {at + 2 * PAGE, 3 * PAGE};
+    if (ring < 0 || syscall(SYS_io_uring_register, ring, 0 /* buffers */, &pinned, 1) != 0)
+        SKIP("nothing here pins pages (io_uring: errno %d)", errno);
+    FAILS(fd, MIGRATE_TO_DEV, at, to, N, ENOENT);
+    ON_DEVICE(fd, at, 2, RW);
+    AT_HOME(fd, at + 2 * PAGE, 3, RW);
+    ON_DEVICE(fd, at + 5 * PAGE, N - 5, RW);
+    CHECK(syscall(SYS_io_uring_register, ring, 1 /* no buffers */, NULL, 0) == 0 && close(ring) == 0);
+    HOLDS(at, N, 29);
 }

@@ -63,11 +63,14 @@ extern struct test *tests;
 extern int coherent;
 extern const char *self;
 
+/* Gives back what `pool_pages` took from the system; does nothing otherwise. */
+void restore_pool(void);
 #define WRONG(...)                                       \
     do {                                                 \
         fprintf(stderr, "%s:%d: ", __FILE__, __LINE__);  \
         fprintf(stderr, __VA_ARGS__);                    \
         fputc('\n', stderr);                             \
+        restore_pool();                                  \
         _exit(1);                                        \
     } while (0)
 #define SKIP(...)                                                     \
@@ -126,6 +129,7 @@ int command(int fd, unsigned request, const void *addr, const void *ptr, uint64_
 char *anonymous(size_t npages);            /* private, fresh */
 char *shared(size_t npages);               /* shared, anonymous */
 char *aligned(size_t blocks);              /* private, fresh, aligned to 2 MiB */
+char *pool_pages(size_t count);            /* huge pages of the pool, which grows for it as long as the case runs */
 int file_of(size_t npages, uint64_t seed); /* a file in memory with this pattern */
 char *buffer(size_t npages);               /* with UNSET in every word */
 
