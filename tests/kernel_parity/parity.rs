@@ -21,7 +21,11 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// Cases that the library does not pass, of which memory, and why. They run with `--include-ignored`, and with the kernel's own devices.
 const KNOWN: &[(&str, &[&str], &str)] = &[
-    ("migrate_moves_written_pages_of_private_files", &["private"], "such a page stays in the system, and counts as the device's after the CPU's touch too"),
+    (
+        "migrate_moves_written_pages_of_private_files",
+        &["private"],
+        "such a page stays in the system, and counts as the device's after the CPU's touch too",
+    ),
     ("migrate_across_mappings", &["coherent"], "a page of an executable mapping looks empty in pagemap"),
     ("touch_by_process_vm_readv_of_another_process", &["coherent"], "a page that the CPU copied after a fork does not migrate"),
     ("kill_with_data_on_the_device", &["coherent"], "the same"),
