@@ -26,6 +26,7 @@ use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
 use crate::sync::*;
 use core::ops::Range;
+use uhmm_os::mem::{self, Prot};
 use uhmm_os::uffd::MoveMode;
 use uhmm_os::{Errno, PAGE, copy, thread};
 
@@ -82,11 +83,26 @@ fn move_in(core: &Core, va: Va, run: Range<usize>, from: usize) -> (Bits, Result
             }
             // One call moves within one mapping only.
             Errno::INVAL | Errno::NOENT if n - done > 1 => most = ranges::within_mapping(&core.space, va + at * PAGE, n - done),
+            Errno::INVAL if move_in_executable(core, to + done * PAGE, from + done * PAGE) => {
+                moved.set(at);
+                at += 1;
+            }
             // Protected or locked meanwhile, or unmapped, whose event will come.
             _ => at += 1,
         }
     }
     (moved, Ok(()))
+}
+
+/// As [`move_in`], of one page to a mapping that may be executed: the kernel moves pages only between mappings of the same rights.
+fn move_in_executable(core: &Core, to: Va, from: usize) -> bool {
+    // SAFETY: the frame is the block's alone, and stays readable and writable; for the move see `move_in`.
+    unsafe {
+        let _ = mem::mprotect(from, PAGE, Prot::ReadWriteExec);
+        let moved = core.space.uffd.move_pages(to, from, PAGE, MoveMode::empty()).is_ok();
+        let _ = mem::mprotect(from, PAGE, Prot::ReadWrite);
+        moved
+    }
 }
 
 /// The `ends` lock, for who is going to take pages of this device out of the program. It comes before a block's.

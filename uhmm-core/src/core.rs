@@ -16,19 +16,16 @@ use crate::driver::{DeviceInfo, Dma, Driver};
 use crate::error::Error;
 use crate::fixed;
 use crate::flight::{Bell, Flights};
-use crate::home;
 use crate::kernel::{Entry, Grid};
 use crate::launch::{self, Last, Request};
 use crate::lease::Ending;
-use crate::left;
 use crate::line::{Line, Turns};
 use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::{Span, Va};
 use crate::policy::Policies;
 use crate::pool::Pool;
-use crate::port::huge::Tables;
-use crate::port::tags::Tags;
+use crate::port::{huge::Tables, tags::Tags};
 use crate::prefetch::Prefetches;
 use crate::process::CoreRef;
 use crate::shares::Shares;
@@ -37,6 +34,7 @@ use crate::space::Space;
 use crate::sync::*;
 use crate::table::DeviceTable;
 use crate::twins::Twins;
+use crate::{home, left};
 use ::core::time::Duration;
 use uhmm_os::{BLOCK, Errno, EventFd, PAGE, system, thread};
 
@@ -249,25 +247,6 @@ impl Core {
     /// Brings everything home that any device has.
     pub(crate) fn evict_all(&self) {
         self.for_each_device(|dev| self.evict_device(dev));
-    }
-
-    /// As [`evict_all`](Self::evict_all), but for pages of ports that the program has mapped: the child gets them as any other page.
-    pub(crate) fn evict_for_fork(&self) {
-        self.for_each_device(|dev| {
-            if dev.id() != self.tags.store() {
-                return self.evict_device(dev);
-            }
-            self.dir.for_each(EVERYTHING, |block, part| {
-                let private = {
-                    let _hold = self.space.hold();
-                    let state = block.lock();
-                    if state.device == dev.id() { state.private() } else { Bits::EMPTY }
-                };
-                if !private.is_empty() {
-                    let _ = home::send_pages_home(self, dev, part.start, private);
-                }
-            });
-        });
     }
 
     /// As [`evict_device`](Self::evict_device); `send_home` does it, and says whether to go on.

@@ -5,7 +5,9 @@
 //! What bypasses libc's fork (raw clone, `_Fork`) goes past this; vfork and posix_spawn need nothing, for they share the address space until exec.
 #![allow(unsafe_code)] // handlers that libc calls, and a lock that is taken in one and released in another
 
+use crate::bits::Bits;
 use crate::core::{CURRENT, Core, EVERYTHING, NONE, current};
+use crate::home;
 use crate::left;
 use crate::line::{Turn, Who};
 use crate::mirror::Reason;
@@ -43,7 +45,7 @@ extern "C" fn before() {
     let _deferred = Deferred::new();
     let Some((held, turn)) = alone(user.core()) else { return };
     let asked = held.ask_keeper(|core: &Core| {
-        core.evict_for_fork();
+        send_home(core);
         core.space.mirrors.invalidate(EVERYTHING, Reason::Fork);
         core.space.left.for_each(|span| left::inherit(span, true));
         core::ptr::from_ref(core) as usize
@@ -53,6 +55,25 @@ extern "C" fn before() {
         core::mem::forget((held, turn));
         core::mem::forget(user);
     }
+}
+
+/// Brings everything home, but for pages of ports that the program has mapped: the child gets them as any other page.
+fn send_home(core: &Core) {
+    core.for_each_device(|dev| {
+        if dev.id() != core.tags.store() {
+            return core.evict_device(dev);
+        }
+        core.dir.for_each(EVERYTHING, |block, part| {
+            let private = {
+                let _hold = core.space.hold();
+                let state = block.lock();
+                if state.device == dev.id() { state.private() } else { Bits::EMPTY }
+            };
+            if !private.is_empty() {
+                let _ = home::send_pages_home(core, dev, part.start, private);
+            }
+        });
+    });
 }
 
 /// The turn, so that no launch runs, and the lock, so that no device begins or ends, until the fork is over. The turn comes first: a launch is waited for without

@@ -142,9 +142,10 @@ pub(crate) fn clear_marks(core: &Core, dev: &Device, pages: Bits, to: Va) -> Res
     for run in pages.runs() {
         let span = Span { start: to + run.start * PAGE, end: to + run.end * PAGE };
         // SAFETY: as in `protect`; who waits there is woken when the pages have come, or touches them again.
-        match unsafe { core.space.uffd.write_protect(span.start, span.len(), false) } {
-            Err(Errno::AGAIN) => return Err(Errno::AGAIN),
-            _ => {} // unmapped, of which an event tells
+        let cleared = unsafe { core.space.uffd.write_protect(span.start, span.len(), false) };
+        // Any other error: it is unmapped, of which an event tells.
+        if cleared == Err(Errno::AGAIN) {
+            return cleared;
         }
     }
     Ok(())

@@ -55,7 +55,7 @@ impl MemFile {
     /// child does not get it.
     ///
     /// # Errors
-    /// Those of mmap(2): `ENOMEM`: too many mappings; `EINVAL`: what is not aligned to a page.
+    /// Those of mmap(2): `ENOMEM`: too many mappings; `EINVAL`: what is not aligned to a page. What is at `at` then is what was there, or these bytes.
     ///
     /// # Safety
     /// What is at `at` is the caller's, and nobody needs its contents. Who uses `at` then shares these bytes with all that have them mapped.

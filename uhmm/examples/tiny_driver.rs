@@ -99,7 +99,8 @@ unsafe impl Driver for Tiny {
             let (span, prot) = (run.span(), if run.write { Prot::ReadWrite } else { Prot::Read });
             let enter = |()| {
                 // SAFETY: the window is the device's own, and has nothing there, or scratch pages.
-                unsafe { self.file.map_over(self.window.at(run.va), span.len(), run.frame as usize * PAGE, prot) }
+                let entered = unsafe { self.file.map_over(self.window.at(run.va), span.len(), run.frame as usize * PAGE, prot) };
+                entered.inspect_err(|_| self.window.vacate(span))
             };
             if let Err(e) = self.open_window(span).and_then(enter) {
                 self.unmap(&batch[..done]);

@@ -14,8 +14,8 @@
 //!
 //! # Rules
 //! * Without an order it is the other device, but for one thing: nobody reads its memory except by copies ([`Driver::peek`] says no, unless the device is coherent).
-//! * A batch that fails has done the worst that the contract allows: what it should have written to uhmm's memory is garbage, and what it should have written to the
-//!   device or to the program is not written.
+//! * A batch that fails has done the worst that the contract allows: what it should have written to uhmm's memory is garbage, what it should have written to the
+//!   device is not written, and of what it should have written to the program the first half of each piece is.
 //! * Lost is lost: every copy fails, no kernel runs, nothing is mapped. Taking pages out of the page table and freeing memory, which cannot fail, still happen.
 //! * The orders are one for the process: there are few devices of this kind in a test. They lie in `.data`, for they are read on the fault path.
 #![allow(unsafe_code)] // writes garbage into uhmm's own memory; a static in `.data`
@@ -173,11 +173,15 @@ impl Faulty {
     }
 }
 
-/// What a failed batch leaves in uhmm's memory.
-fn garble(batch: &[Dma]) {
+/// What a failed batch leaves in uhmm's memory, and in the program's.
+fn garble(inner: &dyn Driver, batch: &[Dma], limit: Duration) {
     for dma in batch.iter().filter(|dma| dma.kind == DmaKind::ToHost) {
         // SAFETY: the batch would have written there.
         unsafe { (dma.host as *mut u8).write_bytes(0xdb, dma.len) };
+    }
+    for dma in batch.iter().filter(|dma| dma.kind == DmaKind::GuardedToHost) {
+        let half = [Dma { len: dma.len / 2, ..*dma }];
+        let _ = inner.wait(inner.copy(&half), &half, limit);
     }
 }
 
@@ -221,7 +225,7 @@ unsafe impl Forward for Faulty {
             }
             fence => return self.inner.wait(fence, batch, limit),
         };
-        garble(batch);
+        garble(&*self.inner, batch, limit);
         Err(error)
     }
 

@@ -16,14 +16,17 @@ fn carry(to: usize, from: usize, len: usize) -> Result<(), Errno> {
 /// Carries pages from the arena into the window.
 ///
 /// # Errors
-/// `ENOMEM`: the process has too many mappings.
+/// `ENOMEM`: the process has too many mappings. The pages are in the arena then.
 pub(crate) fn enter(window: usize, arena: usize, len: usize, write: bool) -> Result<(), Errno> {
-    carry(window, arena, len)?;
+    // First, for the pages take it along, and once they are in the window nothing may fail.
+    // SAFETY: the arena is the device's own, and nothing is copied to these frames now.
+    let protect = |prot| unsafe { mem::mprotect(arena, len, prot) };
     if !write {
-        // SAFETY: the window is the device's own, and no kernel runs.
-        unsafe { mem::mprotect(window, len, Prot::Read) }?;
+        protect(Prot::Read)?;
     }
-    Ok(())
+    carry(window, arena, len).inspect_err(|_| {
+        let _ = protect(Prot::ReadWrite);
+    })
 }
 
 /// Carries pages from the window back into the arena.

@@ -103,12 +103,16 @@ impl WindowSpace {
     /// Makes a part of open blocks inaccessible again, in one step: a kernel that uses it sees what was there, or faults, and nothing else. When it returns, no core has an old
     /// translation: what [`Driver::unmap`](super::Driver::unmap) owes.
     ///
+    /// What is made inaccessible as a whole that was entered as a whole needs no mapping more than the process has, so that a batch can be undone that failed for lack of them.
+    ///
     /// # Panics
     /// It ends the process if the kernel refuses: uhmm would take an entry for gone that is there.
     pub fn vacate(&self, span: Span) {
         debug_assert!(span.blocks().all(|part| self.is_open(part.start)), "a part of the window");
+        let (at, len) = (self.at(span.start), span.len());
         // SAFETY: the addresses are this window's, whose mappings only give access to what the driver keeps elsewhere.
-        if unsafe { mem::vacate(self.at(span.start), span.len(), self.name) }.is_err() {
+        let vacated = unsafe { mem::vacate(at, len, self.name).or_else(|_| mem::mprotect(at, len, Prot::None)) };
+        if vacated.is_err() {
             tasks::write_stderr(b"uhmm: a page cannot be taken out of a device's page table; stopping before data is lost\n");
             std::process::abort();
         }

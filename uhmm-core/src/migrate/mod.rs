@@ -507,7 +507,14 @@ impl Core {
     /// Registers what of `pages` is not watched yet, as far as it is mapped.
     fn watch(&self, state: &mut State, block: Span, pages: Bits) -> Result<(), Errno> {
         for run in (pages - state.reg).runs() {
-            self.space.watch(ranges::pages(block, run), Some(self.tags.store()).filter(|id| *id != 0), |part| state.reg |= part.bits())?;
+            let mut span = ranges::pages(block, run);
+            // Where ports are, all of the mapping: see `port`. It may have changed since they have asked for that.
+            if self.tags.store() != 0
+                && let Some(vma) = self.space.mapping(span.start)?.filter(|vma| vma.end >= span.end)
+            {
+                span = Span { start: vma.start, end: vma.end };
+            }
+            self.space.watch(span, Some(self.tags.store()).filter(|id| *id != 0), |part| state.reg |= part.and(block).bits())?;
         }
         Ok(())
     }

@@ -191,10 +191,10 @@ pub(super) fn enter(core: &Core, table: &Table, pages: &crate::mirror::Pages, va
     while at < pages.span.end {
         let count = ((pages.span.end - at) / PAGE).min(raw.len());
         let told = core.space.page_entries(at, &mut raw[..count]).unwrap_or(0);
-        for page in 0..count {
+        for (page, now) in raw[..count].iter().enumerate() {
             let va = at + page * PAGE;
             let Some(entry) = pages.at(va) else { continue };
-            let frame = if page < told { raw[page].pfn } else { 0 };
+            let frame = if page < told { now.pfn } else { 0 };
             let (_, may_write) = entry.mapping_allows();
             let flags = match entry.is_own() {
                 true => READ | if may_write { WRITE } else { 0 },

@@ -46,14 +46,13 @@ fn part(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bi
         return;
     }
     let moved = |page: usize| page.wrapping_add_signed(shift);
-    let there = pages.pages().fold(Bits::EMPTY, |all, page| all | Bits::one(moved(page)));
     let private = state.private();
     let newer = pages.pages().filter(|&page| private.has(page) && is_present(core, to + moved(page) * PAGE));
     let newer = newer.fold(Bits::EMPTY, |all, page| all | Bits::one(page));
     let whole = shift == 0 && pages == Bits::ALL && newer.is_empty() && (target.resident() | target.busy()).is_empty();
     if whole && target.device == 0 {
         swap(core, dev, state, &mut target, va, to, private);
-    } else if !take(core, dev, state, &mut target, pages - newer, to, moved, there) {
+    } else if !take(core, dev, state, &mut target, pages - newer, to, moved) {
         return;
     } else {
         leave(core, dev, state, va, pages);
@@ -121,16 +120,8 @@ fn enter(target: &mut State, private: Bits, coherent: Bits) {
 }
 
 /// Pages get frames in the new block, and contents. False, with nothing changed, if there is no room, or the device does not copy.
-fn take(
-    core: &Core,
-    dev: &Device,
-    state: &State,
-    target: &mut State,
-    pages: Bits,
-    to: Va,
-    moved: impl Fn(usize) -> usize,
-    there: Bits,
-) -> bool {
+fn take(core: &Core, dev: &Device, state: &State, target: &mut State, pages: Bits, to: Va, moved: impl Fn(usize) -> usize) -> bool {
+    let there = pages.pages().fold(Bits::EMPTY, |all, page| all | Bits::one(moved(page)));
     let lack = there - target.resident();
     if ranges::take_frames(core, dev, target, to, lack).is_err() {
         return false;

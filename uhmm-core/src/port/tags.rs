@@ -29,6 +29,9 @@ const EXCLUSIVE: u8 = 0x80;
 // SAFETY: zeroes are no tag.
 unsafe impl Zeroed for AtomicU8 {}
 
+/// Files by device (major, minor) and inode, and how many there ever were.
+type Files = ([(u32, u32, u64); FILES], usize);
+
 /// The tags of a process.
 #[derive(Debug)]
 pub(crate) struct Tags {
@@ -37,7 +40,7 @@ pub(crate) struct Tags {
     frames: OnceLock<OwnSlice<AtomicU32>>,
     /// Device number plus 1.
     store: AtomicU32,
-    files: Mutex<([(u32, u32, u64); FILES], usize)>,
+    files: Mutex<Files>,
 }
 
 impl Default for Tags {

@@ -20,6 +20,7 @@ mod evict;
 mod failing;
 mod faults;
 mod flights;
+mod halfway;
 mod harness;
 mod hints;
 mod kernel_access;
@@ -59,6 +60,7 @@ fn main() {
     tests.extend(evict::TESTS);
     tests.extend(failing::TESTS);
     tests.extend(faults::TESTS);
+    tests.extend(halfway::TESTS);
     tests.extend(hints::TESTS);
     tests.extend(kernel_access::TESTS);
     tests.extend(kernel_faults::TESTS);

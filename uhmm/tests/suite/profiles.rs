@@ -4,12 +4,15 @@ use crate::harness::*;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 use uhmm::{Ctx, Device, Error, KernelFault, Uhmm, args, inout, inp, out, ptr};
+use uhmm_core::kernel::Entry;
+use uhmm_core::{CoreRef, DeviceConfig};
 
 crate::tests![
     every_kind_opens,
     a_bare_pointer_is_refused_without_replayable_faults,
     an_undeclared_touch_fails_the_launch,
     a_write_to_what_is_declared_as_read_fails_the_launch,
+    a_write_to_what_is_read_on_the_tiny_device_fails_the_launch,
     declared_pages_stay_while_the_kernel_runs,
     a_write_beside_what_is_read_does_not_take_it_away,
     null_leaves_everything_as_it_was,
@@ -94,6 +97,19 @@ fn a_write_to_what_is_declared_as_read_fails_the_launch() {
     assert!(matches!(error, Error::Kernel(KernelFault::NotDeclared { write: true, .. })), "{error}");
     assert!(error.to_string().contains("not declared as written"), "{error}");
     // Every byte reads as before or as the kernel wrote it.
+    assert!(read.iter().enumerate().all(|(i, &x)| x == 3 || (i == 200_000 && x == 9)));
+}
+
+/// The same on the tiny device, whose page table is the kernel's.
+fn a_write_to_what_is_read_on_the_tiny_device_fails_the_launch() {
+    let config = DeviceConfig { memory: 16 << 20, replayable_faults: false, ..DeviceConfig::new("tiny") };
+    let dev = CoreRef::get().unwrap().device(config, crate::tiny::driver::open).unwrap();
+    let read = vec![3u32; 400_000];
+    let address = &raw const read[200_000] as usize;
+    // SAFETY: as above.
+    let kernel = |ctx: &Ctx<'_>| unsafe { ctx.ptr_mut(ctx.value::<usize>(1) as *mut u32).write_volatile(9) };
+    let error = dev.run(Entry::new(&kernel), 1.into(), &args![inp(&read), address]).unwrap_err();
+    assert!(matches!(error, Error::Kernel(KernelFault::NotDeclared { write: true, .. })), "{error}");
     assert!(read.iter().enumerate().all(|(i, &x)| x == 3 || (i == 200_000 && x == 9)));
 }
 
