@@ -26,12 +26,7 @@ const KNOWN: &[(&str, &[&str], &str)] = &[
         &["private"],
         "such a page stays in the system, and counts as the device's after the CPU's touch too",
     ),
-    ("migrate_across_mappings", &["coherent"], "a page of an executable mapping looks empty in pagemap"),
-    ("touch_by_process_vm_readv_of_another_process", &["coherent"], "a page that the CPU copied after a fork does not migrate"),
-    ("kill_with_data_on_the_device", &["coherent"], "the same"),
-    ("fork_and_the_child_ends_first", &["coherent"], "the same"),
-    ("fork_with_pages_on_the_device", &["coherent"], "the same"),
-    ("race_with_mremap", &["coherent"], "mremap says EFAULT now and then"),
+    ("race_with_mremap", &["private", "coherent"], "mremap says EFAULT now and then"),
 ];
 
 fn main() {
