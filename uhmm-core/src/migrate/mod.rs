@@ -258,7 +258,12 @@ impl Core {
                             dev.full.store(true, Ordering::Relaxed);
                             return Err(e);
                         }
-                        thread::yield_now();
+                        // Who has the blocks in transit may have lost his core for some milliseconds.
+                        if dry < DRY / 10 {
+                            thread::yield_now();
+                        } else {
+                            thread::sleep_micros(20);
+                        }
                     }
                 }
                 Look::Stale => return Ok(true),

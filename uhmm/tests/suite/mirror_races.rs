@@ -157,7 +157,7 @@ fn sums_while_pages_are_unmapped_protected_dropped_and_refilled() {
     let hmm = Uhmm::new().unwrap();
     let mut random = fastrand::Rng::with_seed(1);
     let list = List::new(LEN, &mut random);
-    let aside = Pages::new(PAGE);
+    let aside = Pages::new(3 * PAGE); // the page between the others: where it is taken from nobody else can map more than a page
     let mirror = hmm.mirror(range(&list.memory), Summer::new(range(&list.memory))).unwrap();
     let end = Instant::now() + seconds(5);
     let head = list.at(0) as usize;
@@ -201,9 +201,9 @@ fn sums_while_pages_are_unmapped_protected_dropped_and_refilled() {
                     2 => _ = map_at(at as usize, PAGE, libc::MAP_FIXED),
                     3 => assert_eq!(libc::madvise(at.cast(), PAGE, libc::MADV_DONTNEED), 0),
                     4 => {
-                        list.memory.move_to(page * PAGE, PAGE, aside.start());
+                        list.memory.move_to(page * PAGE, PAGE, aside.at(PAGE));
                         pause();
-                        aside.move_to(0, PAGE, at);
+                        aside.move_to(PAGE, PAGE, at);
                     }
                     5 => {
                         change::protect(at as usize, PAGE, change::Prot::None).unwrap();
@@ -236,7 +236,7 @@ fn sums_while_pages_are_unmapped_protected_dropped_and_refilled() {
 fn no_entry_outlives_the_call_that_changes_its_page() {
     let hmm = Uhmm::new().unwrap();
     let memory = Pages::new(4 * PAGE);
-    let aside = Pages::new(PAGE);
+    let aside = Pages::new(3 * PAGE); // the page between the others: where it is taken from nobody else can map more than a page
     let mirror = hmm.mirror(range(&memory), Summer::new(range(&memory))).unwrap();
     let at = memory.start() as usize + PAGE;
     let end = Instant::now() + seconds(5);
@@ -257,7 +257,7 @@ fn no_entry_outlives_the_call_that_changes_its_page() {
                 1 => assert_eq!(libc::madvise(at as *mut _, PAGE, libc::MADV_DONTNEED), 0),
                 2 => _ = map_at(at, PAGE, libc::MAP_FIXED),
                 _ => {
-                    memory.move_to(PAGE, PAGE, aside.start());
+                    memory.move_to(PAGE, PAGE, aside.at(PAGE));
                     map_at(at, PAGE, libc::MAP_FIXED_NOREPLACE);
                 }
             }
@@ -320,7 +320,7 @@ fn writes_while_mappings_change() {
     let (hmm, dev) = device(16);
     let mut random = fastrand::Rng::with_seed(3);
     let memory = Pages::new(LEN * PAGE);
-    let aside = Pages::new(LEN * PAGE);
+    let aside = Pages::new((LEN + 2) * PAGE); // as above
     let mirror = hmm.mirror(range(&memory), Summer::new(range(&memory))).unwrap();
     let start = memory.start() as usize;
     let end = Instant::now() + seconds(5);
@@ -358,10 +358,10 @@ fn writes_while_mappings_change() {
                     2 => {
                         // Page by page: one call moves one mapping only.
                         for page in from..from + len / PAGE {
-                            memory.move_to(page * PAGE, PAGE, aside.at(page * PAGE));
+                            memory.move_to(page * PAGE, PAGE, aside.at((page + 1) * PAGE));
                         }
                         for page in from..from + len / PAGE {
-                            aside.move_to(page * PAGE, PAGE, memory.at(page * PAGE));
+                            aside.move_to((page + 1) * PAGE, PAGE, memory.at(page * PAGE));
                         }
                     }
                     3 => {
