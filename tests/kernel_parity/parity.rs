@@ -20,14 +20,11 @@ const SKIPPED: i32 = 77;
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// Cases that the library does not pass, of which memory, and why. They run with `--include-ignored`, and with the kernel's own devices.
-const KNOWN: &[(&str, &[&str], &str)] = &[
-    (
-        "migrate_moves_written_pages_of_private_files",
-        &["private"],
-        "such a page stays in the system, and counts as the device's after the CPU's touch too",
-    ),
-    ("race_with_mremap", &["private", "coherent"], "mremap says EFAULT now and then"),
-];
+const KNOWN: &[(&str, &[&str], &str)] = &[(
+    "migrate_moves_written_pages_of_private_files",
+    &["private"],
+    "such a page stays in the system, and counts as the device's after the CPU's touch too",
+)];
 
 fn main() {
     let arguments = Arguments::from_args();

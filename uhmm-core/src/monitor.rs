@@ -42,6 +42,24 @@ struct Fault {
     migrations: u32,
 }
 
+/// The event lock, alone. Whoever holds it to write for a port may wait for a page that only this thread can bring: such a write is ended.
+fn alone(core: &Core) -> impl Drop + '_ {
+    let mut times = 0;
+    loop {
+        if core.tags.store() == 0 {
+            return core.space.hold_alone();
+        }
+        if let Some(alone) = core.space.try_hold_alone() {
+            return alone;
+        }
+        times += 1;
+        if times % 64 == 0 {
+            core.tags.interrupt_writers();
+        }
+        thread::pause(times);
+    }
+}
+
 /// A change of the program's mappings.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Change {
@@ -202,7 +220,7 @@ impl Monitor {
                 return;
             }
             {
-                let _alone = core.space.hold_alone();
+                let _alone = alone(core);
                 core.space.mirrors.turn();
                 self.read(core);
                 self.follow(core);

@@ -101,8 +101,13 @@ impl Space {
     }
 
     /// Takes the event lock alone. For the monitor only.
-    pub(crate) fn hold_alone(&self) -> impl Drop + '_ {
+    pub(crate) fn hold_alone(&self) -> RwLockWriteGuard<'_, ()> {
         self.events.write()
+    }
+
+    /// The same, unless somebody has it.
+    pub(crate) fn try_hold_alone(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        self.events.try_write()
     }
 
     /// Waits until no mapping event is unread. To be called without any lock.

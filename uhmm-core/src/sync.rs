@@ -5,4 +5,4 @@
 
 pub(crate) use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 pub(crate) use rustix_futex_sync::lock_api::RawMutex as RawMutexApi;
-pub(crate) use rustix_futex_sync::{Condvar, Mutex, MutexGuard, RawMutex, RwLock, RwLockReadGuard};
+pub(crate) use rustix_futex_sync::{Condvar, Mutex, MutexGuard, RawMutex, RwLock, RwLockReadGuard, RwLockWriteGuard};

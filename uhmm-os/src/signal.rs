@@ -199,9 +199,44 @@ impl Previous {
 }
 
 /// The handler. *Fault path.*
+/// No thread's number.
+const NOBODY: u32 = u32::MAX;
+
+/// Threads that a signal is on its way to: see [`interrupt`].
+#[unsafe(link_section = ".data")]
+static INTERRUPTED: [AtomicU32; 16] = [const { AtomicU32::new(NOBODY) }; 16];
+
+/// Ends the [`copy::guarded`] that a thread of this process waits in, for a page that somebody has to provide: as if its memory could not be reached. A thread that is elsewhere by
+/// then goes on. The handler must be in place ([`install`]).
+pub fn interrupt(tid: u32) {
+    if INTERRUPTED.iter().any(|slot| slot.load(Ordering::Acquire) == tid) {
+        return; // on its way
+    }
+    let free = |slot: &&AtomicU32| slot.compare_exchange(NOBODY, tid, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    let Some(slot) = INTERRUPTED.iter().find(free) else { return };
+    // SAFETY: numbers only.
+    let sent = unsafe {
+        let process = call(abi::__NR_getpid, []).unwrap_or(0);
+        call(abi::__NR_tgkill, [process, tid as usize, libc::SIGSEGV as usize])
+    };
+    if sent.is_err() {
+        slot.store(NOBODY, Ordering::Release); // it has ended
+    }
+}
+
 unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel hands over a siginfo and a ucontext that are ours until we return.
     let (info_ref, registers) = unsafe { (&*info, &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs) };
+    if signal == libc::SIGSEGV && info_ref.si_code == libc::SI_TKILL {
+        let tid = crate::thread::gettid();
+        if INTERRUPTED.iter().any(|slot| slot.compare_exchange(tid, NOBODY, Ordering::AcqRel, Ordering::Relaxed).is_ok()) {
+            if let Some(to) = copy::fixup(registers[libc::REG_RIP as usize] as usize) {
+                registers[libc::REG_RDX as usize] = 0;
+                registers[libc::REG_RIP as usize] = to as i64;
+            }
+            return;
+        }
+    }
     let is_fault = info_ref.si_code > 0 && info_ref.si_code != BUS_MCEERR_AO;
     if is_fault {
         // SAFETY: a fault has an address.

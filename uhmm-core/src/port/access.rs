@@ -173,9 +173,11 @@ unsafe fn write_page(core: &Core, table: &Table, number: u8, va: Va, bytes: &Bou
             if !word.has(WATCHED) {
                 drop(locks);
             }
-            // SAFETY: the source is ours; what cannot be written is an error, not a crash; for what is, the caller vouches. The page is there and not write-protected, so that
-            // nobody who needs these locks is waited for.
-            let written = frame_is(core, va, word) && unsafe { copy::guarded(va as *mut u8, bytes.as_ptr(), PAGE) }.is_ok();
+            // The page is there and not write-protected. If the program takes its mapping away now, the write waits for a page in whatever is there then, and the monitor for the
+            // locks: it ends the write.
+            // SAFETY: the source is ours; what cannot be written is an error, not a crash; for what is, the caller vouches.
+            let write = || frame_is(core, va, word) && unsafe { copy::guarded(va as *mut u8, bytes.as_ptr(), PAGE) }.is_ok();
+            let Some(written) = core.tags.as_writer(thread::gettid(), write) else { return Reached::Again };
             if !written {
                 table.refute(va, word);
             }

@@ -14,10 +14,12 @@ use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Span, Va};
 use crate::sync::*;
 use std::sync::OnceLock;
-use uhmm_os::{Errno, PAGE};
+use uhmm_os::{Errno, PAGE, signal};
 
 /// Addresses of a process, in pages.
 const ALL: usize = (1 << 47) / PAGE;
+/// Ports that write at the same time.
+const WRITERS: usize = 16;
 /// Device files whose mappings are known.
 const FILES: usize = 64;
 
@@ -41,11 +43,19 @@ pub(crate) struct Tags {
     /// Device number plus 1.
     store: AtomicU32,
     files: Mutex<Files>,
+    /// Threads that write to the process's memory with the event lock held: see `access`.
+    writers: [AtomicU32; WRITERS],
 }
 
 impl Default for Tags {
     fn default() -> Self {
-        Tags { pages: OnceLock::new(), frames: OnceLock::new(), store: AtomicU32::new(0), files: Mutex::new(([(0, 0, 0); FILES], 0)) }
+        Tags {
+            pages: OnceLock::new(),
+            frames: OnceLock::new(),
+            store: AtomicU32::new(0),
+            files: Mutex::new(([(0, 0, 0); FILES], 0)),
+            writers: [const { AtomicU32::new(0) }; WRITERS],
+        }
     }
 }
 
@@ -155,6 +165,22 @@ impl Tags {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
         }
         self.note_frame(to, self.frame(from));
+    }
+
+    /// Does something as a thread that [`interrupt_writers`](Self::interrupt_writers) finds. `None` if there are too many.
+    pub(super) fn as_writer<R>(&self, tid: u32, f: impl FnOnce() -> R) -> Option<R> {
+        let free = |slot: &&AtomicU32| slot.compare_exchange(0, tid, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        let slot = self.writers.iter().find(free)?;
+        let result = f();
+        slot.store(0, Ordering::SeqCst);
+        Some(result)
+    }
+
+    /// Ends writes that wait for a page. The page was there when they began; the mapping has changed since, and that its event is followed is what they would wait for.
+    pub(crate) fn interrupt_writers(&self) {
+        for tid in self.writers.iter().map(|slot| slot.load(Ordering::SeqCst)).filter(|tid| *tid != 0) {
+            signal::interrupt(tid);
+        }
     }
 
     /// Mappings of this file are a device's. The oldest is forgotten if there are too many.
