@@ -81,15 +81,25 @@ pub(crate) fn remap(old: *mut c_void, old_len: size_t, new_len: size_t, flags: c
         _ => None,
     };
     let _to = if flags & libc::MREMAP_FIXED != 0 { announce(new, new_len) } else { None };
-    // SAFETY: the program's call.
-    let call = || unsafe { sys::call(libc::SYS_mremap, [old as usize, old_len, new_len, flags as usize, new as usize]) };
-    let mut result = call();
-    if result == Err(Errno::FAULT)
-        && let (Some(home), Some(range)) = (opens::home(), pages(old as usize, old_len))
-    {
-        home.station.unify(range);
-        result = call();
-    }
+    // What the kernel itself would move mapping by mapping: it does not where they are watched.
+    let pieces = match opens::home() {
+        Some(home) if flags & libc::MREMAP_FIXED != 0 && old_len == new_len => {
+            pages(old as usize, old_len).map_or(vec![], |range| home.station.pieces(range))
+        }
+        _ => vec![],
+    };
+    let call = |from: usize, len: usize, new_len: usize, to: usize| {
+        // SAFETY: the program's call.
+        unsafe { sys::call(libc::SYS_mremap, [from, len, new_len, flags as usize, to]) }
+    };
+    let result = match pieces.first() {
+        Some(first) if first.start == old as usize => {
+            let mut move_all =
+                pieces.iter().map(|piece| call(piece.start, piece.len(), piece.len(), new as usize + (piece.start - old as usize)));
+            move_all.find(Result::is_err).unwrap_or(Ok(new as usize))
+        }
+        _ => call(old as usize, old_len, new_len, new as usize),
+    };
     // Whether it moves to grow, only the kernel knows before. Of anonymous memory it has told; entries of other memory go now.
     if !moves && result.is_ok_and(|at| at != old as usize) {
         drop(announce(old, old_len));

@@ -29,7 +29,6 @@ use crate::mode::Mode;
 use crate::own;
 use crate::page::{Span, Va};
 use crate::process::{self, CoreRef, DeviceConfig, OpenDriver};
-use crate::ranges;
 use crate::space;
 use crate::sync::*;
 use core::ops::Range;
@@ -195,23 +194,25 @@ impl Station {
         self.core.core().tags.add_file(dev, inode);
     }
 
-    /// Watches all of what is mapped of a range in one way. mremap(2) refuses (`EFAULT`) to move neighbouring mappings together that are watched in different ways, as they may be when
-    /// mappings were merged while uhmm looked at them.
-    pub fn unify(&self, range: Range<Va>) {
+    /// The mappings of a range that must be moved one by one: where any of them is watched mremap(2) does not move several together, but fails (`EFAULT`) when it has moved the first. Empty
+    /// if it may be called once for all.
+    pub fn pieces(&self, range: Range<Va>) -> Vec<Range<Va>> {
         let span = Span::touching(range.start, range.end.min(EVERYTHING.end));
-        let _ = self.store.ask(|core, _| {
-            let _turn = core.turns.enter(Who::Alone);
-            let _prepare = core.prepare.lock();
-            let mut at = span.start;
+        let core = self.core.core();
+        let found = self.store.ask(|_, _| {
+            let (mut pieces, mut any, mut at) = (vec![], false, span.start);
             while at < span.end {
                 let Ok(Some(vma)) = core.space.maps.find(at) else { break };
+                let part = Span { start: vma.start.max(at), end: vma.end.min(span.end) };
                 at = vma.end;
-                if vma.is_private_anonymous() && vma.start < span.end {
-                    let _ = ranges::watch_span(core, Span { start: vma.start, end: vma.end });
+                if !part.is_empty() {
+                    any |= core.space.uffd.watches(part.start) != Ok(false);
+                    pieces.push(part.start..part.end);
                 }
             }
-            Ok(())
+            Ok(if any && pieces.len() > 1 { pieces } else { vec![] })
         });
+        found.unwrap_or_default()
     }
 
     /// Whether a device has any page of a range, that the CPU uses in place or not at all.
