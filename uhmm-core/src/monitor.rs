@@ -21,7 +21,7 @@ use crate::share;
 use std::os::fd::RawFd;
 use uhmm_os::EventFd;
 use uhmm_os::uffd::{Event, MsgBuf};
-use uhmm_os::{BLOCK, Errno, PAGE, tasks, thread};
+use uhmm_os::{BLOCK, Errno, PAGE, system, tasks, thread};
 
 /// Faults that can wait. A thread waits for one at most, and faults are delivered before older events: with less room than there are threads, faults
 /// that wait for an event could keep it from being read. Linux has 32,768 threads by default; what does not fit is woken, to fault again.
@@ -215,7 +215,11 @@ impl Monitor {
                 thread::yield_now();
             }
             let timeout = (self.waiting > 0).then_some(0);
-            let ready = uhmm_os::poll(&[core.space.uffd.as_fd(), stop.as_fd()], timeout).unwrap_or(0);
+            let ready = uhmm_os::poll(&[core.space.uffd.as_fd(), stop.as_fd()], timeout).unwrap_or_else(|_| {
+                // It is refused where the program's limit on descriptors is lower than their number (poll(2)): look now and then.
+                thread::sleep_micros(200);
+                if stop.drain().is_ok_and(|signals| signals > 0) { 2 } else { 0 }
+            });
             if ready & 2 != 0 {
                 return;
             }
@@ -238,6 +242,11 @@ impl Monitor {
         while self.read + MsgBuf::CAPACITY <= EVENTS {
             match core.space.uffd.read(&mut self.messages) {
                 Ok(n) if n > 0 => {}
+                // The news of a fork brings a descriptor. A program that has lowered its limit (setrlimit(2)) would wait for ever.
+                Err(Errno::MFILE) => match system::with_more_files(|| core.space.uffd.read(&mut self.messages)) {
+                    Ok(n) if n > 0 => {}
+                    _ => return,
+                },
                 _ => return,
             }
             for event in self.messages.events() {

@@ -171,6 +171,19 @@ pub fn c_library_statics() -> Option<(usize, usize)> {
     search.found
 }
 
+/// Does something while the process may open as many descriptors as its hard limit allows, or, with `CAP_SYS_RESOURCE`, some more; other threads may meanwhile, too. *Fault path.*
+pub fn with_more_files<R>(f: impl FnOnce() -> R) -> R {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let before = getrlimit(Resource::Nofile);
+    let beyond = before.maximum.map(|most| most.saturating_add(64));
+    if setrlimit(Resource::Nofile, Rlimit { current: beyond, maximum: beyond }).is_err() {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: before.maximum, maximum: before.maximum });
+    }
+    let result = f();
+    let _ = setrlimit(Resource::Nofile, before);
+    result
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,6 +14,7 @@ crate::tests![
     the_programs_descriptors_are_its_own,
     a_forked_child_sees_the_contents,
     forks_during_launches,
+    a_fork_where_no_descriptor_can_be_opened,
 ];
 
 pub fn threads() -> Vec<String> {
@@ -262,6 +263,26 @@ fn a_forked_child_sees_the_contents() {
     dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
     assert_eq!(pages_present(&data), 0, "migration goes on");
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 4));
+}
+
+/// The kernel's news of a fork brings a descriptor. The program had lowered its limit, so that it could not be read, and the fork waited for ever.
+fn a_fork_where_no_descriptor_can_be_opened() {
+    let (_hmm, dev) = device(16);
+    let mut data = vec![7u32; 400_000];
+    dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
+    // SAFETY: the limit of this process, which opens nothing meanwhile.
+    unsafe {
+        let mut limit = std::mem::zeroed();
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
+        limit.rlim_cur = 0;
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
+    }
+    in_a_child(|| data.iter().all(|&x| x == 8));
+    // SAFETY: as above.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        assert!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && limit.rlim_cur == 0, "the limit is what it was");
+    }
 }
 
 /// Threads fork while others launch; each child sees what its thread had.
