@@ -9,7 +9,7 @@
 //! * While `mover` is set, one migration owns the block's pages in transit and their frames; everybody else waits, except that an
 //!   invalidation may take pages out of `busy` (the mover sees that when it commits, and frees what was cancelled).
 //! * Locks are taken in this order: launches' `prepare`, the event lock ([`crate::space`]), the `ends` lock (fixed.rs), one block, then any one of the leaf locks
-//!   (device memory, least-recently-used list, pools, frame tables). Nobody waits for the program's memory while holding any of them
+//!   (device memory, least-recently-used list, pools, frame tables). Two blocks at once are locked only by `port::carry`, on the monitor with the event lock held alone. Nobody waits for the program's memory while holding any of them
 //!   (`mirror` writes there, to pages that nobody needs to bring).
 #![allow(unsafe_code)] // blocks lie in raw mappings and are reached through their lock
 
