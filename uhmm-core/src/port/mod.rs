@@ -13,6 +13,8 @@
 //! | `carry` | pages whose mapping is moved |
 //! | `huge` | blocks that come home as one huge page |
 //! | `tags` | whose pages are |
+//!
+//! Examples: `bindings/dmirror`, which serves a whole interface by it, and `uhmm/tests/suite/ports.rs`.
 
 mod access;
 pub(crate) mod carry;
