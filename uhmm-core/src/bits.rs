@@ -167,6 +167,14 @@ impl core::fmt::Debug for Bits {
     }
 }
 
+impl FromIterator<usize> for Bits {
+    fn from_iter<I: IntoIterator<Item = usize>>(pages: I) -> Self {
+        let mut all = Bits::EMPTY;
+        pages.into_iter().for_each(|page| all.set(page));
+        all
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,6 @@
 //! What bypasses libc's fork (raw clone, `_Fork`) goes past this; vfork and posix_spawn need nothing, for they share the address space until exec.
 #![allow(unsafe_code)] // handlers that libc calls, and a lock that is taken in one and released in another
 
-use crate::bits::Bits;
 use crate::core::{CURRENT, Core, EVERYTHING, NONE, current};
 use crate::home;
 use crate::left;
@@ -63,16 +62,7 @@ fn send_home(core: &Core) {
         if dev.id() != core.tags.store() {
             return core.evict_device(dev);
         }
-        core.dir.for_each(EVERYTHING, |block, part| {
-            let private = {
-                let _hold = core.space.hold();
-                let state = block.lock();
-                if state.device == dev.id() { state.private() } else { Bits::EMPTY }
-            };
-            if !private.is_empty() {
-                let _ = home::send_pages_home(core, dev, part.start, private);
-            }
-        });
+        let _ = home::send_all_home(core, dev, EVERYTHING, |state, _| state.private());
     });
 }
 

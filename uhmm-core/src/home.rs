@@ -361,6 +361,23 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
     }
 }
 
+/// As [`send_pages_home`], for those pages of every block that meets `span` which `which` names of what the device has there.
+pub(crate) fn send_all_home(core: &Core, dev: &Device, span: Span, which: impl Fn(&State, Va) -> Bits) -> Result<(), Error> {
+    let mut result = Ok(());
+    core.dir.for_each(span, |block, part| {
+        let pages = {
+            let _hold = core.space.hold();
+            let state = block.lock();
+            if state.device == dev.id() { which(&state, part.start) & part.bits() } else { Bits::EMPTY }
+        };
+        if !pages.is_empty() {
+            let sent = send_pages_home(core, dev, part.start, pages);
+            result = core::mem::replace(&mut result, Ok(())).and(sent);
+        }
+    });
+    result
+}
+
 /// Makes room: sends a block home that no running launch has declared, the least recently used one or another if the policy says so; with `force`, failing that, one that it has but
 /// can bear to lose, since the device will fault on it.
 ///

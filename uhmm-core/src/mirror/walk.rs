@@ -95,10 +95,14 @@ impl Job<'_> {
     }
 
     fn touch_block(&self, vma: &Vma, part: Span) -> Result<bool, Fault> {
-        let away = match self.core.dir.get(part.start) {
-            Some(block) if self.request.leave => block.lock().private(),
-            Some(block) if self.request.own != 0 => self.own(&block.lock(), part.start),
-            _ => Bits::EMPTY,
+        let away = {
+            // Once a change that has returned is followed: of a mapping that is just being moved a part would seem to be nowhere, and be brought home.
+            let _hold = self.core.space.hold();
+            match self.core.dir.get(part.start) {
+                Some(block) if self.request.leave => block.lock().private(),
+                Some(block) if self.request.own != 0 => self.own(&block.lock(), part.start),
+                _ => Bits::EMPTY,
+            }
         };
         let left = |va: Va| away.has(va % uhmm_os::BLOCK / PAGE);
         let mut at = part.start;

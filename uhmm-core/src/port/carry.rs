@@ -48,7 +48,7 @@ fn part(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bi
     let moved = |page: usize| page.wrapping_add_signed(shift);
     let private = state.private();
     let newer = pages.pages().filter(|&page| private.has(page) && is_present(core, to + moved(page) * PAGE));
-    let newer = newer.fold(Bits::EMPTY, |all, page| all | Bits::one(page));
+    let newer = newer.collect::<Bits>();
     let whole = shift == 0 && pages == Bits::ALL && newer.is_empty() && (target.resident() | target.busy()).is_empty();
     if whole && target.device == 0 {
         swap(core, dev, state, &mut target, va, to, private);
@@ -70,8 +70,8 @@ fn part(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bi
 fn within(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: Bits, shift: isize) {
     let moved = |page: usize| page.wrapping_add_signed(shift);
     let newer = pages.pages().filter(|&page| state.private().has(page) && is_present(core, va + moved(page) * PAGE));
-    let newer = newer.fold(Bits::EMPTY, |all, page| all | Bits::one(page));
-    let there = (pages - newer).pages().fold(Bits::EMPTY, |all, page| all | Bits::one(moved(page)));
+    let newer = newer.collect::<Bits>();
+    let there = (pages - newer).pages().map(&moved).collect::<Bits>();
     if there.meets(state.resident() | state.busy()) || ranges::take_frames(core, dev, state, va, there).is_err() {
         return;
     }
@@ -81,7 +81,7 @@ fn within(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: Va, pages: 
         ranges::give_frames(core, dev, state, va, there);
         return;
     }
-    let there_private = private.pages().fold(Bits::EMPTY, |all, page| all | Bits::one(moved(page)));
+    let there_private = private.pages().map(&moved).collect::<Bits>();
     enter(state, there_private, there - there_private);
     leave(core, dev, state, va, pages);
     for page in (pages - newer).pages() {
@@ -121,7 +121,7 @@ fn enter(target: &mut State, private: Bits, coherent: Bits) {
 
 /// Pages get frames in the new block, and contents. False, with nothing changed, if there is no room, or the device does not copy.
 fn take(core: &Core, dev: &Device, state: &State, target: &mut State, pages: Bits, to: Va, moved: impl Fn(usize) -> usize) -> bool {
-    let there = pages.pages().fold(Bits::EMPTY, |all, page| all | Bits::one(moved(page)));
+    let there = pages.pages().map(&moved).collect::<Bits>();
     let lack = there - target.resident();
     if ranges::take_frames(core, dev, target, to, lack).is_err() {
         return false;

@@ -201,7 +201,7 @@ impl Job<'_> {
         let told = self.core.space.page_entries(part.start, &mut raw[..count]).unwrap_or(0);
         let first = part.start % uhmm_os::BLOCK / PAGE;
         let stale = (0..told).filter(|&page| raw[page].swapped && !raw[page].present && raw[page].uffd_wp && want.has(first + page));
-        let stale = stale.fold(Bits::EMPTY, |all, page| all | Bits::one(first + page));
+        let stale = stale.map(|page| first + page).collect::<Bits>();
         let _ = ranges::unprotect(self.core, Span::block(part.start).start, stale);
     }
 
@@ -227,11 +227,12 @@ impl Job<'_> {
         }
         let coherent = (part.bits() & state.coherent()).pages();
         let others = coherent.filter(|page| !tags.is_frame(va + page * PAGE, self.page(va + page * PAGE).pfn));
-        let others = others.fold(Bits::EMPTY, |all, page| all | Bits::one(page));
+        let others = others.collect::<Bits>();
         coherent::untag(self.core, state, va, others);
     }
 
     fn resident(&self, part: Span) -> Bits {
+        let _hold = self.core.space.hold();
         self.core.dir.get(part.start).map_or(Bits::EMPTY, |block| block.lock().resident() & part.bits())
     }
 
@@ -255,23 +256,14 @@ impl Job<'_> {
         away.runs().all(|run| ranges::protect(self.core, ranges::pages(Span::block(va), run)) != Err(Errno::AGAIN))
     }
 
-    /// Takes out of the shared memory what is there of a part of one block, but for what is exclusive: what the CPU uses in place.
-    pub(super) fn take_tagged_home(&self, part: Span) -> Result<(), PortError> {
+    /// Takes out of the shared memory whatever is there of a span.
+    pub(super) fn take_all_home(&self, span: Span) -> Result<(), PortError> {
         let core = self.core;
         core.space.settle();
         let _turn = core.turns.enter(Who::Alone);
         let _prepare = core.prepare.lock();
-        let va = Span::block(part.start).start;
-        let pages = {
-            let _hold = core.space.hold();
-            let Some(block) = core.dir.get(va) else { return Ok(()) };
-            let state = block.lock();
-            if state.device == self.dev.id() { (state.coherent() | state.private()) & part.bits() } else { Bits::EMPTY }
-        };
-        if pages.is_empty() {
-            return Ok(());
-        }
-        home::send_pages_home(core, self.dev, va, pages).map_err(|_| PortError::System(Errno::IO))
+        let all = |state: &State, _| state.coherent() | state.private();
+        home::send_all_home(core, self.dev, span, all).map_err(|_| PortError::System(Errno::IO))
     }
 
     /// Moves the device's pages of a span back to the system: how many entries moved.

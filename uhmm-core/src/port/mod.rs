@@ -25,6 +25,7 @@ pub(crate) mod tags;
 
 use crate::core::{Core, Device, DeviceRef};
 use crate::error::Error;
+use crate::home;
 use crate::line::Who;
 use crate::mirror::{Fault, Mirror, Reason, Request};
 use crate::mode::Mode;
@@ -176,18 +177,7 @@ impl Station {
             core.space.settle();
             let _turn = core.turns.enter(Who::Alone);
             let _prepare = core.prepare.lock();
-            core.dir.for_each(EVERYTHING, |block, part| {
-                let pages = {
-                    let _hold = core.space.hold();
-                    let state = block.lock();
-                    let all = state.private() | state.coherent();
-                    if state.device == dev.id() { all & core.tags.all_of(part.start, number) } else { crate::bits::Bits::EMPTY }
-                };
-                if !pages.is_empty() {
-                    let _ = crate::home::send_pages_home(core, dev, part.start, pages);
-                }
-            });
-            Ok(())
+            home::send_all_home(core, dev, EVERYTHING, |state, va| (state.private() | state.coherent()) & core.tags.all_of(va, number))
         });
     }
 
@@ -222,6 +212,7 @@ impl Station {
         let span = Span::touching(range.start, range.end.min(EVERYTHING.end));
         let core = self.core.core();
         let found = self.store.ask(|_, _| {
+            let _hold = core.space.hold();
             let mut any = false;
             core.dir.for_each(span, |block, part| any |= block.lock().resident().meets(part.bits()));
             Ok(any)
@@ -235,19 +226,21 @@ impl Station {
         let _ = self.store.ask(|core, dev| {
             let _turn = core.turns.enter(Who::Alone);
             let _prepare = core.prepare.lock();
-            core.dir.for_each(span, |block, part| {
-                let pages = block.lock().resident() & part.bits();
-                if !pages.is_empty() {
-                    let _ = crate::home::send_pages_home(core, dev, part.start, pages);
-                }
-            });
+            home::send_all_home(core, dev, span, |state, _| state.resident())?;
             let _hold = core.space.hold();
             let mut at = span.start;
             while at < span.end {
                 let Ok(Some(vma)) = core.space.maps.find(at) else { break };
                 let part = Span { start: vma.start, end: vma.end }.and(Span { start: at, end: span.end });
                 at = vma.end;
-                if vma.is_private_anonymous() && !part.is_empty() && core.space.uffd.unregister(part.start, part.len()).is_ok() {
+                // Without the watch a touch of what is still away, on whatever device, would read zeros.
+                let mut away = false;
+                core.dir.for_each(part, |block, part| {
+                    let state = block.lock();
+                    away |= (state.resident() | state.gone() | state.busy()).meets(part.bits());
+                });
+                let may = vma.is_private_anonymous() && !part.is_empty() && !away;
+                if may && core.space.uffd.unregister(part.start, part.len()).is_ok() {
                     core.dir.for_each(part, |block, part| block.lock().reg -= part.bits());
                 }
             }
@@ -453,9 +446,7 @@ impl Port {
                 at = part.end;
             }
             let job = self.job(core, dev, table, true);
-            for part in span.blocks() {
-                job.take_tagged_home(part)?;
-            }
+            job.take_all_home(span)?;
             job.to_device(span)
         })?;
         self.read_back(start, out)
