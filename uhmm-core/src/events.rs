@@ -31,6 +31,9 @@ pub(crate) trait Later {
 
     /// Where the page is, as far as was read, that was at `va` when what is followed happened. `None`: it was unmapped.
     fn now_at(&self, va: Va) -> Option<Va>;
+
+    /// A child has been filled, and goes on when this is closed; `taken`: kernels lost pages to that, and fault.
+    fn filled(&mut self, child: Userfaultfd, taken: bool);
 }
 
 /// All addresses of a process.
@@ -45,7 +48,8 @@ pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
             // SAFETY: the descriptor came with the event, which is followed once.
             let child = unsafe { Userfaultfd::from_fork(fd) };
             core.space.mirrors.invalidate(EVERYTHING, Reason::Fork);
-            raw_fork::fill(core, &child);
+            let taken = raw_fork::fill(core, &child);
+            later.filled(child, taken);
         }
         Change::Remove(span) if core.tables.is_own_drop(span) => {}
         Change::Remove(span) => {

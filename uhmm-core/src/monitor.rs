@@ -20,7 +20,7 @@ use crate::ranges;
 use crate::share;
 use std::os::fd::RawFd;
 use uhmm_os::EventFd;
-use uhmm_os::uffd::{Event, MsgBuf};
+use uhmm_os::uffd::{Event, MsgBuf, Userfaultfd};
 use uhmm_os::{BLOCK, Errno, PAGE, system, tasks, thread};
 
 /// Faults that can wait. A thread waits for one at most, and faults are delivered before older events: with less room than there are threads, faults
@@ -91,9 +91,35 @@ pub(crate) struct Monitor {
     read: usize,
     followed: usize,
     stream: Stream,
+    forks: Forks,
     /// While faults were put off, others' blocks were brought.
     helped: bool,
     place: Place,
+}
+
+/// Forks that were followed: their children wait. What does not fit goes on at once.
+#[derive(Debug, Default)]
+struct Forks {
+    children: [Option<Userfaultfd>; 16],
+    /// Kernels lost pages to them.
+    taken: bool,
+}
+
+impl Forks {
+    /// Between forks that come without a pause, others get theirs: to be called without any lock.
+    fn end(&mut self, core: &Core) {
+        if self.children[0].is_none() {
+            return;
+        }
+        if core.space.is_impatient() {
+            thread::sleep_micros(1000);
+        }
+        self.children.fill_with(|| None);
+        // A kernel would find the lock taken and its pages gone again before it has run at all.
+        if core::mem::take(&mut self.taken) && core.space.uffd.event_pending() {
+            thread::sleep_micros(1000);
+        }
+    }
 }
 
 /// Where the monitor runs: on the core of who faults. To wake it there costs a switch; to wake it on another core that sleeps costs an interrupt and that
@@ -179,6 +205,13 @@ impl events::Later for Rest<'_> {
             _ => Some(at),
         })
     }
+
+    fn filled(&mut self, child: Userfaultfd, taken: bool) {
+        self.monitor.forks.taken |= taken;
+        if let Some(free) = self.monitor.forks.children.iter_mut().find(|place| place.is_none()) {
+            *free = Some(child);
+        }
+    }
 }
 
 enum Served {
@@ -200,6 +233,7 @@ impl Monitor {
             read: 0,
             followed: 0,
             stream: Stream::default(),
+            forks: Forks::default(),
             helped: false,
             place: Place { core: usize::MAX, faults: 0 },
         })
@@ -228,10 +262,12 @@ impl Monitor {
                 core.space.mirrors.turn();
                 self.read(core);
                 self.follow(core);
+                core.space.turned();
                 core.space.mirrors.turn();
             }
             let asked = self.waiting;
             self.serve_all(core);
+            self.forks.end(core);
             let helped = core::mem::take(&mut self.helped);
             vain = if asked > 0 && self.waiting == asked && !helped { vain.saturating_add(1) } else { 0 };
         }

@@ -6,6 +6,9 @@
 //! monitor, which holds the event lock alone, lets nothing leave or come home; what a kernel could still write is taken out of its device's page table first, and fetched again by
 //! the fault that this causes.
 //!
+//! The child is woken by that end alone: threads that fork and wait for their children then raise no next fork while this one is still followed, and for a moment
+//! the kernel lets pages move (it refuses from the beginning of a fork until the forking call goes on).
+//!
 //! A parent that dies before its child is filled takes the contents with it.
 #![allow(unsafe_code)] // fills another process's memory, which is this one's copy
 
@@ -19,8 +22,9 @@ use crate::ranges;
 use uhmm_os::uffd::{CopyMode, Userfaultfd};
 use uhmm_os::{Errno, PAGE, thread};
 
-/// Fills the child whose userfaultfd this is.
-pub(crate) fn fill(core: &Core, child: &Userfaultfd) {
+/// Fills the child whose userfaultfd this is. True if that took pages from kernels, which have to fault to go on.
+pub(crate) fn fill(core: &Core, child: &Userfaultfd) -> bool {
+    let mut taken = false;
     core.dir.for_each(EVERYTHING, |block, part| {
         let mut state = block.lock();
         let va = part.start;
@@ -43,6 +47,7 @@ pub(crate) fn fill(core: &Core, child: &Userfaultfd) {
                     None => poison(child, va + at * PAGE, 1),
                 });
             }
+            taken |= away.meets(state.win);
             ranges::unmap(core, dev, &mut state, va, away);
             ranges::frame_runs(core, &state, away, |run, frame| {
                 let copied =
@@ -54,6 +59,7 @@ pub(crate) fn fill(core: &Core, child: &Userfaultfd) {
         }
         fill_moving(child, &state, va);
     });
+    taken
 }
 
 /// What a migration has taken out of the program and not entered on the device yet is in its tray.
@@ -80,7 +86,7 @@ fn copy(child: &Userfaultfd, target: Va, source: usize, pages: usize) {
     while at < pages {
         let n = most.min(pages - at);
         // SAFETY: the child expects at `target` what the parent had there when it forked, which stands at `source` and is written by nobody.
-        match unsafe { child.copy(target + at * PAGE, source + at * PAGE, n * PAGE, CopyMode::empty()) } {
+        match unsafe { child.copy(target + at * PAGE, source + at * PAGE, n * PAGE, CopyMode::DONTWAKE) } {
             Ok(()) => at += n,
             Err(partial) if partial.errno == Errno::SRCH => return, // it has died
             Err(partial) => {

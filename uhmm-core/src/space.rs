@@ -65,6 +65,8 @@ pub(crate) struct Space {
     markers: bool,
     pagemap: Pagemap,
     events: RwLock<()>,
+    /// How often the monitor has read all events there were, and followed them.
+    turns: AtomicU64,
     /// How many find an event unread whenever they look: see [`Refusals`].
     impatient: AtomicU32,
 }
@@ -86,6 +88,7 @@ impl Space {
             maps: Maps::open().map_err(|e| crate::Error::System("open /proc/self/maps", e))?,
             pagemap: Pagemap::open().map_err(|e| crate::Error::System("open /proc/self/pagemap", e))?,
             events: RwLock::new(()),
+            turns: AtomicU64::new(0),
             impatient: AtomicU32::new(0),
         })
     }
@@ -110,13 +113,22 @@ impl Space {
         self.events.try_write()
     }
 
-    /// Waits until no mapping event is unread. To be called without any lock.
+    /// Waits until every mapping event that was raised before this is read and followed. To be called without any lock.
+    ///
+    /// Not until none is unread: threads that do nothing but fork would always have raised another.
     pub(crate) fn settle(&self) {
         let mut times = 0;
-        while self.uffd.event_pending() {
+        // The turn that is going on may have read before.
+        let enough = self.turns.load(Ordering::Acquire) + 2;
+        while self.uffd.event_pending() && self.turns.load(Ordering::Acquire) < enough {
             thread::pause(times);
             times += 1;
         }
+    }
+
+    /// The monitor has read all there was, and followed it.
+    pub(crate) fn turned(&self) {
+        self.turns.fetch_add(1, Ordering::Release);
     }
 
     /// Whether the monitor is to take its time before it reads: see [`Refusals`].
