@@ -48,6 +48,7 @@ pub(crate) fn follow(core: &Core, change: &Change, later: &mut dyn Later) {
             // SAFETY: the descriptor came with the event, which is followed once.
             let child = unsafe { Userfaultfd::from_fork(fd) };
             core.space.mirrors.invalidate(EVERYTHING, Reason::Fork);
+            core.tags.forks(core);
             let taken = raw_fork::fill(core, &child);
             later.filled(child, taken);
         }

@@ -64,6 +64,7 @@ fn send_home(core: &Core) {
         }
         let _ = home::send_all_home(core, dev, EVERYTHING, |state, _| state.private());
     });
+    core.tags.forks(core);
 }
 
 /// The turn, so that no launch runs, and the lock, so that no device begins or ends, until the fork is over. The turn comes first: a launch is waited for without

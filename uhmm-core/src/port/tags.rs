@@ -10,10 +10,12 @@
 
 use super::Owner;
 use crate::bits::{Bits, PAGES};
+use crate::core::{Core, EVERYTHING};
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Span, Va};
 use crate::sync::*;
 use std::sync::OnceLock;
+use uhmm_os::pagemap;
 use uhmm_os::{Errno, PAGE, signal};
 
 /// Addresses of a process, in pages.
@@ -40,6 +42,8 @@ pub(crate) struct Tags {
     pages: OnceLock<OwnSlice<AtomicU8>>,
     /// For coherent pages the number of the CPU's frame, a part of it, where the system tells: another one there is not the device's page any more.
     frames: OnceLock<OwnSlice<AtomicU32>>,
+    /// Whether the process has ever forked: until then no frame is another one by copy-on-write.
+    forked: AtomicBool,
     /// Device number plus 1.
     store: AtomicU32,
     files: Mutex<Files>,
@@ -52,6 +56,7 @@ impl Default for Tags {
         Tags {
             pages: OnceLock::new(),
             frames: OnceLock::new(),
+            forked: AtomicBool::new(false),
             store: AtomicU32::new(0),
             files: Mutex::new(([(0, 0, 0); FILES], 0)),
             writers: [const { AtomicU32::new(0) }; WRITERS],
@@ -154,9 +159,32 @@ impl Tags {
         }
     }
 
-    /// Whether the frame that the CPU has at a coherent page is still the one that was noted; where nothing was noted, yes.
+    /// Whether the frame that the CPU has at a coherent page is still the one that was noted, so that copy-on-write has put no other in its place; where nothing was noted, yes.
+    ///
+    /// The kernel changes frames for reasons of its own, too (compaction, huge pages made of small ones). That counts only from the last fork on ([`forks`](Self::forks)).
     pub(crate) fn is_frame(&self, va: Va, frame: u64) -> bool {
-        matches!(self.frame(va), 0) || self.frame(va) as u32 == frame as u32
+        !self.forked.load(Ordering::Acquire) || matches!(self.frame(va), 0) || self.frame(va) as u32 == frame as u32
+    }
+
+    /// The process forks: from now on a coherent page with another frame than it has now is a copy.
+    pub(crate) fn forks(&self, core: &Core) {
+        let store = self.store();
+        if store == 0 {
+            return;
+        }
+        core.dir.for_each(EVERYTHING, |block, part| {
+            let state = block.lock();
+            let coherent = if state.device == store { state.coherent() } else { Bits::EMPTY };
+            let mut entries = [pagemap::Entry::default(); PAGES];
+            let Some(told) = coherent.next(0).and_then(|_| core.space.page_entries(part.start, &mut entries).ok()) else { return };
+            for page in coherent.pages().filter(|page| *page < told && entries[*page].present) {
+                let va = part.start + page * PAGE;
+                if self.is_frame(va, entries[page].pfn) {
+                    self.note_frame(va, entries[page].pfn);
+                }
+            }
+        });
+        self.forked.store(true, Ordering::Release);
     }
 
     /// The page at `from` is at `to` now.
