@@ -30,6 +30,8 @@ impl Entry {
     pub(super) const OWN: u16 = 1024;
     /// Of a file that is a device's ([`crate::port`]).
     pub(super) const DEVICE_FILE: u16 = 2048;
+    /// Not of memory, but of a device's, or of the kernel's alone.
+    pub(super) const NO_MEMORY: u16 = 4096;
 
     pub(super) fn new(flags: u16, device: u32) -> Self {
         Entry { flags, device: device as u16 }
@@ -56,6 +58,11 @@ impl Entry {
     /// For ports: whether it is mapped from a device's file.
     pub(crate) fn is_of_device_file(self) -> bool {
         self.has(Self::DEVICE_FILE)
+    }
+
+    /// For ports: whether what is mapped is no memory.
+    pub(crate) fn is_no_memory(self) -> bool {
+        self.has(Self::NO_MEMORY)
     }
 
     /// For ports: whether a huge page's entry maps it, wherever the page lies.

@@ -403,7 +403,7 @@ impl Port {
             let va = start + page * PAGE;
             let (read, write) = entry.mapping_allows();
             let own = tags.is(va, self.owner.number);
-            *sight = Sight { error: !entry.is_mapped() || !read, ..Sight::default() };
+            *sight = Sight { error: !entry.is_mapped() || !read || entry.is_no_memory(), ..Sight::default() };
             if sight.error {
                 continue;
             }
@@ -437,6 +437,9 @@ impl Port {
             let mut at = span.start;
             while at < span.end {
                 let vma = migrate::mapping(core, at)?.filter(|vma| vma.read && vma.write).ok_or(PortError::Fault { address: at })?;
+                if core.space.is_no_memory(&vma, at) {
+                    return Err(PortError::Fault { address: at });
+                }
                 if !vma.is_private_anonymous() {
                     return Err(PortError::NotAnonymous { address: at });
                 }
