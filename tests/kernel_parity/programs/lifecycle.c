@@ -96,6 +96,30 @@ TEST(many_opens, BOTH) {
     IS(at, many, HERE);
 }
 
+TEST(opens_beyond_256, BOTH) {
+    enum { many = 300 };
+    int fds[many];
+    char *at = anonymous(many), *to = buffer(1);
+    fill(at, many, 22);
+    for (int i = 0; i < many; i++) {
+        fds[i] = device(0);
+        DOES(fds[i], READ, at + (size_t)i * PAGE, to, 1, 1, 1);
+    }
+    DOES(fds[many - 1], MIGRATE_TO_DEV, at, to, 1, 1, 0);
+    for (int i = 0; i < many; i++) {
+        LOOKS(fds[i], at, 1, RW | (coherent ? COHERENT_MINE : MINE));
+        if (i > 0) /* each has kept its entry */
+            DOES(fds[i], READ, at + (size_t)i * PAGE, to, 1, 1, 0);
+    }
+    CHECK(madvise(at, many * PAGE, MADV_DONTNEED) == 0);
+    for (int i = many - 1; i > 0; i--) { /* and each hears of a change */
+        DOES(fds[i], READ, at + (size_t)i * PAGE, to, 1, 1, 1);
+        ALL(to, 1, 0ul);
+        CHECK(close(fds[i]) == 0);
+    }
+    DOES(fds[0], READ, at, to, 1, 1, 1);
+}
+
 TEST(open_and_close_many_times, BOTH) {
     char *at = anonymous(N);
     for (uint64_t round = 0; round < 50; round++) {
