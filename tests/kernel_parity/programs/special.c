@@ -72,3 +72,65 @@ TEST(the_kernels_code_can_be_read, BOTH) {
     FAILS(fd, WRITE, at, from, 1, EPERM);
     FAILS(fd, MIGRATE_TO_DEV, at, to, 1, EINVAL);
 }
+
+static char *of_zero(size_t npages, int protection) {
+    int zero = open("/dev/zero", O_RDWR);
+    char *at = mmap(NULL, npages * PAGE, protection, MAP_PRIVATE, zero, 0);
+    CHECK(at != MAP_FAILED && close(zero) == 0);
+    return at;
+}
+
+TEST(private_memory_of_dev_zero_is_anonymous, BOTH) {
+    int fd = device(0);
+    char *at = of_zero(2 * N, PROT_READ | PROT_WRITE), *to = buffer(2 * N), *from = anonymous(N);
+    LOOKS(fd, at, 2 * N, NONE);
+    fill(at, N, 1);
+    DOES(fd, MIGRATE_TO_DEV, at, to, 2 * N, 2 * N, 0); /* and N holes */
+    HOLDS(to, N, 1);
+    ALL(to + N * PAGE, N, 0ul);
+    ON_DEVICE(fd, at, 2 * N, RW);
+    HOLDS(at, N, 1);
+    ALL(at + N * PAGE, N, 0ul);
+    LOOKS(fd, at, 2 * N, coherent ? RW | COHERENT_MINE : RW);
+    MOVED(fd, at, N, 2);
+    fill(from, N, 3);
+    WORKS(fd, WRITE, at, from, N);
+    ON_DEVICE(fd, at, N, RW);
+    CHECK(madvise(at, PAGE, MADV_DONTNEED) == 0);
+    LOOKS(fd, at, 1, NONE);
+    char *moved = mremap(at, 2 * N * PAGE, 2 * N * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, anonymous(2 * N));
+    CHECK(moved != MAP_FAILED);
+    ON_DEVICE(fd, moved + PAGE, N - 1, RW);
+    ALL(moved, 1, 0ul);
+    CHECK(memcmp(moved + PAGE, from + PAGE, (N - 1) * PAGE) == 0);
+    CHECK(munmap(moved, 2 * N * PAGE) == 0);
+    LOOKS(fd, moved, 2 * N, ERROR);
+}
+
+TEST(private_memory_of_dev_zero_after_fork_and_exclusive, BOTH) {
+    int fd = device(0);
+    char *at = of_zero(N, PROT_READ | PROT_WRITE), *to = buffer(N), *only = of_zero(N, PROT_READ);
+    WORKS(fd, EXCLUSIVE, at, to, N);
+    ALL(to, N, 0ul);
+    FAILS(fd, CHECK_EXCLUSIVE, at, NULL, N, EPERM);
+    MOVED(fd, at, N, 4);
+    well(CHILD({
+        HOLDS(at, N, 4);
+        fill(at, N, 5);
+    }));
+    HOLDS(at, N, 4);
+    DOES(fd, MIGRATE_TO_DEV, only, to, N, N, 0);
+    ON_DEVICE(fd, only, N, RO);
+    ALL(only, N, 0ul);
+}
+
+TEST(shared_memory_of_dev_zero_is_shared, BOTH) {
+    int fd = device(0), zero = open("/dev/zero", O_RDWR);
+    char *at = mmap(NULL, N * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, zero, 0), *to = buffer(N);
+    CHECK(at != MAP_FAILED);
+    fill(at, N, 6);
+    FAILS(fd, MIGRATE_TO_DEV, at, to, N, ENOENT);
+    WORKS(fd, READ, at, to, N);
+    HOLDS(to, N, 6);
+    LOOKS(fd, at, N, RW);
+}
