@@ -163,6 +163,11 @@ pub(crate) fn advise(addr: *mut c_void, len: size_t, advice: c_int) -> Result<us
         // SAFETY: the program's call.
         unsafe { sys::call(libc::SYS_madvise, [addr as usize, len, advice as usize]) }
     };
+    // The kernel puts guards where pages were, and tells nobody of those; a drop, which leaves guards alone, is told.
+    if result.is_ok() && advice == MADV_GUARD_INSTALL && is_on_a_device(addr, len) {
+        // SAFETY: the contents have just been given up by the program's call.
+        let _ = unsafe { sys::call(libc::SYS_madvise, [addr as usize, len, MADV_DONTNEED_LOCKED as usize]) };
+    }
     // Pages on a device can neither be freed lazily nor collapsed, and nobody promised that they are.
     match result {
         Err(_) if advice == MADV_COLLAPSE && is_on_a_device(addr, len) => Ok(0),

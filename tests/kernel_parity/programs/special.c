@@ -134,3 +134,80 @@ TEST(shared_memory_of_dev_zero_is_shared, BOTH) {
     HOLDS(to, N, 6);
     LOOKS(fd, at, N, RW);
 }
+
+static sigjmp_buf after;
+static void jump(int signal) { siglongjmp(after, signal); }
+
+/* The signal that a touch raises; 0 if there is none. */
+static int signal_of(char *at, int write) {
+    struct sigaction action = {.sa_handler = jump, .sa_flags = SA_NODEFER}, before[2];
+    CHECK(sigaction(SIGSEGV, &action, &before[0]) == 0 && sigaction(SIGBUS, &action, &before[1]) == 0);
+    int raised = sigsetjmp(after, 1);
+    if (!raised) {
+        if (write)
+            *(volatile char *)at = 1;
+        else
+            (void)*(volatile char *)at;
+    }
+    CHECK(sigaction(SIGSEGV, &before[0], NULL) == 0 && sigaction(SIGBUS, &before[1], NULL) == 0);
+    return raised;
+}
+
+static void guard(char *at, size_t npages) {
+    if (madvise(at, npages * PAGE, MADV_GUARD_INSTALL_) != 0) {
+        CHECK(errno == EINVAL);
+        SKIP("this kernel has no guard pages");
+    }
+}
+
+TEST(guards_take_pages_off_the_device, BOTH) {
+    int fd = device(0);
+    char *at = anonymous(2 * N), *to = buffer(2 * N);
+    MOVED(fd, at, 2 * N, 7);
+    guard(at + N * PAGE, 2);
+    ON_DEVICE(fd, at, N, RW);
+    ON_DEVICE(fd, at + (N + 2) * PAGE, N - 2, RW);
+    LOOKS(fd, at + N * PAGE, 2, NONE);
+    EQ(signal_of(at + N * PAGE, 0), SIGSEGV);
+    EQ(signal_of(at + (N + 1) * PAGE, 1), SIGSEGV);
+    FAILS(fd, READ, at, to, 2 * N, EFAULT);
+    FAILS(fd, MIGRATE_TO_DEV, at + N * PAGE, to, 1, ENOENT);
+    DOES(fd, MIGRATE_TO_SYS, at + N * PAGE, NULL, 2, 0, 0);
+    EQ(signal_of(at + N * PAGE, 1), SIGSEGV);
+    HOLDS(at, N, 7);
+    CHECK(madvise(at + N * PAGE, 2 * PAGE, MADV_GUARD_REMOVE_) == 0);
+    LOOKS(fd, at + N * PAGE, 2, NONE);
+    ALL(at + N * PAGE, 2, 0ul);
+    fill(at, 2 * N, 8);
+    DOES(fd, MIGRATE_TO_DEV, at, to, 2 * N, 2 * N, 0);
+    HOLDS(to, 2 * N, 8);
+    HOLDS(at, 2 * N, 8);
+}
+
+TEST(guards_erase_entries, BOTH) {
+    int fd = device(0);
+    char *at = anonymous(N), *to = buffer(N), *from = anonymous(N);
+    fill(at, N, 9);
+    DOES(fd, READ, at, to, N, N, 1);
+    guard(at + PAGE, 1);
+    FAILS(fd, READ, at + PAGE, to, 1, EFAULT);
+    FAILS(fd, WRITE, at + PAGE, from, 1, EFAULT);
+    DOES(fd, READ, at, to, 1, 1, 0);
+    CHECK(madvise(at + PAGE, PAGE, MADV_GUARD_REMOVE_) == 0);
+    DOES(fd, READ, at, to, N, N, 1);
+    ALL(to + PAGE, 1, 0ul);
+}
+
+TEST(guards_in_a_huge_page, BOTH) {
+    int fd = device(0);
+    char *at = aligned(1), *to = buffer(512);
+    CHECK(madvise(at, BLOCK, MADV_HUGEPAGE) == 0);
+    fill(at, 512, 10);
+    DOES(fd, MIGRATE_TO_DEV, at, to, 512, 512, 0);
+    guard(at + 256 * PAGE, 256);
+    EQ(signal_of(at + 256 * PAGE, 0), SIGSEGV);
+    EQ(signal_of(at + 511 * PAGE, 1), SIGSEGV);
+    HOLDS(at, 256, 10);
+    CHECK(madvise(at + 256 * PAGE, 256 * PAGE, MADV_GUARD_REMOVE_) == 0);
+    ALL(at + 256 * PAGE, 256, 0ul);
+}
