@@ -211,3 +211,75 @@ TEST(guards_in_a_huge_page, BOTH) {
     CHECK(madvise(at + 256 * PAGE, 256 * PAGE, MADV_GUARD_REMOVE_) == 0);
     ALL(at + 256 * PAGE, 256, 0ul);
 }
+
+static char *locked(size_t npages) {
+    char *at = anonymous(npages);
+    if (mlock(at, npages * PAGE) != 0)
+        SKIP("this user may not lock memory");
+    return at;
+}
+
+TEST(locked_memory_migrates, BOTH) {
+    int fd = device(0);
+    char *at = locked(N), *to = buffer(N), *from = anonymous(N);
+    MOVED(fd, at, N, 11);
+    WORKS(fd, READ, at, to, N);
+    HOLDS(to, N, 11);
+    ON_DEVICE(fd, at, N, RW);
+    fill(from, N, 12);
+    WORKS(fd, WRITE, at, from, N);
+    HOLDS(at, N, 12);
+    MOVED(fd, at, N, 13);
+    DOES(fd, MIGRATE_TO_SYS, at, NULL, N, N, 0);
+    AT_HOME(fd, at, N, RW);
+    HOLDS(at, N, 13);
+    MOVED(fd, at, N, 14);
+    CHECK(munlock(at, N * PAGE) == 0);
+    HOLDS(at, N, 14);
+    MOVED(fd, at, N, 15);
+    CHECK(mlock(at, N * PAGE) == 0); /* populates, as a touch */
+    HOLDS(at, N, 15);
+    MOVED(fd, at, N, 16);
+    CHECK(close(fd) == 0);
+    IS(at, N, HERE);
+    HOLDS(at, N, 16);
+}
+
+TEST(locked_blocks_migrate, BOTH) {
+    int fd = device(0);
+    char *at = aligned(2), *to = buffer(1024);
+    CHECK(madvise(at, BLOCK, MADV_HUGEPAGE) == 0);
+    fill(at, 1024, 17);
+    if (mlock(at, 2 * BLOCK) != 0)
+        SKIP("this user may not lock so much memory");
+    DOES(fd, MIGRATE_TO_DEV, at, to, 1024, 1024, 0);
+    IS(at, 1024, coherent ? HERE : AWAY);
+    HOLDS(to, 1024, 17);
+    well(CHILD({ HOLDS(at, 1024, 17); }));
+    HOLDS(at, 1024, 17);
+    if (!coherent) { /* a coherent page has stayed, and lost its entry by the fork */
+        WORKS(fd, MIGRATE_TO_DEV, at, to, 1024);
+        IS(at, 1024, AWAY);
+    }
+    CHECK(command(fd, MIGRATE_TO_SYS, at, NULL, 1024) == 0);
+    IS(at, 1024, HERE);
+    HOLDS(at, 1024, 17);
+    WORKS(fd, MIGRATE_TO_DEV, at, to, 1024);
+    CHECK(munmap(at, BLOCK) == 0);
+    CHECK(munlock(at + BLOCK, BLOCK) == 0);
+    char *second = anonymous(1024);
+    fill(second, 1024, 17);
+    CHECK(memcmp(at + BLOCK, second + BLOCK, BLOCK) == 0);
+}
+
+TEST(memory_that_locks_what_comes_migrates, BOTH) {
+    int fd = device(0);
+    char *at = anonymous(N), *to = buffer(N);
+    if (mlock2(at, N * PAGE, 1 /* ONFAULT */) != 0)
+        SKIP("this user may not lock memory");
+    fill(at, 1, 18);
+    DOES(fd, MIGRATE_TO_DEV, at, to, N, N, 0); /* and holes */
+    ON_DEVICE(fd, at, N, RW);
+    HOLDS(at, 1, 18);
+    ALL(at + PAGE, N - 1, 0ul);
+}
