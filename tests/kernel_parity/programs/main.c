@@ -44,11 +44,13 @@ char *aligned(size_t blocks) {
     return start;
 }
 
+static const char pool_small[] = "/proc/sys/vm/nr_hugepages", pool_large[] = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+static const char *pool;
 static long pool_before = -1;
 static pid_t pool_owner;
 
 static int set_pool(long count) {
-    FILE *setting = fopen("/proc/sys/vm/nr_hugepages", "w");
+    FILE *setting = fopen(pool, "w");
     if (!setting)
         return -1;
     int bad = fprintf(setting, "%ld\n", count) < 0;
@@ -61,19 +63,19 @@ void restore_pool(void) {
     pool_before = -1;
 }
 
-char *pool_pages(size_t count) {
-    FILE *setting = fopen("/proc/sys/vm/nr_hugepages", "r");
+static char *pool_map(const char *setting_, size_t count, size_t len, int size) {
+    FILE *setting = fopen(setting_, "r");
     long before = -1;
     if (!setting || fscanf(setting, "%ld", &before) != 1)
-        SKIP("this kernel has no pool of huge pages");
+        SKIP("this kernel has no pool of such huge pages");
     fclose(setting);
-    int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB;
-    char *at = mmap(NULL, count * BLOCK, PROT_READ | PROT_WRITE, kind, -1, 0);
+    int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | size;
+    char *at = mmap(NULL, len, PROT_READ | PROT_WRITE, kind, -1, 0);
     if (at == MAP_FAILED) {
-        pool_before = before, pool_owner = getpid();
+        pool = setting_, pool_before = before, pool_owner = getpid();
         if (set_pool(before + (long)count) != 0)
             SKIP("the pool of huge pages is empty, and this user may not fill it");
-        at = mmap(NULL, count * BLOCK, PROT_READ | PROT_WRITE, kind, -1, 0);
+        at = mmap(NULL, len, PROT_READ | PROT_WRITE, kind, -1, 0);
         if (at == MAP_FAILED) {
             restore_pool();
             SKIP("there are no huge pages for the pool");
@@ -81,6 +83,10 @@ char *pool_pages(size_t count) {
     }
     return at;
 }
+
+char *pool_pages(size_t count) { return pool_map(pool_small, count, count * BLOCK, 0); }
+
+char *pool_giant(void) { return pool_map(pool_large, 1, 512 * BLOCK, 30 << 26 /* MAP_HUGE_1GB */); }
 
 int file_of(size_t npages, uint64_t seed) {
     int fd = memfd_create("parity", MFD_CLOEXEC);

@@ -270,6 +270,7 @@ impl Job<'_> {
                 flags |= if vma.read && vma.write && !zero && !now.uffd_wp && own { Entry::WRITE } else { 0 };
                 flags |= if zero { Entry::ZERO } else { 0 };
                 flags |= if present.huge_pages.has(bit) { Entry::HUGE } else { 0 };
+                flags |= if vma.page_size == 1 << 30 { Entry::GIANT } else { 0 };
                 flags |= if coherent { Entry::COHERENT } else { 0 };
             } else if *no_memory.get_or_insert_with(|| self.core.space.is_no_memory(vma, here.start)) {
                 flags |= Entry::NO_MEMORY;
