@@ -57,7 +57,47 @@ static int set_pool(long count) {
     return fclose(setting) != 0 || bad ? -1 : 0;
 }
 
+static char swap_path[64];
+
+void swap_on(void) {
+    enum { npages = 4096 };
+    FILE *all = fopen("/proc/swaps", "r");
+    char line[256];
+    int count = 0;
+    while (all && fgets(line, sizeof line, all))
+        count++;
+    if (!all)
+        SKIP("this kernel has no swap");
+    CHECK(fclose(all) == 0);
+    if (count > 1)
+        return; /* there is some */
+    char path[] = "/var/tmp/parity-swap-XXXXXX";
+    int file = mkstemp(path);
+    if (file < 0)
+        SKIP("a file to swap to cannot be made (errno %d)", errno);
+    char *page = anonymous(1);
+    uint32_t head[] = {1, npages - 1, 0};
+    int bad = 0;
+    for (size_t i = 0; i < npages; i++) {
+        if (i == 0)
+            memcpy(page + 1024, head, sizeof head), memcpy(page + PAGE - 10, "SWAPSPACE2", 10);
+        bad |= write(file, page, PAGE) != (ssize_t)PAGE;
+        if (i == 0)
+            memset(page, 0, PAGE);
+    }
+    bad |= fsync(file) != 0 || close(file) != 0 || swapon(path, 0) != 0;
+    if (bad) {
+        int error = errno;
+        unlink(path);
+        SKIP("swap cannot be enabled here (errno %d)", error);
+    }
+    memcpy(swap_path, path, sizeof path), pool_owner = getpid();
+}
+
 void restore_pool(void) {
+    if (swap_path[0] && pool_owner == getpid())
+        swapoff(swap_path), unlink(swap_path);
+    swap_path[0] = 0;
     if (pool_before >= 0 && pool_owner == getpid())
         set_pool(pool_before);
     pool_before = -1;

@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/swap.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -65,7 +66,7 @@ extern struct test *tests;
 extern int coherent;
 extern const char *self;
 
-/* Gives back what `pool_pages` and `pool_giant` took from the system; does nothing otherwise. */
+/* Gives back what `pool_pages`, `pool_giant` and `swap_on` took from the system; does nothing otherwise. */
 void restore_pool(void);
 #define WRONG(...)                                       \
     do {                                                 \
@@ -133,6 +134,7 @@ char *shared(size_t npages);               /* shared, anonymous */
 char *aligned(size_t blocks);              /* private, fresh, aligned to 2 MiB */
 char *pool_giant(void);                    /* one page of 1 GiB, likewise */
 char *pool_pages(size_t count);            /* huge pages of the pool, which grows for it as long as the case runs */
+void swap_on(void);                        /* there is swap as long as the case runs */
 int file_of(size_t npages, uint64_t seed); /* a file in memory with this pattern */
 char *buffer(size_t npages);               /* with UNSET in every word */
 
