@@ -44,6 +44,12 @@ char *aligned(size_t blocks) {
     return start;
 }
 
+/* From now on no other case changes what all of the system has: it would take the changed setting for the one to restore. */
+static void alone(void) {
+    int program = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+    CHECK(program >= 0 && flock(program, LOCK_EX) == 0); /* until this process ends */
+}
+
 static const char pool_small[] = "/proc/sys/vm/nr_hugepages", pool_large[] = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
 static const char *pool;
 static long pool_before = -1;
@@ -61,6 +67,7 @@ static char swap_path[64];
 
 void swap_on(void) {
     enum { npages = 4096 };
+    alone();
     FILE *all = fopen("/proc/swaps", "r");
     char line[256];
     int count = 0;
@@ -104,6 +111,7 @@ void restore_pool(void) {
 }
 
 static char *pool_map(const char *setting_, size_t count, size_t len, int size) {
+    alone();
     FILE *setting = fopen(setting_, "r");
     long before = -1;
     if (!setting || fscanf(setting, "%ld", &before) != 1)

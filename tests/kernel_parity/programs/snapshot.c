@@ -177,7 +177,7 @@ TEST(snapshot_of_a_pool_page, BOTH) {
     CHECK(munmap(at, BLOCK) == 0);
 }
 
-TEST(snapshot_of_a_pool_page_of_1_GiB, PRIVATE) {
+TEST(snapshot_of_a_pool_page_of_1_GiB, BOTH) {
     int fd = device(0);
     char *at = pool_giant(), *to = buffer(2);
     LOOKS(fd, at, 1, NONE);
@@ -193,7 +193,7 @@ TEST(snapshot_of_a_pool_page_of_1_GiB, PRIVATE) {
     CHECK(munmap(at, 512 * BLOCK) == 0);
 }
 
-TEST(snapshot_of_pages_that_were_swapped_out, PRIVATE) {
+TEST(snapshot_of_pages_that_were_swapped_out, BOTH) {
     swap_on();
     int fd = device(0);
     char *at = anonymous(N), *to = buffer(N);
