@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             anstream::eprintln!("{} {}", "error:".red().bold(), report::message(&error));
-            ExitCode::from(1)
+            ExitCode::from(error.downcast_ref::<run::NotRun>().map_or(1, |not_run| not_run.status))
         }
     }
 }

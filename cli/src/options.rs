@@ -83,7 +83,7 @@ pub(crate) struct Bench {
 The program finds /dev/hmm_dmirror0 and 1, whose memory is private, 2 and 3, whose memory is coherent, and /sys/kernel/debug/gup_test.
 With UHMM_DMIRROR=null in the environment they do nothing and say that they did everything.
 Programs that are linked statically, and those that change their user or group (setuid), load no such library.
-The exit status is the program's.")]
+The exit status is the program's; 127 if there is no such program, 126 if it cannot be run.")]
 pub(crate) struct Run {
     /// Preload the library that serves /dev/hmm_dmirror*; it lies beside this command, as libuhmm_dmirror.so.
     #[arg(long, required = true)]

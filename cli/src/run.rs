@@ -4,6 +4,8 @@ use crate::options::Run;
 use anyhow::{Context, Result, bail};
 use std::env;
 use std::ffi::OsString;
+use std::fmt;
+use std::io::ErrorKind;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -11,11 +13,26 @@ use std::process::Command;
 /// The library's file, which lies beside the command.
 const LIBRARY: &str = "libuhmm_dmirror.so";
 
+/// The program cannot be run.
+#[derive(Debug)]
+pub(crate) struct NotRun {
+    program: OsString,
+    /// What the command ends with, as shells and env(1) do: 127 if it was not found, else 126.
+    pub(crate) status: u8,
+}
+
+impl fmt::Display for NotRun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot run {}", self.program.display())
+    }
+}
+
 /// Becomes the program. Returns only if that cannot be.
 pub(crate) fn run(args: &Run) -> Result<()> {
     let [program, arguments @ ..] = &args.program[..] else { bail!("no program to run: name one behind --") };
     let error = Command::new(program).args(arguments).env("LD_PRELOAD", preload(&library()?)).exec();
-    Err(error).with_context(|| format!("cannot run {}", program.display()))
+    let status = if error.kind() == ErrorKind::NotFound { 127 } else { 126 };
+    Err(error).context(NotRun { program: program.clone(), status })
 }
 
 fn library() -> Result<PathBuf> {

@@ -26,6 +26,7 @@ fn main() {
         Trial::test("no_colours_without_a_terminal", no_colours),
         Trial::test("run_says_what_is_missing", run_says_what_is_missing),
         Trial::test("run_becomes_the_program", run_becomes_the_program),
+        Trial::test("run_ends_as_a_shell_without_a_program", run_ends_as_a_shell),
         needs_rights("no_such_device", no_such_device),
         needs_rights("digits_are_exact", digits_are_exact),
         needs_rights("random_matrices", random_matrices),
@@ -436,4 +437,19 @@ fn run_becomes_the_program() -> Outcome {
     let output = alone(&folder)?.args(["run", "--dmirror", "--", "sh", "-c", "echo $LD_PRELOAD; exit 7"]).output()?;
     let said = text(&output.stdout);
     if output.status.code() == Some(7) && said.trim() == library.to_string_lossy() { Ok(()) } else { Err(said.into()) }
+}
+
+/// The status 1 was the program's own as well as that of a program that is not there.
+fn run_ends_as_a_shell() -> Outcome {
+    let folder = TempDir::new()?;
+    fs::write(folder.path().join("libuhmm_dmirror.so"), "")?;
+    let text_file = folder.path().join("text");
+    fs::write(&text_file, "no program")?;
+    for (program, status) in [("uhmm-no-such-program", 127), ("/no/such/program", 127), (&text_file.to_string_lossy(), 126), ("/", 126)] {
+        let output = alone(&folder)?.args(["run", "--dmirror", "--", program]).output()?;
+        let said = text(&output.stderr);
+        let told = said.starts_with(&format!("error: cannot run {program}: ")) && said.lines().count() == 1;
+        ensure(output.status.code() == Some(status) && told, || format!("{program}: {}: {said}", output.status))?;
+    }
+    Ok(())
 }

@@ -22,13 +22,13 @@ use crate::fixed;
 use crate::home;
 use crate::mirror::Reason;
 use crate::page::{Cause, PageState, Span, Va};
-use crate::pool::{Size, Tray};
+use crate::pool::{self, Size, Tray};
 use crate::ranges::{self, MoveEnd};
 use crate::sync::*;
 use core::ops::Range;
 use uhmm_os::mem::{self, Prot};
 use uhmm_os::uffd::MoveMode;
-use uhmm_os::{Errno, PAGE, copy, thread};
+use uhmm_os::{BLOCK, Errno, PAGE, copy, thread};
 
 /// How often a page that the kernel has in hand for a moment is tried again.
 const CONTENDED: usize = 1000;
@@ -87,7 +87,11 @@ fn move_in(core: &Core, va: Va, run: Range<usize>, from: usize) -> (Bits, Result
                 moved.set(at);
                 at += 1;
             }
-            // Protected or locked meanwhile, or unmapped, whose event will come.
+            Errno::INVAL if move_in_locked(core, to + done * PAGE, from + done * PAGE) => {
+                moved.set(at);
+                at += 1;
+            }
+            // Protected meanwhile, or unmapped, whose event will come.
             _ => at += 1,
         }
     }
@@ -103,6 +107,13 @@ fn move_in_executable(core: &Core, to: Va, from: usize) -> bool {
         let _ = mem::mprotect(from, PAGE, Prot::ReadWrite);
         moved
     }
+}
+
+/// As [`move_in`], of one page to a locked mapping: only for ports is one taken out of such.
+fn move_in_locked(core: &Core, to: Va, from: usize) -> bool {
+    // SAFETY: as in `move_in`.
+    let enter = || unsafe { core.space.uffd.move_pages(to, from, PAGE, MoveMode::empty()).is_ok() };
+    core.tags.store() != 0 && pool::while_locked(from, PAGE, enter) == Some(true)
 }
 
 /// The `ends` lock, for who is going to take pages of this device out of the program. It comes before a block's.
@@ -138,7 +149,14 @@ pub(crate) fn leave(core: &Core, dev: &Device, state: &mut BlockGuard<'_>, va: V
             let _ = ranges::unprotect(core, va, sealed);
             return Err(Errno::AGAIN);
         };
-        let (moved, end) = ranges::move_out(&core.space, va, sealed, &tray, None, false);
+        let out = |pages| ranges::move_out(&core.space, va, pages, &tray, None, false);
+        let (mut moved, mut end) = out(sealed);
+        if end == MoveEnd::Refused
+            && core.tags.store() == dev.id()
+            && let Some((more, ended)) = pool::while_locked(tray.start, BLOCK, || out(sealed - moved))
+        {
+            (moved, end) = (moved | more, ended);
+        }
         tray.full |= moved;
         let failed = take_back(core, dev, state, &mut tray, moved);
         core.pool.put(tray);

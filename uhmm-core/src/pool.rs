@@ -66,6 +66,14 @@ impl Tray {
     }
 }
 
+/// Does something while memory of uhmm's own is locked: the kernel moves pages only between mappings that are both locked, or both not. `None`, and not done, if it may not be locked.
+pub(crate) fn while_locked<R>(start: usize, len: usize, f: impl FnOnce() -> R) -> Option<R> {
+    mem::lock(start, len, true).ok()?;
+    let result = f();
+    let _ = mem::lock(start, len, false);
+    Some(result)
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Slot {
     full: Bits,

@@ -223,6 +223,11 @@ impl Space {
         Ok(found)
     }
 
+    /// Whether a page of this mapping, which the page table has not got, is none of memory: a device's, or the kernel's.
+    pub(crate) fn is_no_memory(&self, vma: &Vma, page: Va) -> bool {
+        !vma.is_private_anonymous() && self.pagemap.is_no_memory(page)
+    }
+
     /// Whether a page is there and write-protected.
     pub(crate) fn is_protected(&self, page: Va) -> bool {
         self.pagemap.entry(page).is_ok_and(|entry| entry.present && entry.uffd_wp)

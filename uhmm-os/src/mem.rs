@@ -321,6 +321,16 @@ pub unsafe fn madvise(start: usize, len: usize, advice: Advice) -> Result<(), Er
     unsafe { call(abi::__NR_madvise, [start, len, advice.bits()]) }.map(|_| ())
 }
 
+/// mlock2(2) with `MLOCK_ONFAULT`, or munlock(2): pages that are in the range, or come, stay in memory. *Fault path.*
+///
+/// # Errors
+/// `ENOMEM`, `EPERM`: more than RLIMIT_MEMLOCK allows, or no such mapping; `EAGAIN`.
+pub fn lock(start: usize, len: usize, on: bool) -> Result<(), Errno> {
+    let (number, args) = if on { (abi::__NR_mlock2, [start, len, 1]) } else { (abi::__NR_munlock, [start, len, 0]) };
+    // SAFETY: it changes no contents.
+    unsafe { call(number, args) }.map(|_| ())
+}
+
 /// munmap(2). *Fault path* (but it waits until the event it raises in a userfaultfd has been read).
 ///
 /// # Errors

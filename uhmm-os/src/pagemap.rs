@@ -262,6 +262,18 @@ impl Pagemap {
         if self.entries_only { self.scan_by_entries(start, end, args, regions) } else { self.scan_by_ioctl(start, end, args, regions) }
     }
 
+    /// Whether the page that holds `va` is none of memory but of a device's, or of the kernel's alone (`VM_PFNMAP` to the kernel: clock pages, registers): a scan passes such mappings by, and says
+    /// something of every other page that is mapped. Of one that is not mapped it is true too; without `PAGEMAP_SCAN` never. *Fault path.*
+    pub fn is_no_memory(&self, va: usize) -> bool {
+        let start = va & !(PAGE - 1);
+        // A page that is not there is not PRESENT, wherever else.
+        let look = |inverted| {
+            let args = ScanArgs { inverted, return_mask: Category::all(), ..ScanArgs::all_of(Category::PRESENT) };
+            self.scan_by_ioctl(start, start.checked_add(PAGE)?, &args, &mut [Region::EMPTY]).ok().map(|scan| scan.filled == 0)
+        };
+        !self.entries_only && look(Category::PRESENT) == Some(true) && look(Category::empty()) == Some(true)
+    }
+
     /// How many bytes from `start` on are there without a gap, in memory or in swap, up to `end`; 0 if that cannot be told. *Fault path.*
     pub(crate) fn present_from(&self, start: usize, end: usize) -> usize {
         let mut at = start;

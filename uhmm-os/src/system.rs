@@ -14,7 +14,8 @@
 //! }
 //! ```
 
-use crate::Errno;
+use crate::{Errno, thread};
+use core::sync::atomic::{AtomicU32, Ordering};
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::CapabilitySet;
 use std::fs::read_to_string;
@@ -174,6 +175,18 @@ pub fn c_library_statics() -> Option<(usize, usize)> {
 /// Does something while the process may open as many descriptors as its hard limit allows, or, with `CAP_SYS_RESOURCE`, some more; other threads may meanwhile, too. *Fault path.*
 pub fn with_more_files<R>(f: impl FnOnce() -> R) -> R {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    // One at a time, or who comes second takes the raised limit for the program's, and leaves it so. Not zeros, for memory of zeros could be what is waited for.
+    const FREE: u32 = 1;
+    const TAKEN: u32 = 2;
+    static TURN: AtomicU32 = AtomicU32::new(FREE);
+    // A child that was forked in the middle of somebody's turn waits in vain, once: half a second.
+    const TIMES: u32 = 10_000;
+    for times in 0..TIMES {
+        if TURN.compare_exchange(FREE, TAKEN, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+            break;
+        }
+        thread::pause(times);
+    }
     let before = getrlimit(Resource::Nofile);
     let beyond = before.maximum.map(|most| most.saturating_add(64));
     if setrlimit(Resource::Nofile, Rlimit { current: beyond, maximum: beyond }).is_err() {
@@ -181,13 +194,13 @@ pub fn with_more_files<R>(f: impl FnOnce() -> R) -> R {
     }
     let result = f();
     let _ = setrlimit(Resource::Nofile, before);
+    TURN.store(FREE, Ordering::Release);
     result
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use core::sync::atomic::{AtomicU32, Ordering};
 
     #[test]
     fn parses() {
@@ -196,6 +209,19 @@ mod tests {
         assert_eq!(version_of("strange"), None);
         assert_eq!(chosen("always [madvise] never\n").as_deref(), Some("madvise"));
         assert_eq!(chosen("nothing"), None);
+    }
+
+    /// Who came while another had raised it took that for the program's limit, and set it in the end.
+    #[test]
+    fn the_limit_of_files_is_as_it_was() {
+        use rustix::process::{Resource, getrlimit};
+        let before = getrlimit(Resource::Nofile);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..500).for_each(|_| with_more_files(thread::yield_now)));
+            }
+        });
+        assert_eq!(getrlimit(Resource::Nofile), before);
     }
 
     /// Compared with what other files of /proc say.

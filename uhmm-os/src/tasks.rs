@@ -19,6 +19,7 @@
 
 use crate::syscall::{abi, call};
 use crate::thread::getpid;
+use crate::{Errno, system};
 use core::mem::MaybeUninit;
 use rustix::fd::{BorrowedFd, RawFd};
 
@@ -38,8 +39,12 @@ fn list_robust_list_heads(f: &mut impl FnMut(usize)) -> Option<(usize, usize)> {
     let path = c"/proc/self/task";
     let flags = abi::O_RDONLY | abi::O_DIRECTORY | abi::O_CLOEXEC;
     // SAFETY: a path that ends with a zero, and flags.
-    let opened = unsafe { call(abi::__NR_openat, [abi::AT_FDCWD as usize, path.as_ptr() as usize, flags as usize, 0]) };
-    let fd = opened.ok()?;
+    let open = || unsafe { call(abi::__NR_openat, [abi::AT_FDCWD as usize, path.as_ptr() as usize, flags as usize, 0]) };
+    let fd = match open() {
+        Err(Errno::MFILE) => system::with_more_files(open), // a program that has lowered its limit goes on being served
+        opened => opened,
+    }
+    .ok()?;
     let (mut listed, mut alive) = (true, 0);
     let mut buffer = [0u64; 256];
     loop {

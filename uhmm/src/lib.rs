@@ -252,7 +252,7 @@ impl Uhmm {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Mirror`] in [`Mode::None`], for an empty range or one that holds uhmm's own memory, and if there are 256 mirrors already; [`Error::System`].
+    /// [`Error::Mirror`] in [`Mode::None`], for an empty range or one that holds uhmm's own memory, and if there are 2^20 mirrors already; [`Error::System`].
     pub fn mirror<N: Notifier>(&self, range: std::ops::Range<usize>, notifier: N) -> Result<Mirror<N>, Error> {
         self.core.mirror(range, notifier)
     }

@@ -146,5 +146,5 @@ pub(crate) fn permission(sight: &Sight) -> u8 {
         Place::Coherent => 0x40,
         Place::OtherCoherent => 0x50,
     };
-    access | place | if sight.huge { 0x04 } else { 0 }
+    access | place | if sight.huge { 0x04 } else { 0 } | if sight.giant { 0x08 } else { 0 }
 }

@@ -3,6 +3,7 @@
 //! # Rules
 //! * What the program changes through libc is held as a [`Change`] around the real call. libc's own calls (malloc, threads' stacks) do not come by here; the core hears of those as of raw system calls.
 //! * Without an open device nothing is announced, and nothing costs.
+//! * What is mapped privately of /dev/zero becomes anonymous memory, which it is to the kernel: userfaultfd does not serve it otherwise.
 //! * A mapping of the device's file is one of a fresh file in memory, so that its pages are ordinary ones, zeroed, and nobody else's.
 #![allow(unsafe_code)] // system calls that the program asked for
 
@@ -37,10 +38,32 @@ pub(crate) fn map(addr: *mut c_void, len: size_t, prot: c_int, flags: c_int, fd:
         Err(Errno::NODEV) if flags & libc::MAP_ANONYMOUS == 0 => Name::of(fd).filter(|name| name.kind.number().is_some()),
         _ => None,
     };
-    match device {
-        Some(name) => map_device(&name, args),
-        None => mapped,
+    match (device, mapped) {
+        (Some(name), _) => map_device(&name, args),
+        (None, Ok(at)) if flags & (libc::MAP_ANONYMOUS | libc::MAP_TYPE) == libc::MAP_PRIVATE && is_zero(fd) => Ok(map_zero(at, args)),
+        _ => mapped,
     }
+}
+
+/// Whether a descriptor that has just been mapped is of /dev/zero.
+fn is_zero(fd: c_int) -> bool {
+    // SAFETY: a struct of numbers, which may be written.
+    let (status, asked) = unsafe {
+        let mut status: libc::stat = core::mem::zeroed();
+        let asked = sys::call(libc::SYS_fstat, [fd as usize, &raw mut status as usize]);
+        (status, asked)
+    };
+    asked.is_ok() && status.st_mode & libc::S_IFMT == libc::S_IFCHR && status.st_rdev == libc::makedev(1, 5)
+}
+
+/// A private mapping of /dev/zero has been made. It is anonymous memory to the kernel, but not to userfaultfd, which can bring no page to where there is a file of no length: so it becomes what
+/// it is. If there is no room for that it stays.
+fn map_zero(at: usize, args: [usize; 6]) -> usize {
+    let [_, len, prot, flags, _, _] = args;
+    let flags = flags & !(libc::MAP_FIXED_NOREPLACE as usize) | (libc::MAP_FIXED | libc::MAP_ANONYMOUS) as usize;
+    // SAFETY: in the place of what was mapped for the program just now, with the same contents, which nobody can have used yet.
+    let _ = unsafe { sys::call(libc::SYS_mmap, [at, len, prot, flags, usize::MAX, 0]) };
+    at
 }
 
 fn map_device(name: &Name, args: [usize; 6]) -> Result<usize, Errno> {
@@ -140,6 +163,11 @@ pub(crate) fn advise(addr: *mut c_void, len: size_t, advice: c_int) -> Result<us
         // SAFETY: the program's call.
         unsafe { sys::call(libc::SYS_madvise, [addr as usize, len, advice as usize]) }
     };
+    // The kernel puts guards where pages were, and tells nobody of those; a drop, which leaves guards alone, is told.
+    if result.is_ok() && advice == MADV_GUARD_INSTALL && is_on_a_device(addr, len) {
+        // SAFETY: the contents have just been given up by the program's call.
+        let _ = unsafe { sys::call(libc::SYS_madvise, [addr as usize, len, MADV_DONTNEED_LOCKED as usize]) };
+    }
     // Pages on a device can neither be freed lazily nor collapsed, and nobody promised that they are.
     match result {
         Err(_) if advice == MADV_COLLAPSE && is_on_a_device(addr, len) => Ok(0),

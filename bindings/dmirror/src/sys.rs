@@ -9,8 +9,8 @@
 use core::arch::asm;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use libc::{c_int, c_long, c_void};
-use uhmm_os::Errno;
 use uhmm_os::copy::guarded;
+use uhmm_os::{Errno, system};
 
 /// Makes a system call.
 ///
@@ -191,13 +191,22 @@ pub(crate) fn socketpair() -> Result<[c_int; 2], Errno> {
     Ok(pair)
 }
 
-/// What has happened at a descriptor, of `events`, waiting up to `timeout` milliseconds (-1: for ever).
+/// What has happened at a descriptor, of `events`, waiting up to `timeout` milliseconds (-1: for ever), or a moment: who waits for something looks again.
 pub(crate) fn poll(fd: c_int, events: i16, timeout: c_int) -> i16 {
-    let mut polled = libc::pollfd { fd, events, revents: 0 };
-    // SAFETY: one entry.
-    match unsafe { call(libc::SYS_poll, [&raw mut polled as usize, 1, timeout as usize]) } {
-        Ok(_) => polled.revents,
-        Err(_) => 0,
+    let mut polled = [libc::pollfd { fd, events, revents: 0 }];
+    poll_all(&mut polled, timeout);
+    polled[0].revents
+}
+
+/// As [`poll`], at several.
+pub(crate) fn poll_all(polled: &mut [libc::pollfd], timeout: c_int) {
+    const MOMENT: c_int = 10;
+    // SAFETY: so many entries.
+    let mut wait = |timeout: c_int| unsafe { call(libc::SYS_poll, [polled.as_mut_ptr() as usize, polled.len(), timeout as usize]) };
+    // So it is if there are more entries than the program may have descriptors.
+    if wait(timeout) == Err(Errno::INVAL) {
+        let timeout = if timeout < 0 { MOMENT } else { timeout.min(MOMENT) };
+        let _ = system::with_more_files(|| wait(timeout));
     }
 }
 

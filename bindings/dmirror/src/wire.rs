@@ -14,7 +14,7 @@ use crate::{command, sys};
 use core::mem::offset_of;
 use core::sync::atomic::Ordering;
 use libc::{c_int, c_void};
-use uhmm_os::Errno;
+use uhmm_os::{Errno, system};
 
 const MAGIC: u64 = 0x7568_6d6d_2d64_6d31;
 
@@ -84,8 +84,12 @@ unsafe fn message(
 /// Has the owner of a descriptor do a command, whose struct was checked.
 pub(crate) fn ask(fd: c_int, what: What, command: &Command) -> Result<Done, Errno> {
     let (flow, len) = what.buffer(command.npages);
-    let [mine, theirs] = sys::socketpair()?.map(Fd);
-    let data = Fd(if len > 0 { sys::memfd()? } else { -1 });
+    // A command needs no descriptors where the program may have no more.
+    let make = || Ok((sys::socketpair()?.map(Fd), Fd(if len > 0 { sys::memfd()? } else { -1 })));
+    let ([mine, theirs], data) = match make() {
+        Err(Errno::MFILE) => system::with_more_files(make)?,
+        made => made?,
+    };
     if flow == Flow::In {
         // SAFETY: nothing is written to memory.
         unsafe { sys::transfer(libc::SYS_pwrite64, data.0, command.ptr, len) }?;
@@ -131,12 +135,11 @@ pub(crate) fn ask(fd: c_int, what: What, command: &Command) -> Result<Done, Errn
     Ok(Done { cpages: reply.cpages, faults: reply.faults })
 }
 
-/// Waits until there is a reply or its socket hangs up; or the descriptor does, for some child may have a copy of the reply's other end: then true.
+/// Waits, for a while, until there is a reply or its socket hangs up; or the descriptor does, for some child may have a copy of the reply's other end: then true.
 fn wait(fd: c_int, reply: c_int) -> bool {
     let polled = |fd, events| libc::pollfd { fd, events, revents: 0 };
     let mut both = [polled(reply, libc::POLLIN), polled(fd, 0)];
-    // SAFETY: two entries.
-    let _ = unsafe { sys::call(libc::SYS_poll, [both.as_mut_ptr() as usize, 2, usize::MAX]) };
+    sys::poll_all(&mut both, -1);
     both[1].revents & libc::POLLHUP != 0
 }
 
@@ -175,6 +178,14 @@ fn perform(home: &Home, name: &Name, what: What, command: &Command, data: c_int)
     Ok(done)
 }
 
+/// Whether this thread may have as many descriptors more as a message brings.
+fn has_room(fd: c_int) -> bool {
+    // SAFETY: copies of a descriptor of this thread's table, closed at once.
+    let copies = [(); FDS].map(|()| unsafe { sys::call(libc::SYS_fcntl, [fd as usize, libc::F_DUPFD_CLOEXEC as usize, 0]) });
+    copies.iter().flatten().for_each(|&copy| sys::close(copy as c_int));
+    copies.iter().all(Result::is_ok) // the error is another where the limit is 0
+}
+
 fn receive(home: &Home, index: usize) -> Option<(Ask, Fd, Fd)> {
     let mut ask = Ask { magic: 0, what: 0, addr: 0, npages: 0 };
     let mut control = Control { header: libc::cmsghdr { cmsg_len: 0, cmsg_level: 0, cmsg_type: 0 }, fds: [-1; FDS] };
@@ -183,7 +194,9 @@ fn receive(home: &Home, index: usize) -> Option<(Ask, Fd, Fd)> {
         let end = home.slots[index].end.load(Ordering::Acquire);
         let (data, room) = ((&raw mut ask as usize, size_of::<Ask>()), (&raw mut control as usize, size_of::<Control>()));
         // SAFETY: both may be written. What does not fit is cut off, descriptors are not received then.
-        unsafe { message(libc::SYS_recvmsg, end, data, room, libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC) }
+        let receive = || unsafe { message(libc::SYS_recvmsg, end, data, room, libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC) };
+        // Descriptors for which there is no number are lost, and the limit is the whole process's.
+        if has_room(end) { receive() } else { system::with_more_files(receive) }
     };
     let (count, control_len) = received.ok()?;
     let rights = control_len > 0 && (control.header.cmsg_level, control.header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS);

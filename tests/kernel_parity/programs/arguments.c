@@ -60,6 +60,30 @@ TEST(an_unknown_command_is_EINVAL, BOTH) {
     FAILS(fd, 0x00004800u, at, to, N, EINVAL);
 }
 
+TEST(what_sockets_and_terminals_know_a_device_does_not, BOTH) {
+    static const unsigned requests[] = {FIONREAD, TIOCOUTQ, TCGETS, 0x8901 /* FIOSETOWN */, 0x8903 /* FIOGETOWN */, 0x8904 /* SIOCGPGRP */, 0x8905 /* SIOCATMARK */,
+                                        0x8910 /* SIOCGIFNAME */, 0x89A0 /* SIOCBRADDBR */, 0x89E0 /* SIOCUNIXFILE */, 0x8B01 /* SIOCGIWNAME */};
+    int fd = device(0), on = 1, off = 0;
+    char *at = anonymous(N), *to = buffer(N);
+    for (size_t i = 0; i < sizeof requests / sizeof *requests; i++) {
+        FAILS(fd, requests[i], at, to, N, EINVAL);
+        EQ(ioctl(fd, requests[i], NULL), -1);
+        EQ(errno, EFAULT);
+    }
+    ALL(to, N, UNSET);
+    /* Of every file the kernel itself knows: */
+    CHECK(ioctl(fd, FIOCLEX) == 0 && fcntl(fd, F_GETFD) == FD_CLOEXEC);
+    CHECK(ioctl(fd, FIONCLEX) == 0 && fcntl(fd, F_GETFD) == 0);
+    CHECK(ioctl(fd, FIONBIO, &on) == 0 && fcntl(fd, F_GETFL) & O_NONBLOCK);
+    CHECK(ioctl(fd, FIONBIO, &off) == 0 && !(fcntl(fd, F_GETFL) & O_NONBLOCK));
+    CHECK(ioctl(fd, FIOASYNC, &off) == 0);
+    CHECK(ioctl(fd, FIOASYNC, &on) == -1 && errno == ENOTTY && !(fcntl(fd, F_GETFL) & O_ASYNC));
+    CHECK(ioctl(fd, FIOQSIZE, to) == -1 && errno == ENOTTY);
+    int pair[2];
+    CHECK(pipe(pair) == 0 && write(pair[1], "four", 4) == 4 && ioctl(pair[0], FIONREAD, &on) == 0);
+    EQ(on, 4);
+}
+
 TEST(the_outputs_are_set, BOTH) {
     int fd = device(0);
     char *at = anonymous(N), *to = buffer(N);

@@ -96,6 +96,57 @@ TEST(many_opens, BOTH) {
     IS(at, many, HERE);
 }
 
+TEST(opens_beyond_256, BOTH) {
+    enum { many = 300 };
+    int fds[many];
+    char *at = anonymous(many), *to = buffer(1);
+    fill(at, many, 22);
+    for (int i = 0; i < many; i++) {
+        fds[i] = device(0);
+        DOES(fds[i], READ, at + (size_t)i * PAGE, to, 1, 1, 1);
+    }
+    DOES(fds[many - 1], MIGRATE_TO_DEV, at, to, 1, 1, 0);
+    for (int i = 0; i < many; i++) {
+        LOOKS(fds[i], at, 1, RW | (coherent ? COHERENT_MINE : MINE));
+        if (i > 0) /* each has kept its entry */
+            DOES(fds[i], READ, at + (size_t)i * PAGE, to, 1, 1, 0);
+    }
+    CHECK(madvise(at, many * PAGE, MADV_DONTNEED) == 0);
+    for (int i = many - 1; i > 0; i--) { /* and each hears of a change */
+        DOES(fds[i], READ, at + (size_t)i * PAGE, to, 1, 1, 1);
+        ALL(to, 1, 0ul);
+        CHECK(close(fds[i]) == 0);
+    }
+    DOES(fds[0], READ, at, to, 1, 1, 1);
+}
+
+TEST(commands_need_no_descriptors, BOTH) {
+    int fd = device(0);
+    char *at = anonymous(N), *to = buffer(N), *from = anonymous(N);
+    fill(at, N, 23), fill(from, N, 24);
+    CHECK(where(at) == HERE); /* opens what that takes */
+    struct rlimit none;
+    CHECK(getrlimit(RLIMIT_NOFILE, &none) == 0);
+    none.rlim_cur = 0; /* what may be raised again */
+    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0 && dup(fd) == -1 && errno == EMFILE);
+    DOES(fd, MIGRATE_TO_DEV, at, to, N, N, 0);
+    HOLDS(to, N, 23);
+    ON_DEVICE(fd, at, N, RW);
+    HOLDS(at, N, 23);
+    well(CHILD({ /* by the parent's descriptor, of the parent's memory */
+        WORKS(fd, READ, at, to, N);
+        HOLDS(to, N, 23);
+        WORKS(fd, WRITE, at, from, N);
+        DOES(fd, FLAGS, at, NULL, 2, 0, 0);
+    }));
+    HOLDS(at, N, 24);
+    CHECK(dup(fd) == -1 && errno == EMFILE); /* the limit is as it was */
+    MOVED(fd, at, N, 25);
+    CHECK(close(fd) == 0);
+    IS(at, N, HERE);
+    HOLDS(at, N, 25);
+}
+
 TEST(open_and_close_many_times, BOTH) {
     char *at = anonymous(N);
     for (uint64_t round = 0; round < 50; round++) {

@@ -44,36 +44,86 @@ char *aligned(size_t blocks) {
     return start;
 }
 
+/* From now on no other case changes what all of the system has: it would take the changed setting for the one to restore. */
+static void alone(void) {
+    int program = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+    CHECK(program >= 0 && flock(program, LOCK_EX) == 0); /* until this process ends */
+}
+
+static const char pool_small[] = "/proc/sys/vm/nr_hugepages", pool_large[] = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+static const char *pool;
 static long pool_before = -1;
 static pid_t pool_owner;
 
 static int set_pool(long count) {
-    FILE *setting = fopen("/proc/sys/vm/nr_hugepages", "w");
+    FILE *setting = fopen(pool, "w");
     if (!setting)
         return -1;
     int bad = fprintf(setting, "%ld\n", count) < 0;
     return fclose(setting) != 0 || bad ? -1 : 0;
 }
 
+static char swap_path[64];
+
+void swap_on(void) {
+    enum { npages = 4096 };
+    alone();
+    FILE *all = fopen("/proc/swaps", "r");
+    char line[256];
+    int count = 0;
+    while (all && fgets(line, sizeof line, all))
+        count++;
+    if (!all)
+        SKIP("this kernel has no swap");
+    CHECK(fclose(all) == 0);
+    if (count > 1)
+        return; /* there is some */
+    char path[] = "/var/tmp/parity-swap-XXXXXX";
+    int file = mkstemp(path);
+    if (file < 0)
+        SKIP("a file to swap to cannot be made (errno %d)", errno);
+    char *page = anonymous(1);
+    uint32_t head[] = {1, npages - 1, 0};
+    int bad = 0;
+    for (size_t i = 0; i < npages; i++) {
+        if (i == 0)
+            memcpy(page + 1024, head, sizeof head), memcpy(page + PAGE - 10, "SWAPSPACE2", 10);
+        bad |= write(file, page, PAGE) != (ssize_t)PAGE;
+        if (i == 0)
+            memset(page, 0, PAGE);
+    }
+    bad |= fsync(file) != 0 || close(file) != 0 || swapon(path, 0) != 0;
+    if (bad) {
+        int error = errno;
+        unlink(path);
+        SKIP("swap cannot be enabled here (errno %d)", error);
+    }
+    memcpy(swap_path, path, sizeof path), pool_owner = getpid();
+}
+
 void restore_pool(void) {
+    if (swap_path[0] && pool_owner == getpid())
+        swapoff(swap_path), unlink(swap_path);
+    swap_path[0] = 0;
     if (pool_before >= 0 && pool_owner == getpid())
         set_pool(pool_before);
     pool_before = -1;
 }
 
-char *pool_pages(size_t count) {
-    FILE *setting = fopen("/proc/sys/vm/nr_hugepages", "r");
+static char *pool_map(const char *setting_, size_t count, size_t len, int size) {
+    alone();
+    FILE *setting = fopen(setting_, "r");
     long before = -1;
     if (!setting || fscanf(setting, "%ld", &before) != 1)
-        SKIP("this kernel has no pool of huge pages");
+        SKIP("this kernel has no pool of such huge pages");
     fclose(setting);
-    int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB;
-    char *at = mmap(NULL, count * BLOCK, PROT_READ | PROT_WRITE, kind, -1, 0);
+    int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | size;
+    char *at = mmap(NULL, len, PROT_READ | PROT_WRITE, kind, -1, 0);
     if (at == MAP_FAILED) {
-        pool_before = before, pool_owner = getpid();
+        pool = setting_, pool_before = before, pool_owner = getpid();
         if (set_pool(before + (long)count) != 0)
             SKIP("the pool of huge pages is empty, and this user may not fill it");
-        at = mmap(NULL, count * BLOCK, PROT_READ | PROT_WRITE, kind, -1, 0);
+        at = mmap(NULL, len, PROT_READ | PROT_WRITE, kind, -1, 0);
         if (at == MAP_FAILED) {
             restore_pool();
             SKIP("there are no huge pages for the pool");
@@ -81,6 +131,10 @@ char *pool_pages(size_t count) {
     }
     return at;
 }
+
+char *pool_pages(size_t count) { return pool_map(pool_small, count, count * BLOCK, 0); }
+
+char *pool_giant(void) { return pool_map(pool_large, 1, 512 * BLOCK, 30 << 26 /* MAP_HUGE_1GB */); }
 
 int file_of(size_t npages, uint64_t seed) {
     int fd = memfd_create("parity", MFD_CLOEXEC);

@@ -5,14 +5,18 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/swap.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -35,7 +39,7 @@ struct command {
 #define READ_UNLOCKED 0xC0284809u
 
 /* Permission bytes. */
-enum { ERROR = 0xff, NONE = 0, RO = 1, RW = 2, BIG = 4, ZERO = 0x10, MINE = 0x20, COHERENT_MINE = 0x40, COHERENT_OTHER = 0x50 };
+enum { ERROR = 0xff, NONE = 0, RO = 1, RW = 2, BIG = 4, GIANT = 8, ZERO = 0x10, MINE = 0x20, COHERENT_MINE = 0x40, COHERENT_OTHER = 0x50 };
 
 #define PAGE 4096ul
 #define BLOCK (512 * PAGE)
@@ -63,7 +67,7 @@ extern struct test *tests;
 extern int coherent;
 extern const char *self;
 
-/* Gives back what `pool_pages` took from the system; does nothing otherwise. */
+/* Gives back what `pool_pages`, `pool_giant` and `swap_on` took from the system; does nothing otherwise. */
 void restore_pool(void);
 #define WRONG(...)                                       \
     do {                                                 \
@@ -129,7 +133,9 @@ int command(int fd, unsigned request, const void *addr, const void *ptr, uint64_
 char *anonymous(size_t npages);            /* private, fresh */
 char *shared(size_t npages);               /* shared, anonymous */
 char *aligned(size_t blocks);              /* private, fresh, aligned to 2 MiB */
+char *pool_giant(void);                    /* one page of 1 GiB, likewise */
 char *pool_pages(size_t count);            /* huge pages of the pool, which grows for it as long as the case runs */
+void swap_on(void);                        /* there is swap as long as the case runs */
 int file_of(size_t npages, uint64_t seed); /* a file in memory with this pattern */
 char *buffer(size_t npages);               /* with UNSET in every word */
 

@@ -177,6 +177,46 @@ TEST(snapshot_of_a_pool_page, BOTH) {
     CHECK(munmap(at, BLOCK) == 0);
 }
 
+TEST(snapshot_of_a_pool_page_of_1_GiB, BOTH) {
+    int fd = device(0);
+    char *at = pool_giant(), *to = buffer(2);
+    LOOKS(fd, at, 1, NONE);
+    fill(at + BLOCK, 2, 15); /* all of it is there then */
+    LOOKS(fd, at, 2, RW | GIANT);
+    LOOKS(fd, at + BLOCK, 2, RW | GIANT);
+    LOOKS(fd, at + 512 * BLOCK - PAGE, 1, RW | GIANT);
+    WORKS(fd, READ, at + BLOCK, to, 2);
+    HOLDS(to, 2, 15);
+    FAILS(fd, MIGRATE_TO_DEV, at, to, 1, EINVAL);
+    CHECK(mprotect(at, 512 * BLOCK, PROT_READ) == 0);
+    LOOKS(fd, at, 1, RO | GIANT);
+    CHECK(munmap(at, 512 * BLOCK) == 0);
+}
+
+TEST(snapshot_of_pages_that_were_swapped_out, BOTH) {
+    swap_on();
+    int fd = device(0);
+    char *at = anonymous(N), *to = buffer(N);
+    fill(at, N, 16);
+    for (double end = now() + 5; where(at) == HERE || where(at + (N - 1) * PAGE) == HERE;) {
+        if (madvise(at, N * PAGE, 21 /* PAGEOUT */) != 0 || now() > end) {
+            restore_pool();
+            SKIP("the kernel swaps nothing out");
+        }
+    }
+    IS(at, N, AWAY);
+    LOOKS(fd, at, N, NONE);
+    IS(at, N, AWAY);
+    DOES(fd, READ, at + PAGE, to, N - 1, N - 1, 1);
+    IS(at, 1, AWAY);
+    IS(at + PAGE, N - 1, HERE);
+    LOOKS(fd, at, 1, NONE);
+    HOLDS(at, N, 16);
+    CHECK(memcmp(to, at + PAGE, (N - 1) * PAGE) == 0);
+    MOVED(fd, at, N, 17);
+    HOLDS(at, N, 17);
+}
+
 TEST(snapshot_into_a_bad_buffer_is_EFAULT, BOTH) {
     int fd = device(0);
     char *at = anonymous(N);

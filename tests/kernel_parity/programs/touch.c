@@ -1,6 +1,7 @@
 /* A touch by the CPU, of the program or of the kernel for somebody, of pages on a device: a private page comes back, a coherent one is used in place. */
 #include "parity.h"
 #include <linux/futex.h>
+#include <linux/io_uring.h>
 #include <sys/socket.h>
 
 #define N 4ul
@@ -238,4 +239,77 @@ TEST(touch_of_an_exclusive_page_by_the_kernel, BOTH) {
     HOLDS(to, 1, 19);
     HOLDS(at, N, 19);
     DOES(fd, CHECK_EXCLUSIVE, at, NULL, N, 0, 0);
+}
+
+/* A ring for one request at a time. */
+struct ring {
+    int fd;
+    unsigned *tail, mask, *array;
+    struct io_uring_sqe *entries;
+    unsigned *head_done, *tail_done, mask_done;
+    struct io_uring_cqe *done;
+};
+
+static struct ring ring_of_one(void) {
+    struct io_uring_params p;
+    memset(&p, 0, sizeof p);
+    struct ring ring = {.fd = (int)syscall(SYS_io_uring_setup, 1, &p)};
+    if (ring.fd < 0)
+        SKIP("io_uring cannot be used here (errno %d)", errno);
+    size_t asks = p.sq_off.array + p.sq_entries * sizeof(unsigned), answers = p.cq_off.cqes + p.cq_entries * sizeof(struct io_uring_cqe);
+    char *sq = mmap(NULL, asks, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring.fd, (off_t)IORING_OFF_SQ_RING);
+    char *cq = mmap(NULL, answers, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring.fd, (off_t)IORING_OFF_CQ_RING);
+    ring.entries = mmap(NULL, p.sq_entries * sizeof(struct io_uring_sqe), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring.fd, (off_t)IORING_OFF_SQES);
+    CHECK(sq != MAP_FAILED && cq != MAP_FAILED && ring.entries != MAP_FAILED);
+    ring.tail = (unsigned *)(sq + p.sq_off.tail), ring.mask = *(unsigned *)(sq + p.sq_off.ring_mask), ring.array = (unsigned *)(sq + p.sq_off.array);
+    ring.head_done = (unsigned *)(cq + p.cq_off.head), ring.tail_done = (unsigned *)(cq + p.cq_off.tail);
+    ring.mask_done = *(unsigned *)(cq + p.cq_off.ring_mask), ring.done = (struct io_uring_cqe *)(cq + p.cq_off.cqes);
+    return ring;
+}
+
+/* Does one request, and says what came of it. */
+static int by_ring(struct ring *ring, int what, int flags, int file, void *at, unsigned len) {
+    unsigned tail = *ring->tail, index = tail & ring->mask;
+    struct io_uring_sqe *ask = &ring->entries[index];
+    memset(ask, 0, sizeof *ask);
+    ask->opcode = (uint8_t)what, ask->flags = (uint8_t)flags, ask->fd = file, ask->addr = (uint64_t)at, ask->len = len;
+    ring->array[index] = index;
+    __atomic_store_n(ring->tail, tail + 1, __ATOMIC_RELEASE);
+    EQ(syscall(SYS_io_uring_enter, ring->fd, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0), 1);
+    unsigned head = *ring->head_done;
+    CHECK(__atomic_load_n(ring->tail_done, __ATOMIC_ACQUIRE) == head + 1);
+    int result = ring->done[head & ring->mask_done].res;
+    __atomic_store_n(ring->head_done, head + 1, __ATOMIC_RELEASE);
+    return result;
+}
+
+/* The program asks itself, or has a thread of the kernel's do it. */
+TEST(touch_by_io_uring, BOTH) {
+    struct ring ring = ring_of_one();
+    for (int flags = 0; flags <= (int)IOSQE_ASYNC; flags += (int)IOSQE_ASYNC) {
+        int fd = device(0), file = file_of(N, 21);
+        char *at = anonymous(N), *all = buffer(N), *names = anonymous(1), *to = buffer(1);
+        MOVED(fd, at, N, 20);
+        EQ(by_ring(&ring, IORING_OP_READ, flags, file, at, 2 * PAGE), 2 * PAGE);
+        TOUCHED(fd, at, 2);
+        ON_DEVICE(fd, at + 2 * PAGE, N - 2, RW);
+        fill(all, N, 20), fill(all, 2, 21);
+        CHECK(memcmp(at, all, N * PAGE) == 0);
+        MOVED(fd, at, N, 22);
+        EQ(by_ring(&ring, IORING_OP_WRITE, flags, file, at, N * PAGE), N * PAGE);
+        TOUCHED(fd, at, N);
+        CHECK(pread(file, all, N * PAGE, 0) == (ssize_t)(N * PAGE));
+        HOLDS(all, N, 22);
+        /* What is to be done lies on the device itself, and where it is to be done, too. */
+        struct iovec *parts = (struct iovec *)names;
+        parts[0] = (struct iovec){at + PAGE + 100, PAGE}, parts[1] = (struct iovec){at + 3 * PAGE, 50};
+        DOES(fd, MIGRATE_TO_DEV, names, to, 1, 1, 0);
+        MOVED(fd, at, N, 23);
+        EQ(by_ring(&ring, IORING_OP_READV, flags, file, names, 2), PAGE + 50);
+        char *whole = anonymous(N);
+        fill(whole, N, 23), fill(all, N, 22);
+        memcpy(whole + PAGE + 100, all, PAGE), memcpy(whole + 3 * PAGE, all + PAGE, 50);
+        CHECK(memcmp(at, whole, N * PAGE) == 0);
+        CHECK(close(fd) == 0 && close(file) == 0);
+    }
 }

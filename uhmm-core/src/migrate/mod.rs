@@ -16,7 +16,7 @@ mod peer;
 pub(crate) use batch::give_back;
 pub(crate) use batch::{Parked, Room};
 
-use crate::bits::Bits;
+use crate::bits::{Bits, PAGES};
 use crate::coherent;
 use crate::core::{Core, Device};
 use crate::directory::{BlockGuard, State};
@@ -28,7 +28,7 @@ use crate::mode::Mode;
 use crate::notifier;
 use crate::page::{Cause, PageState, Span, Va};
 use crate::policy;
-use crate::pool::Size;
+use crate::pool::{self, Size};
 use crate::ranges::{self, MoveEnd};
 use crate::space::{Present, Refusals};
 use crate::sync::*;
@@ -554,7 +554,16 @@ impl Core {
                 if exec {
                     tray.allow(Prot::ReadWriteExec);
                 }
-                let (moved, end) = ranges::move_out(&self.space, item.va, here, &tray, Some(item.device), !populated);
+                let out = |pages| ranges::move_out(&self.space, item.va, pages, &tray, Some(item.device), !populated);
+                let (mut moved, mut end) = out(here);
+                // Locked memory leaves the program for ports only: a launch uses it in place.
+                if end == MoveEnd::Refused
+                    && populated
+                    && self.tags.store() == item.device
+                    && let Some((more, ended)) = pool::while_locked(tray.start, PAGES * PAGE, || out(here - moved))
+                {
+                    (moved, end) = (moved | more, ended);
+                }
                 if exec {
                     tray.allow(Prot::ReadWrite);
                 }

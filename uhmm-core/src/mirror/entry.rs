@@ -30,6 +30,10 @@ impl Entry {
     pub(super) const OWN: u16 = 1024;
     /// Of a file that is a device's ([`crate::port`]).
     pub(super) const DEVICE_FILE: u16 = 2048;
+    /// Not of memory, but of a device's, or of the kernel's alone.
+    pub(super) const NO_MEMORY: u16 = 4096;
+    /// Of a pool of pages of 1 GiB, besides [`HUGE`](Self::HUGE).
+    pub(super) const GIANT: u16 = 8192;
 
     pub(super) fn new(flags: u16, device: u32) -> Self {
         Entry { flags, device: device as u16 }
@@ -58,9 +62,19 @@ impl Entry {
         self.has(Self::DEVICE_FILE)
     }
 
+    /// For ports: whether what is mapped is no memory.
+    pub(crate) fn is_no_memory(self) -> bool {
+        self.has(Self::NO_MEMORY)
+    }
+
     /// For ports: whether a huge page's entry maps it, wherever the page lies.
     pub(crate) fn is_huge(self) -> bool {
         self.has(Self::HUGE)
+    }
+
+    /// For ports: whether an entry of 1 GiB maps it.
+    pub(crate) fn is_giant(self) -> bool {
+        self.has(Self::GIANT)
     }
 
     /// Whether the process has a mapping there.

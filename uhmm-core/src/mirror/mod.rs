@@ -202,7 +202,7 @@ impl CoreRef {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Mirror`] in the mode without userfaultfd, for an empty range, and if there are 256 already; [`Error::System`] if a thread or address space is
+    /// [`Error::Mirror`] in the mode without userfaultfd, for an empty range, and if there are 2^20 already; [`Error::System`] if a thread or address space is
     /// refused.
     pub fn mirror<N: Notifier>(&self, range: Range<Va>, notifier: N) -> Result<Mirror<N>, Error> {
         let core = self.core();
@@ -233,9 +233,10 @@ impl CoreRef {
             // SAFETY: the box is there, and its thread is joined before it goes.
             let (head, notifier) = unsafe { (&raw const (*inner).head, &raw const (*inner).notifier) };
             // SAFETY: as above; `end` removes it first.
-            if !unsafe { core.space.mirrors.add(&raw const (*head).watch, notifier) } {
-                return Err(Error::Mirror { why: "there are 256 mirrors already" });
-            }
+            unsafe { core.space.mirrors.add(&raw const (*head).watch, notifier) }.map_err(|e| match e {
+                Errno::MFILE => Error::Mirror { why: "there are 1048576 mirrors already" },
+                e => reserve(e),
+            })?;
             // SAFETY: as above.
             unsafe { own::spawn(c"uhmm-mirror", STACK, serve, head.cast_mut().cast()) }.map_err(|e| {
                 // SAFETY: the box is there.
@@ -493,8 +494,8 @@ fn unwatch(core: &Core, span: Span) {
     while at < span.end {
         let Ok(Some(vma)) = core.space.maps.find(at) else { return };
         let mapped = Span { start: vma.start, end: vma.end }.and(Span { start: at, end: span.end });
-        at = vma.end;
         let ours = !mapped.and(own::PLACE).is_empty();
+        at = if ours { own::PLACE.end } else { vma.end }; // of which there are some for each mirror
         if ours || !vma.is_private_anonymous() || core.space.uffd.watches(mapped.start) == Ok(false) {
             continue;
         }

@@ -3,16 +3,19 @@
 //! # Rules
 //! * The lock is a leaf: it is taken after the event lock and a block's. Only uhmm's own threads take it, whose stacks stay.
 //! * A mirror's number is raised first, then its notifier is called; only when that has returned the page may change.
+//! * Slots take up memory as far as they were ever used: who has few mirrors pays for few, and they are looked through up to the last that is in use.
 //! * `epoch` is odd from before the monitor reads events until they are followed. Who raised an event goes on when it is read, before anybody can be told of it: so
 //!   what was read from memory counts only if no event was read meanwhile, or once it was followed and left the entry alone.
 
 use super::{Notifier, Reason};
+use crate::own::{OwnSlice, Zeroed};
 use crate::page::Span;
 use crate::sync::*;
-use uhmm_os::thread;
+use core::mem::MaybeUninit;
+use uhmm_os::{Errno, thread};
 
-/// The most mirrors of a process.
-pub(crate) const MOST: usize = 256;
+/// The most mirrors of a process: as many as it can have descriptors, by the kernel's default.
+pub(crate) const MOST: usize = 1 << 20;
 /// The most changes that are made through [`super::change`] at a time.
 const CHANGES: usize = 64;
 
@@ -30,8 +33,17 @@ struct Slot {
     notifier: *const dyn Notifier,
 }
 
+/// A place for a mirror; from `used` on nothing was written there.
+type Place = MaybeUninit<Option<Slot>>;
+
+// SAFETY: any bytes are a value that need not be initialised.
+unsafe impl Zeroed for Place {}
+
 struct Table {
-    slots: [Option<Slot>; MOST],
+    /// Made for the first mirror.
+    slots: Option<OwnSlice<Place>>,
+    /// Those that are written: the last of them has a mirror.
+    used: usize,
     /// Changes under way.
     changes: [Span; CHANGES],
 }
@@ -56,8 +68,41 @@ impl core::fmt::Debug for Mirrors {
 
 impl Default for Mirrors {
     fn default() -> Self {
-        let table = Table { slots: [None; MOST], changes: [Span { start: 0, end: 0 }; CHANGES] };
+        let table = Table { slots: None, used: 0, changes: [Span { start: 0, end: 0 }; CHANGES] };
         Mirrors { count: AtomicUsize::new(0), epoch: AtomicU64::new(0), table: RwLock::new(table) }
+    }
+}
+
+impl Table {
+    fn slots(&self) -> impl Iterator<Item = &Option<Slot>> {
+        let places = self.slots.iter().flat_map(|slots| slots.iter()).take(self.used);
+        // SAFETY: the first `used` are written.
+        places.map(|place| unsafe { place.assume_init_ref() })
+    }
+
+    fn slots_mut(&mut self) -> impl Iterator<Item = &mut Option<Slot>> {
+        let places = self.slots.iter_mut().flat_map(|slots| slots.iter_mut()).take(self.used);
+        // SAFETY: the first `used` are written.
+        places.map(|place| unsafe { place.assume_init_mut() })
+    }
+
+    fn add(&mut self, slot: Slot) -> Result<(), Errno> {
+        if let Some(free) = self.slots_mut().find(|slot| slot.is_none()) {
+            *free = Some(slot);
+            return Ok(());
+        }
+        if self.slots.is_none() {
+            self.slots = Some(OwnSlice::new(c"uhmm mirrors", MOST)?);
+        }
+        let next = self.slots.as_mut().and_then(|slots| slots.get_mut(self.used)).ok_or(Errno::MFILE)?;
+        next.write(Some(slot));
+        self.used += 1;
+        Ok(())
+    }
+
+    /// What is not needed at the end is not looked through any more.
+    fn trim(&mut self) {
+        self.used = self.slots().enumerate().filter(|(_, slot)| slot.is_some()).last().map_or(0, |(index, _)| index + 1);
     }
 }
 
@@ -73,7 +118,7 @@ impl Mirrors {
     }
 
     fn each<'a>(&self, table: &'a Table, span: Span) -> impl Iterator<Item = (&'a Watch, &'a dyn Notifier, Span)> {
-        table.slots.iter().flatten().filter_map(move |slot| {
+        table.slots().flatten().filter_map(move |slot| {
             // SAFETY: both stay until the slot is cleared, for which the table's lock is taken alone; whoever calls this shares it.
             let (watch, notifier) = unsafe { (&*slot.watch, &*slot.notifier) };
             let part = watch.span.and(span);
@@ -96,22 +141,23 @@ impl Mirrors {
         }
     }
 
-    /// Adds a mirror. False if there are too many.
+    /// Adds a mirror.
+    ///
+    /// # Errors
+    /// `EMFILE` if there are too many; `ENOMEM` if there is no room for any.
     ///
     /// # Safety
     /// Both stay where they are, in memory that never migrates, until [`remove`](Self::remove) has returned.
-    pub(crate) unsafe fn add(&self, watch: *const Watch, notifier: *const dyn Notifier) -> bool {
-        let mut table = self.table.write();
-        let Some(free) = table.slots.iter_mut().find(|slot| slot.is_none()) else { return false };
-        *free = Some(Slot { watch, notifier });
+    pub(crate) unsafe fn add(&self, watch: *const Watch, notifier: *const dyn Notifier) -> Result<(), Errno> {
+        self.table.write().add(Slot { watch, notifier })?;
         self.count.fetch_add(1, Ordering::SeqCst);
-        true
+        Ok(())
     }
 
     /// Tells a mirror that it ends, and forgets it.
     pub(crate) fn remove(&self, watch: *const Watch) {
         let mut table = self.table.write();
-        for slot in table.slots.iter_mut().filter(|slot| slot.is_some_and(|slot| core::ptr::eq(slot.watch, watch))) {
+        for slot in table.slots_mut().filter(|slot| slot.is_some_and(|slot| core::ptr::eq(slot.watch, watch))) {
             if let Some(Slot { watch, notifier }) = slot.take() {
                 self.count.fetch_sub(1, Ordering::SeqCst);
                 // SAFETY: as `add` was promised.
@@ -121,6 +167,7 @@ impl Mirrors {
                 }
             }
         }
+        table.trim();
     }
 
     /// A change of `span` begins: nobody looks there until [`end`](Self::end). Waits for room.

@@ -114,7 +114,12 @@ impl Job<'_> {
             }
             let write = want == Want::Write;
             if want != Want::Nothing {
-                if !vma.read || (write && !vma.write) {
+                // Of what is no memory nobody asks whether it may be written.
+                let denied = !vma.read || (write && !vma.write);
+                if denied && vma.read && self.core.space.is_no_memory(vma, at) {
+                    return Err(Fault::Unreachable { address: at });
+                }
+                if denied {
                     return Err(Fault::Protected { address: at, write: vma.read });
                 }
                 if !left(at) && !self.populate(vma, Span { start: at, end }, write)? {
@@ -147,6 +152,9 @@ impl Job<'_> {
         }
         if fault_in(span, write) {
             return Ok(true);
+        }
+        if self.core.space.is_no_memory(vma, span.start) {
+            return Err(Fault::Unreachable { address: span.start }); // the CPU may well touch it
         }
         for address in (span.start..span.end).step_by(PAGE) {
             let page = Span { start: address, end: address + PAGE };
@@ -237,6 +245,7 @@ impl Job<'_> {
         let present = self.core.space.present(here)?;
         let own = self.own(state, here.start);
         let device_file = self.core.tags.is_device(vma.dev, vma.inode);
+        let mut no_memory = None; // all of a mapping is, or nothing
         let mut raw = [pagemap::Entry::default(); PAGES];
         let told = self.core.space.page_entries(here.start, &mut raw[..found.len()])?;
         for (page, entry) in found.iter_mut().enumerate() {
@@ -261,7 +270,10 @@ impl Job<'_> {
                 flags |= if vma.read && vma.write && !zero && !now.uffd_wp && own { Entry::WRITE } else { 0 };
                 flags |= if zero { Entry::ZERO } else { 0 };
                 flags |= if present.huge_pages.has(bit) { Entry::HUGE } else { 0 };
+                flags |= if vma.page_size == 1 << 30 { Entry::GIANT } else { 0 };
                 flags |= if coherent { Entry::COHERENT } else { 0 };
+            } else if *no_memory.get_or_insert_with(|| self.core.space.is_no_memory(vma, here.start)) {
+                flags |= Entry::NO_MEMORY;
             }
             *entry = Entry::new(flags, if private || coherent { state.device } else { 0 });
         }

@@ -48,7 +48,7 @@ impl Job<'_> {
         self.dev.full.store(false, Ordering::Relaxed);
         let mut at = span.start;
         while at < span.end {
-            let vma = mapping(core, at)?.filter(|vma| vma.read && fits(core, vma)).ok_or(PortError::Unfit { address: at })?;
+            let vma = mapping(core, at)?.filter(|vma| vma.read && fits(core, vma, at)).ok_or(PortError::Unfit { address: at })?;
             let part = Span { start: at, end: vma.end.min(span.end) };
             // Others' entries go: what the migration takes is theirs no more.
             core.space.mirrors.invalidate(part, Reason::Migrate { to: Some(IDS + u32::from(self.owner.number)) });
@@ -275,7 +275,7 @@ impl Job<'_> {
         let mut moved = 0;
         let mut at = span.start;
         while at < span.end {
-            let vma = mapping(core, at)?.filter(|vma| vma.read).ok_or(PortError::Unfit { address: at })?;
+            let vma = mapping(core, at)?.filter(|vma| vma.read && fits(core, vma, at)).ok_or(PortError::Unfit { address: at })?;
             let part = Span { start: at, end: vma.end.min(span.end) };
             for part in part.blocks() {
                 moved += self.block_home(part)?;
@@ -320,8 +320,8 @@ pub(super) fn mapping(core: &Core, at: Va) -> Result<Option<Vma>, PortError> {
 }
 
 /// Whether pages of a mapping can migrate at all.
-fn fits(core: &Core, vma: &Vma) -> bool {
-    vma.kind != VmaKind::Special && !core.tags.is_device(vma.dev, vma.inode) && !is_pool(vma)
+fn fits(core: &Core, vma: &Vma, at: Va) -> bool {
+    vma.kind != VmaKind::Special && !core.tags.is_device(vma.dev, vma.inode) && !is_pool(vma) && !core.space.is_no_memory(vma, at)
 }
 
 /// Whether it is of huge pages of a pool (hugetlbfs).

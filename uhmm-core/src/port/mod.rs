@@ -105,6 +105,8 @@ pub struct Sight {
     pub write: bool,
     /// It is mapped by an entry of 2 MiB.
     pub huge: bool,
+    /// It is mapped by an entry of 1 GiB.
+    pub giant: bool,
     /// It is the zero page.
     pub zero: bool,
     /// Its place, if that is a device's memory.
@@ -403,14 +405,14 @@ impl Port {
             let va = start + page * PAGE;
             let (read, write) = entry.mapping_allows();
             let own = tags.is(va, self.owner.number);
-            *sight = Sight { error: !entry.is_mapped() || !read, ..Sight::default() };
+            *sight = Sight { error: !entry.is_mapped() || !read || entry.is_no_memory(), ..Sight::default() };
             if sight.error {
                 continue;
             }
             if entry.on_device().is_some() {
                 let own = entry.is_own();
                 let place = if own { Place::Private } else { Place::System };
-                *sight = Sight { error: false, read: own, write: own && write, huge: own && entry.is_huge(), zero: false, place };
+                *sight = Sight { read: own, write: own && write, huge: own && entry.is_huge(), place, ..Sight::default() };
             } else if entry.may_read() {
                 let named = table.word(va).is_some_and(|word| word.has(table::NAMED));
                 let place = match entry.on_coherent_device() {
@@ -421,7 +423,8 @@ impl Port {
                     None => Place::System,
                 };
                 let write = entry.may_write() && !entry.is_of_device_file();
-                *sight = Sight { error: false, read: true, write, huge: entry.is_huge(), zero: entry.is_zero_page(), place };
+                let (huge, giant) = (entry.is_huge() && !entry.is_giant(), entry.is_giant());
+                *sight = Sight { error: false, read: true, write, huge, giant, zero: entry.is_zero_page(), place };
             }
         }
         Ok(())
@@ -437,6 +440,9 @@ impl Port {
             let mut at = span.start;
             while at < span.end {
                 let vma = migrate::mapping(core, at)?.filter(|vma| vma.read && vma.write).ok_or(PortError::Fault { address: at })?;
+                if core.space.is_no_memory(&vma, at) {
+                    return Err(PortError::Fault { address: at });
+                }
                 if !vma.is_private_anonymous() {
                     return Err(PortError::NotAnonymous { address: at });
                 }

@@ -13,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test("pagemap_huge", Needs::Nothing, huge),
     Test("pagemap_goes_on_where_regions_ran_out", Needs::Nothing, goes_on),
     Test("pagemap_max_pages", Needs::Nothing, max_pages),
+    Test("pagemap_knows_what_is_no_memory", Needs::Nothing, no_memory),
     Test("pagemap_fallback_agrees", Needs::Nothing, fallback_agrees),
     Test("pagemap_fallback_refuses_what_it_cannot_tell", Needs::Nothing, fallback_refuses),
     Test("pagemap_write_tracking", Needs::Uffd(Features::WP_ASYNC), write_tracking),
@@ -50,6 +51,23 @@ fn entry() {
     let code = pagemap.entry(entry as *const () as usize).unwrap();
     assert!(code.present && code.file_or_shared, "{code:?}");
     assert_eq!(pagemap.entry(usize::MAX), Err(Errno::INVAL));
+}
+
+/// The kernel's clock pages are no memory, touched or not; all else is, there or not.
+fn no_memory() {
+    let pagemap = Pagemap::open().unwrap();
+    let memory = pages(3);
+    poke(memory.start() + PAGE, 1);
+    assert!((0..3).all(|page| !pagemap.is_no_memory(memory.start() + page * PAGE + 5)));
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let start = |name: &str| {
+        let line = maps.lines().find(|line| line.ends_with(name))?;
+        usize::from_str_radix(line.split('-').next()?, 16).ok()
+    };
+    let expected = pagemap.has_scan();
+    assert!(start("[vvar]").is_none_or(|at| pagemap.is_no_memory(at) == expected));
+    assert!(start("[vdso]").is_none_or(|at| !pagemap.is_no_memory(at)) && start("[stack]").is_none_or(|at| !pagemap.is_no_memory(at)));
+    assert!(!Pagemap::open_entries_only().unwrap().is_no_memory(memory.start()));
 }
 
 /// Nothing, the zero page, a written page, a page of a file.

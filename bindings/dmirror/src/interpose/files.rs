@@ -144,6 +144,33 @@ fn some_closed() {
 /// `_IOWR(0xAA, 0, struct uffdio_register)`.
 const UFFDIO_REGISTER: u32 = 0xC020_AA00;
 
+/// `FIOASYNC`.
+const ASYNC: u32 = 0x5452;
+
+/// Whether the kernel itself answers for a device, whatever that is: `FIOCLEX`, `FIONCLEX`, `FIONBIO`, `FIOASYNC`, `FIOQSIZE`, `FIGETBSZ`, `FIFREEZE`, `FITHAW`, `FS_IOC_FIEMAP`, `FICLONE`,
+/// `FICLONERANGE`, `FIDEDUPERANGE`. It is the same for a socket.
+fn is_of_any_file(number: u32) -> bool {
+    matches!(
+        number,
+        0x5451 | 0x5450 | 0x5421 | ASYNC | 0x5460 | 2 | 0xc004_5877 | 0xc004_5878 | 0xc020_660b | 0x4004_9409 | 0x4020_940d | 0xc018_9436
+    )
+}
+
+/// Whether a socket answers and a device refuses: `TIOCOUTQ`, `FIONREAD`, and what has the letters of sockets or of wireless devices.
+fn is_of_sockets(number: u32) -> bool {
+    matches!(number, 0x5411 | 0x541b) || matches!(number >> 8 & 0xff, 0x89 | 0x8b)
+}
+
+/// What a device says of such a request: it never has anybody signalled, and knows nothing of sockets.
+fn as_a_device(fd: c_int, name: &Name, number: u32, arg: usize) -> Result<usize, Errno> {
+    if number != ASYNC {
+        return command::ioctl(fd, name, number, arg as u64);
+    }
+    let mut on = [0; size_of::<c_int>()];
+    sys::copy_in(&mut on, arg as u64)?;
+    if c_int::from_ne_bytes(on) == 0 { Ok(0) } else { Err(Errno::NOTTY) }
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: usize) -> c_int {
     let number = request as u32; // as the kernel sees it
@@ -158,11 +185,16 @@ unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: usize) -> c_int {
             Ok(0)
         });
     }
+    if (is_of_sockets(number) || number == ASYNC)
+        && let Some(name) = Name::of(fd).filter(|name| name.kind.number().is_some())
+    {
+        return int(quietly(|| as_a_device(fd, &name, number, arg)));
+    }
     // SAFETY: the program's call.
     let result = unsafe { sys::call(libc::SYS_ioctl, [fd as usize, request as usize, arg]) };
     // What a socket does not know may still be for a device: to be refused as a device does, or to pin pages.
     int(match result {
-        Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP) => match Name::of(fd) {
+        Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP) if !is_of_any_file(number) => match Name::of(fd) {
             Some(name) => quietly(|| command::ioctl(fd, &name, number, arg as u64)),
             None => result,
         },

@@ -1,6 +1,7 @@
 //! Mappings: mmap, munmap, mremap, mprotect, madvise.
 //!
-//! They are called by allocators too, on any stack: without an open device they are the system call and a look at a word.
+//! They are called by allocators too, on any stack: without an open device they are the system call and a look at a word; of a file that is mapped
+//! privately also a look which it is.
 #![allow(unsafe_code)] // takes the place of libc's functions
 
 use crate::mapping;
