@@ -59,7 +59,8 @@ fn main() {
             let (program, library) = (program.clone(), library.clone());
             let case = name.clone();
             let trial = Trial::test(format!("{name}::{kind}"), move || run(&program, library.as_deref(), &case, &kind));
-            trials.push(trial.with_ignored_flag(known && !native || !served));
+            let trial = trial.with_ignored_flag(known && !native || !served);
+            trials.push(if served { trial } else { trial.with_kind("needs the right to handle page faults of the kernel") });
         }
     }
     trials.sort_by(|a, b| a.name().cmp(b.name()));

@@ -21,7 +21,7 @@ const LEAST: u64 = 5;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Minutes in total: the races share them evenly, and none gets less than 5 seconds
+    /// Minutes in total: the races share them evenly, and none gets less than 5 seconds. What it takes to start each, a second or a few, comes on top
     #[arg(long, value_name = "N", default_value_t = 10.0)]
     minutes: f64,
     /// Only the races whose names contain this

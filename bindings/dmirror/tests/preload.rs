@@ -16,16 +16,19 @@ use uhmm_os::{Errno, PAGE};
 
 type Outcome = Result<(), Failed>;
 
+/// Why tests are ignored, if they are.
+const NO_RIGHT: &str = "this user may not handle page faults of the kernel: see `uhmm doctor`";
+
 fn main() {
     let full = CoreRef::get().is_ok_and(|core| core.mode() == Mode::Full);
-    let mut trials: Vec<Trial> = ["descriptors", "processes", "arguments", "files", "mapping", "gup", "race"]
-        .into_iter()
-        .map(|name| Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!full))
-        .collect();
-    let serves = full && ports_are_served();
-    trials.extend(
-        ["commands", "userfaults", "traffic"].map(|name| Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!serves)),
-    );
+    let served = full && ports_are_served();
+    let trial = |name, may: bool| {
+        let trial = Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!may);
+        if may { trial } else { trial.with_kind(NO_RIGHT) }
+    };
+    let mut trials = vec![];
+    trials.extend(["descriptors", "processes", "arguments", "files", "mapping", "gup", "race"].map(|name| trial(name, full)));
+    trials.extend(["commands", "userfaults", "traffic"].map(|name| trial(name, served)));
     trials.push(Trial::test("null", || succeeds("null", &[("UHMM_DMIRROR", "null")])));
     trials.push(Trial::test("refused_without_rights", refused));
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
