@@ -7,8 +7,12 @@
 //! | `UHMM_DMIRROR=null` | the library's devices do nothing: what passes then tests nothing (docs/kernel-parity.md) |
 //! | `UHMM_TEST_SECONDS` | how long each race runs, instead of 5 seconds |
 
+#[path = "../../bindings/dmirror/tests/build/mod.rs"]
+mod build;
+
+use build::Unbuilt;
 use libtest_mimic::{Arguments, Failed, Trial};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use uhmm_core::CoreRef;
@@ -30,19 +34,19 @@ fn main() {
     let arguments = Arguments::from_args();
     let native = std::env::var("UHMM_PARITY").is_ok_and(|value| value == "native");
     let null = std::env::var("UHMM_DMIRROR").is_ok_and(|value| value == "null");
-    if !native && !null && !CoreRef::get().is_ok_and(|core| core.mode() == Mode::Full) {
-        println!("skipped: this user may not handle page faults of the kernel (`uhmm doctor` says how to); all cases need it");
-        return;
+    let served = native || null || CoreRef::get().is_ok_and(|core| core.mode() == Mode::Full);
+    if !served {
+        println!("all cases are ignored: this user may not handle page faults of the kernel (`uhmm doctor` says how to)");
     }
-    let program = match program() {
+    let program = match build::program("parity", &build::sources("programs").expect("the programs are there")) {
         Ok(program) => program,
-        Err(Unbuilt::NoCompiler) => {
-            println!("skipped: there is no C compiler (`cc`), which builds the programs");
+        Err(error @ Unbuilt::NoCompiler) => {
+            println!("skipped: {error}");
             return;
         }
-        Err(Unbuilt::Wrong(error)) => panic!("the programs were not built:\n{error}"),
+        Err(error) => panic!("{error}"),
     };
-    let library = if native { None } else { Some(library().expect("the library is built")) };
+    let library = if native || !served { None } else { Some(build::library().expect("the library is built")) };
 
     let listed = Command::new(&program).output().expect("the program that was just built runs");
     let listed = String::from_utf8(listed.stdout).expect("names of cases are words");
@@ -55,65 +59,19 @@ fn main() {
             let (program, library) = (program.clone(), library.clone());
             let case = name.clone();
             let trial = Trial::test(format!("{name}::{kind}"), move || run(&program, library.as_deref(), &case, &kind));
-            trials.push(trial.with_ignored_flag(known && !native));
+            let trial = trial.with_ignored_flag(known && !native || !served);
+            trials.push(if served { trial } else { trial.with_kind("needs the right to handle page faults of the kernel") });
         }
     }
     trials.sort_by(|a, b| a.name().cmp(b.name()));
     let conclusion = libtest_mimic::run(&arguments, trials);
     let _ = std::fs::remove_file(program);
-    if !native && !null && !arguments.list {
+    if served && !native && !null && !arguments.list {
         for (case, kinds, why) in KNOWN {
             println!("known difference: {case} ({}): {why}", kinds.join(", "));
         }
     }
     conclusion.exit();
-}
-
-enum Unbuilt {
-    NoCompiler,
-    Wrong(String),
-}
-
-/// Where this test's build lies: the folder of its profile.
-fn profile() -> PathBuf {
-    let here = std::env::current_exe().expect("a running program has a file");
-    here.ancestors().nth(2).expect("it lies in deps, in the profile's folder").to_path_buf()
-}
-
-/// The library, built as this test was.
-fn library() -> Result<PathBuf, String> {
-    let profile = profile();
-    let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "-p", "uhmm-dmirror", "--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")]);
-    build.arg("--target-dir").arg(profile.parent().ok_or("a profile's folder lies in the target folder")?);
-    if profile.ends_with("release") {
-        build.arg("--release");
-    }
-    let output = build.output().map_err(|e| format!("cargo: {e}"))?;
-    let library = profile.join("libuhmm_dmirror.so");
-    if output.status.success() && library.is_file() {
-        Ok(library)
-    } else {
-        Err(format!("the library was not built:\n{}", String::from_utf8_lossy(&output.stderr)))
-    }
-}
-
-/// All programs, compiled into one.
-fn program() -> Result<PathBuf, Unbuilt> {
-    let wrong = |error: std::io::Error| Unbuilt::Wrong(error.to_string());
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs");
-    let built = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("parity-{}", std::process::id()));
-    let mut files = vec![];
-    for entry in std::fs::read_dir(sources).map_err(wrong)? {
-        files.push(entry.map_err(wrong)?.path());
-    }
-    files.retain(|file| file.extension().is_some_and(|extension| extension == "c"));
-    files.sort();
-    let output = match Command::new("cc").args(["-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"]).arg(&built).args(files).output() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(Unbuilt::NoCompiler),
-        output => output.map_err(wrong)?,
-    };
-    if output.status.success() { Ok(built) } else { Err(Unbuilt::Wrong(String::from_utf8_lossy(&output.stderr).into_owned())) }
 }
 
 fn run(program: &Path, library: Option<&Path>, case: &str, kind: &str) -> Result<(), Failed> {

@@ -335,7 +335,9 @@ impl Monitor {
     fn serve(&mut self, core: &Core, mut fault: Fault) -> Served {
         let va = Span::block(fault.address).start;
         let page = fault.address % BLOCK / PAGE;
-        let Some(block) = core.dir.get(va) else { return fill(core, fault.address & !(PAGE - 1), 1) };
+        let Some(block) = core.dir.get(va) else {
+            return if core.tags.is_unlocked(fault.address) { Served::Later } else { fill(core, fault.address & !(PAGE - 1), 1) };
+        };
         let mut state = match block.try_lock() {
             Some(state) => state,
             None if ahead::step(core) => {
@@ -344,6 +346,9 @@ impl Monitor {
             }
             None => block.lock(),
         };
+        if core.tags.is_unlocked(fault.address) {
+            return Served::Later;
+        }
         if state.gone().has(page) {
             core.for_each_device(|dev| {
                 if dev.driver.owns_thread(fault.tid) {

@@ -14,6 +14,7 @@
 //! | [`copy`] | copies that bypass the cache, and copies that survive a bad address |
 //! | [`signal`] | SIGBUS and SIGSEGV: one handler that chains to those before it; hooks before any signal's action |
 //! | [`thread`] | threads on stacks of our own, with alternate signal stacks and descriptor tables of their own |
+//! | [`syscall`] | raw system calls, for a library that stands in for libc's functions |
 //! | [`system`] | what this kernel is, and what this process may do; fork handlers |
 //!
 //! # The fault path
@@ -49,7 +50,7 @@ pub mod mem;
 pub mod memfile;
 pub mod pagemap;
 pub mod signal;
-mod syscall;
+pub mod syscall;
 pub mod system;
 pub mod tasks;
 pub mod thread;

@@ -2,6 +2,15 @@
 //!
 //! The kernel returns the negative error number in the result register (syscall(2)), so no `errno` is touched: that is the rule
 //! this module exists for. Fault path throughout.
+//!
+//! Outside this crate it is for a library that stands in for libc's functions, and so cannot call them; everyone else finds what is
+//! needed in the other modules.
+//!
+//! ```
+//! // SAFETY: getpid has no arguments and no effects.
+//! let pid = unsafe { uhmm_os::syscall::call(39, []) };
+//! assert_eq!(pid, Ok(std::process::id() as usize));
+//! ```
 
 use crate::Errno;
 use core::arch::asm;
@@ -11,11 +20,14 @@ pub(crate) use linux_raw_sys::general as abi;
 
 /// Makes system call `number` (an `__NR_` constant) with up to six arguments.
 ///
+/// # Errors
+/// What the kernel says.
+///
 /// # Safety
 /// The arguments must be right for this call: what it reads and writes must be valid for that, and what it does to the process
 /// (unmap, protect, move memory) must not break what other code relies on.
 #[inline(always)]
-pub(crate) unsafe fn call<const N: usize>(number: u32, args: [usize; N]) -> Result<usize, Errno> {
+pub unsafe fn call<const N: usize>(number: u32, args: [usize; N]) -> Result<usize, Errno> {
     let arg = |i: usize| if i < N { args[i] } else { 0 };
     let result: isize;
     // SAFETY: the calling convention of syscall(2) on x86-64: rcx and r11 are clobbered, the stack is not used. The caller vouches

@@ -6,31 +6,19 @@
 //! * Memory of the program is never dereferenced: the kernel copies, and says `EFAULT`, or a copy that survives bad addresses does.
 #![allow(unsafe_code)] // system calls
 
-use core::arch::asm;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use libc::{c_int, c_long, c_void};
 use uhmm_os::copy::guarded;
 use uhmm_os::{Errno, system};
 
-/// Makes a system call.
+/// Makes a system call, numbered as libc does (`SYS_` constants).
 ///
 /// # Safety
 /// What it does to the process must be what the caller may do: the arguments are valid for it, or come from the program, which asked for just this call.
 #[inline(always)]
 pub(crate) unsafe fn call<const N: usize>(number: c_long, args: [usize; N]) -> Result<usize, Errno> {
-    let arg = |i: usize| if i < N { args[i] } else { 0 };
-    let result: isize;
-    // SAFETY: the convention of syscall(2) on x86-64: rcx and r11 are clobbered, the stack is not used. The caller vouches for the rest.
-    unsafe {
-        asm!(
-            "syscall",
-            inlateout("rax") number as isize => result,
-            in("rdi") arg(0), in("rsi") arg(1), in("rdx") arg(2), in("r10") arg(3), in("r8") arg(4), in("r9") arg(5),
-            lateout("rcx") _, lateout("r11") _,
-            options(nostack),
-        );
-    }
-    if (-4095..0).contains(&result) { Err(Errno::from_raw_os_error(-result as i32)) } else { Ok(result as usize) }
+    // SAFETY: the caller vouches for it.
+    unsafe { uhmm_os::syscall::call(number as u32, args) }
 }
 
 /// A result as libc's functions give it: the value, or -1 and `errno`. `errno` is as before if all went well.

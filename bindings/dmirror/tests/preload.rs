@@ -2,6 +2,8 @@
 //!
 //! The library is built here, for a library that is preloaded is no dependency of a test. What needs the right to handle page faults is reported as ignored where this user has not got it.
 
+mod build;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -14,16 +16,19 @@ use uhmm_os::{Errno, PAGE};
 
 type Outcome = Result<(), Failed>;
 
+/// Why tests are ignored, if they are.
+const NO_RIGHT: &str = "this user may not handle page faults of the kernel: see `uhmm doctor`";
+
 fn main() {
     let full = CoreRef::get().is_ok_and(|core| core.mode() == Mode::Full);
-    let mut trials: Vec<Trial> = ["descriptors", "processes", "arguments", "files", "mapping", "gup", "race"]
-        .into_iter()
-        .map(|name| Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!full))
-        .collect();
-    let serves = full && ports_are_served();
-    trials.extend(
-        ["commands", "userfaults", "traffic"].map(|name| Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!serves)),
-    );
+    let served = full && ports_are_served();
+    let trial = |name, may: bool| {
+        let trial = Trial::test(name, move || succeeds(name, &[])).with_ignored_flag(!may);
+        if may { trial } else { trial.with_kind(NO_RIGHT) }
+    };
+    let mut trials = vec![];
+    trials.extend(["descriptors", "processes", "arguments", "files", "mapping", "gup", "race"].map(|name| trial(name, full)));
+    trials.extend(["commands", "userfaults", "traffic"].map(|name| trial(name, served)));
     trials.push(Trial::test("null", || succeeds("null", &[("UHMM_DMIRROR", "null")])));
     trials.push(Trial::test("refused_without_rights", refused));
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
@@ -39,47 +44,17 @@ fn ports_are_served() -> bool {
     port.is_ok_and(|port| port.read(start, &mut [0; PAGE]) != Err(PortError::System(Errno::NOSYS)))
 }
 
-/// Where this test's build lies: the folder of its profile.
-fn profile() -> PathBuf {
-    let here = std::env::current_exe().expect("a running program has a file");
-    here.ancestors().nth(2).expect("it lies in deps, in the profile's folder").to_path_buf()
-}
-
-/// The library, built as this test was.
+/// The library, built once.
 fn library() -> Result<&'static Path, Failed> {
     static LIBRARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let library = LIBRARY.get_or_init(|| {
-        let profile = profile();
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "-p", "uhmm-dmirror", "--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")]);
-        build.arg("--target-dir").arg(profile.parent().ok_or("a profile's folder lies in the target folder")?);
-        if profile.ends_with("release") {
-            build.arg("--release");
-        }
-        let output = build.output().map_err(|e| format!("cargo: {e}"))?;
-        let library = profile.join("libuhmm_dmirror.so");
-        if output.status.success() && library.is_file() {
-            Ok(library)
-        } else {
-            Err(format!("the library was not built:\n{}", String::from_utf8_lossy(&output.stderr)))
-        }
-    });
-    library.as_deref().map_err(|e| e.into())
-}
-
-/// A program of this test's, compiled.
-fn program(name: &str) -> Result<PathBuf, Failed> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let built = folder.join(format!("dmirror-{name}-{}", std::process::id()));
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/programs/{name}.c"));
-    let output = Command::new("cc").args(["-O1", "-Wall", "-pthread", "-o"]).arg(&built).arg(source).output()?;
-    if output.status.success() { Ok(built) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned().into()) }
+    LIBRARY.get_or_init(build::library).as_deref().map_err(|e| e.into())
 }
 
 /// Runs a program under the library; one that hangs is an error.
 fn run(name: &str, environment: &[(&str, &str)]) -> Result<Output, Failed> {
     let library = library()?;
-    let program = program(name)?;
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/programs/{name}.c"));
+    let program = build::program(&format!("dmirror-{name}"), &[source])?;
     let mut command = Command::new(&program);
     command.env("LD_PRELOAD", library).env_remove("UHMM_DMIRROR").envs(environment.iter().copied());
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;

@@ -50,6 +50,26 @@ TEST(fork_and_the_parent_writes_by_the_device, BOTH) {
     well(child);
 }
 
+TEST(fork_and_a_write_copies_a_coherent_page, COHERENT) {
+    int fd = device(0);
+    char *at = anonymous(N);
+    ends();
+    MOVED(fd, at, N, 12);
+    pid_t child = CHILD({
+        await(to_child);
+        HOLDS(at, N, 12);
+    });
+    LOOKS(fd, at, N, RO | COHERENT_MINE);
+    at[PAGE]++;
+    LOOKS(fd, at, 1, RO | COHERENT_MINE);
+    LOOKS(fd, at + PAGE, 1, RW); /* the copy is the system's */
+    LOOKS(fd, at + 2 * PAGE, N - 2, RO | COHERENT_MINE);
+    tell(to_child);
+    well(child);
+    at[PAGE]--;
+    HOLDS(at, N, 12);
+}
+
 TEST(fork_erases_entries, BOTH) {
     int fd = device(0);
     char *at = anonymous(N), *to = buffer(N);

@@ -167,3 +167,14 @@ TEST(a_pin_for_long_takes_pages_off_the_device, BOTH) {
     ON_DEVICE(fd, at, N, RW);
     HOLDS(at, N, 10);
 }
+
+TEST(a_pin_ends_where_there_is_no_memory, BOTH) {
+    int fd = device(0), gup = gup_test();
+    char *at = anonymous(N);
+    MOVED(fd, at, N, 11);
+    CHECK(munmap(at + 2 * PAGE, PAGE) == 0);
+    struct gup command = {.addr = (uint64_t)at, .size = N * PAGE, .per_call = 1, .gup_flags = FOR_WRITE};
+    EQ(ioctl(gup, _IOWR('g', PIN_BASIC, struct gup), &command), 0);
+    EQ(command.size, 2 * PAGE);
+    HOLDS(at, 2, 11);
+}

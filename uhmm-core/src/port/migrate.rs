@@ -330,20 +330,29 @@ fn is_pool(vma: &Vma) -> bool {
 }
 
 /// Makes a read-only range writable for the kernel's move, while userfaultfd keeps the program from writing there: what is there is write-protected first, and what is not is
-/// watched. A writer waits, and gets its SIGSEGV when the protection is back.
+/// watched. No touch is served until the protection is back ([`Tags::is_unlocked`](super::tags::Tags::is_unlocked)), for what came home could be written: a writer waits, and gets its SIGSEGV then.
 fn unlock(core: &Core, part: Span, prot: Prot) -> bool {
     if ranges::watch_span(core, part).is_err() {
         return false;
     }
-    let Ok(present) = core.space.present(part) else { return false };
-    let runs = present.pages.runs().map(|run| ranges::pages(Span::block(part.start), run));
-    if !runs.into_iter().all(|run| ranges::protect(core, run).is_ok()) {
-        relock(core, part);
-        return false;
+    core.tags.set_unlocked(part);
+    if let Some(block) = core.dir.get(part.start) {
+        drop(block.lock()); // a touch that was just being served has been
     }
     #[allow(unsafe_code)]
     // SAFETY: nobody can write there meanwhile.
-    unsafe { mem::mprotect(part.start, part.len(), prot) }.is_ok()
+    let done = protect_present(core, part) && unsafe { mem::mprotect(part.start, part.len(), prot) }.is_ok();
+    if !done {
+        relock(core, part);
+    }
+    done
+}
+
+/// Write-protects what is there of a part of a block.
+fn protect_present(core: &Core, part: Span) -> bool {
+    let Ok(present) = core.space.present(part) else { return false };
+    let runs = present.pages.runs().map(|run| ranges::pages(Span::block(part.start), run));
+    runs.into_iter().all(|run| ranges::protect(core, run).is_ok())
 }
 
 /// The protection is as it was, and what did not move is the program's as before.
@@ -358,6 +367,7 @@ fn relock(core: &Core, part: Span) {
     if let Ok(present) = core.space.present(part) {
         let _ = ranges::unprotect(core, part.start, present.pages);
     }
+    core.tags.set_unlocked(Span::default());
 }
 
 /// Makes pages of a span present and the program's own, as a write by it would.

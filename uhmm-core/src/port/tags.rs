@@ -49,6 +49,8 @@ pub(crate) struct Tags {
     files: Mutex<Files>,
     /// Threads that write to the process's memory with the event lock held: see `access`.
     writers: [AtomicU32; WRITERS],
+    /// Start and end of what may be written for a moment that the program may not write: see `migrate`. Both are 0 otherwise.
+    unlocked: [AtomicUsize; 2],
 }
 
 impl Default for Tags {
@@ -60,6 +62,7 @@ impl Default for Tags {
             store: AtomicU32::new(0),
             files: Mutex::new(([(0, 0, 0); FILES], 0)),
             writers: [const { AtomicU32::new(0) }; WRITERS],
+            unlocked: [const { AtomicUsize::new(0) }; 2],
         }
     }
 }
@@ -209,6 +212,20 @@ impl Tags {
         for tid in self.writers.iter().map(|slot| slot.load(Ordering::SeqCst)).filter(|tid| *tid != 0) {
             signal::interrupt(tid);
         }
+    }
+
+    /// From now on no touch of this span is served, or all are again (an empty span). One thread at a time.
+    pub(super) fn set_unlocked(&self, span: Span) {
+        // Never wider than either span: the first to be seen of it is the end that makes it empty.
+        self.unlocked[1].store(0, Ordering::SeqCst);
+        self.unlocked[0].store(span.start, Ordering::SeqCst);
+        self.unlocked[1].store(span.end, Ordering::SeqCst);
+    }
+
+    /// Whether a touch must wait until the mapping's protection is what it was: what came home now could be written. *Fault path.*
+    pub(crate) fn is_unlocked(&self, va: Va) -> bool {
+        let [start, end] = &self.unlocked;
+        va < end.load(Ordering::SeqCst) && start.load(Ordering::SeqCst) <= va
     }
 
     /// Mappings of this file are a device's. The oldest is forgotten if there are too many.

@@ -1,9 +1,10 @@
 //! Stories of launches and leases beside each other.
 
 use crate::harness::*;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use uhmm::{Ctx, Error, args, fence, inout, inp, scope};
+use uhmm::{Ctx, Error, args, fence, inout, inp, out, scope};
 
 crate::tests![
     a_failed_launch_writes_nothing_later,
@@ -228,23 +229,38 @@ fn a_launch_finds_no_room_beside_one_that_has_fetched() {
     assert!(y.iter().all(|&y| y == 3));
 }
 
-/// A launch had its snapshot of what cannot move, and found no room for the rest. Nobody would have ended that snapshot, and another device would have waited for it for ever.
+/// A launch had its snapshots of what cannot move, and failed at the rest. Nobody would have ended those that it had not noted yet, and another device would have waited for them for ever.
 fn a_launch_that_fails_on_the_way_leaves_no_snapshot() {
     let (hmm, one) = device(16);
     let two = hmm.soft("two").memory(16 << 20).threads(1).open().unwrap();
     let file = memfd();
     file.set_len(8 << 20).unwrap();
-    let at = map(8 << 20, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, Some(&file));
-    // SAFETY: a new mapping of that length, which stays.
-    let stays = unsafe { std::slice::from_raw_parts_mut(at.cast::<u32>(), 2 << 20) };
+    let at = std::mem::ManuallyDrop::new(Pages::huge(8 << 20)).start(); // whole blocks: what lies beside it may be on another device
+    // SAFETY: the place of a mapping that nobody uses, and where this one stays; where the file ends nobody looks.
+    let stays = unsafe {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        assert_eq!(libc::mmap(at.cast(), 8 << 20, access, libc::MAP_PRIVATE | libc::MAP_FIXED, file.as_raw_fd(), 0), at.cast());
+        std::slice::from_raw_parts_mut(at.cast::<u32>(), 2 << 20)
+    };
     stays.fill(1);
-    let mut large = vec![1u32; 1 << 20];
-    let buffer = one.alloc::<u8>(6 << 20).unwrap();
-    let error = one.run(&increment, 1, args![inout(stays), inout(&mut large)]).unwrap_err();
+
+    // What a lease has does not leave, and is not counted before. What is only written gets its room last: there is none for `large`, of which the launch hears before it has noted any
+    // snapshot of the other.
+    let (mut held, mut large) = (vec![1u32; 1 << 20], vec![1u32; 1 << 20]);
+    let lease = one.acquire(args![inout(&mut held)]).unwrap();
+    let error = one.run(&increment, 1, args![out(&mut large), inout(stays)]).unwrap_err();
     assert!(matches!(error, Error::NoRoom { .. }), "{error}");
     two.run(&increment, groups(stays.len()), args![inout(stays)]).unwrap();
     assert!(stays.iter().all(|&x| x == 2));
-    drop(buffer);
+    drop(lease);
+
+    // Blocks before the one where the file ends have their snapshots, and are noted.
+    file.set_len(5 << 20).unwrap();
+    let error = one.run(&increment, 1, args![inout(stays)]).unwrap_err();
+    assert!(matches!(error, Error::Gone { .. }), "{error}");
+    file.set_len(8 << 20).unwrap();
+    two.run(&increment, groups(1 << 20), args![inout(&mut stays[..1 << 20])]).unwrap();
+    assert!(stays[..1 << 20].iter().all(|&x| x == 3));
 }
 
 /// On a device that cannot fetch pages again a write ends the copies of its block, but for those that the running launch reads.

@@ -2,6 +2,8 @@
 
 use crate::harness::*;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 use uhmm_core::port::{Owner, Place, Port, PortError, Sight, Station};
 use uhmm_core::{DeviceConfig, port};
 
@@ -22,6 +24,7 @@ crate::tests![
     freed_pages_can_be_touched,
     exclusive_pages_are_revoked_by_any_touch,
     read_only_pages_migrate_and_stay_read_only,
+    nobody_writes_read_only_pages_while_they_move,
 ];
 
 const PAGE: usize = 4096;
@@ -74,6 +77,16 @@ fn reads_go_through_entries() {
     assert!(look(start).0, "reading migrates nothing");
     drop(memory);
     assert_eq!(port.read(start, &mut out), Err(PortError::Fault { address: start }));
+    // Nothing tells that another page takes the zero page's place; the entry is of that one.
+    let mut fresh = Pages::new(PAGE);
+    let start = fresh.start() as usize;
+    assert_eq!(port.read(start, &mut out[..PAGE]), Ok(1));
+    fresh.slice::<u8>().fill(6);
+    if frame(fresh.start()) != 0 {
+        assert_eq!(port.read(start, &mut out[..PAGE]), Ok(1));
+    }
+    assert_eq!(port.read(start, &mut out[..PAGE]), Ok(0));
+    assert!(out[..PAGE].iter().all(|&byte| byte == 6));
 }
 
 fn writes_break_what_they_must() {
@@ -263,6 +276,7 @@ fn written_pages_of_a_private_file_mapping_migrate_in_name() {
     // SAFETY: memory of the test's own.
     let bytes = unsafe { core::slice::from_raw_parts_mut(at, 4 * PAGE) };
     bytes[..2 * PAGE].fill(4);
+    assert_eq!(read(&bytes[2 * PAGE]), 3); // the page is there, and the file's
     let mut out = vec![0; 4 * PAGE];
     assert_eq!(
         port.migrate_to_device(start, &mut out),
@@ -311,8 +325,11 @@ fn two_forks_and_an_exclusive_page() {
     let bytes = memory.slice::<u8>();
     in_a_child(|| is_filled(bytes));
     assert!(!port.is_exclusive(start..start + 4 * PAGE));
-    assert_eq!(port.read(start, &mut out), Ok(1), "a fork erases entries");
+    assert_eq!(port.read(start, &mut out), Ok(1), "they came home");
     assert!(is_filled(&out));
+    assert_eq!(port.read(start, &mut out), Ok(0));
+    in_a_child(|| is_filled(bytes));
+    assert_eq!(port.read(start, &mut out), Ok(1), "a fork erases entries, of pages that stay where they are too");
     bytes[0] = 77;
     assert!(port.read(start, &mut out).unwrap() <= 1); // the child is gone: mostly it is still the same page
     assert_eq!(out[0], 77);
@@ -432,6 +449,55 @@ fn exclusive_pages_are_revoked_by_any_touch() {
     assert_eq!(port.exclusive(start, &mut out), Err(PortError::Fault { address: start + 2 * PAGE }));
 }
 
+/// What the mapping at an address allows, as /proc/self/maps has it.
+fn access_of(at: usize) -> String {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let line = maps.lines().find(|line| {
+        let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+        (usize::from_str_radix(start, 16).unwrap()..usize::from_str_radix(end, 16).unwrap()).contains(&at)
+    });
+    line.unwrap().split(' ').nth(1).unwrap().to_owned()
+}
+
+/// A mapping that may not be written is made writable for the moment in which pages of it move. Nobody can write there then.
+fn nobody_writes_read_only_pages_while_they_move() {
+    let station = station();
+    let port = station.port(private(1)).unwrap();
+    let memory = filled(4);
+    let start = memory.start() as usize;
+    // SAFETY: memory of the test's own.
+    assert_eq!(unsafe { libc::mprotect(start as *mut _, 4 * PAGE, libc::PROT_READ) }, 0);
+    let over = AtomicBool::new(false);
+    let mut out = vec![0; 4 * PAGE];
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut wrong = [99u8; 4];
+            let local = libc::iovec { iov_base: wrong.as_mut_ptr().cast(), iov_len: 4 };
+            let mut tries = 0;
+            while !over.load(Ordering::Relaxed) {
+                let remote = libc::iovec { iov_base: (start + tries % 4 * PAGE) as *mut _, iov_len: 4 };
+                // SAFETY: bytes of its own, to memory of the test's own, that the kernel does not let be written.
+                let written = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
+                assert_eq!((written, std::io::Error::last_os_error().raw_os_error()), (-1, Some(libc::EFAULT)));
+                tries += 1;
+            }
+            tries
+        });
+        let end = Instant::now() + seconds(2);
+        while Instant::now() < end && !writer.is_finished() {
+            match port.migrate_to_device(start, &mut out) {
+                Ok(()) => assert!(is_filled(&out)),
+                Err(error) => assert!(matches!(error, PortError::Missing { .. }), "{error}"), // the writer had it brought home
+            }
+            port.migrate_to_system(start..start + 4 * PAGE).unwrap();
+        }
+        over.store(true, Ordering::Relaxed);
+        assert!(writer.join().unwrap() > 100);
+    });
+    port.read(start, &mut out).unwrap();
+    assert!(is_filled(&out));
+}
+
 fn read_only_pages_migrate_and_stay_read_only() {
     let station = station();
     let port = station.port(private(1)).unwrap();
@@ -444,6 +510,8 @@ fn read_only_pages_migrate_and_stay_read_only() {
         port.migrate_to_device(start, &mut out).unwrap();
         assert!(is_filled(&out) && look(start) == (false, true));
         assert_eq!(port.migrate_to_system(start..start + 4 * PAGE), Ok(4));
+        let write = if access & libc::PROT_WRITE != 0 { "w" } else { "-" };
+        assert_eq!(access_of(start), format!("r{write}xp"), "the mapping allows what it allowed");
     }
     // SAFETY: memory of the test's own.
     assert_eq!(unsafe { libc::mprotect(start as *mut _, 4 * PAGE, libc::PROT_READ) }, 0);
