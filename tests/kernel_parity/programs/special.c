@@ -202,7 +202,9 @@ TEST(guards_in_a_huge_page, BOTH) {
     CHECK(madvise(at, BLOCK, MADV_HUGEPAGE) == 0);
     fill(at, 512, 10);
     DOES(fd, MIGRATE_TO_DEV, at, to, 512, 512, 0);
+    IS(at, 512, coherent ? HERE : AWAY);
     guard(at + 256 * PAGE, 256);
+    LOOKS(fd, at + 256 * PAGE, 256, NONE);
     EQ(signal_of(at + 256 * PAGE, 0), SIGSEGV);
     EQ(signal_of(at + 511 * PAGE, 1), SIGSEGV);
     HOLDS(at, 256, 10);
