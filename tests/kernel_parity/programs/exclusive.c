@@ -168,9 +168,14 @@ TEST(migrate_of_an_exclusive_page, BOTH) {
     char *at = anonymous(N), *to = buffer(N);
     fill(at, N, 14);
     WORKS(fd, EXCLUSIVE, at, to, N);
+    HOLDS(to, N, 14);
+    memset(to, 0, N * PAGE);
     int error = command(fd, MIGRATE_TO_DEV, at, to, N); /* it moves, or it has no entry */
     CHECK(error == 0 || error == ENOENT);
+    if (error == 0)
+        HOLDS(to, N, 14);
     HOLDS(at, N, 14);
+    DOES(fd, CHECK_EXCLUSIVE, at, NULL, N, 0, 0);
 }
 
 TEST(release_evicts_everything, BOTH) {
