@@ -91,6 +91,7 @@
 mod buffer;
 mod hints;
 mod host;
+mod known;
 mod lease;
 
 pub use buffer::Buffer;
@@ -102,7 +103,7 @@ pub use uhmm_core::args;
 pub use uhmm_core::args::{Access, Arg, Args, IntoArg, Lent, MAX_ARGS, inout, inp, out, ptr, val};
 pub use uhmm_core::counters::Stats;
 pub use uhmm_core::driver::{DeviceInfo, KernelFault};
-pub use uhmm_core::kernel::{Ctx, Grid, Kernel, LOCAL_BYTES, Out};
+pub use uhmm_core::kernel::{Ctx, Forms, Grid, Kernel, LOCAL_BYTES, OpenCl, Out};
 pub use uhmm_core::mirror::{self, Mirror, Notifier};
 pub use uhmm_core::mode::Mode;
 pub use uhmm_core::policy::{Advice, Location};
@@ -133,7 +134,7 @@ use uhmm_core::kernel::Entry;
 use uhmm_core::{CoreRef, DeviceConfig, DeviceRef};
 
 /// The names of the kinds of device that this build has; [`Uhmm::device`] says what they are.
-pub const KINDS: &[&str] = &["soft", "soft:nofault", "soft:coherent", "null"];
+pub const KINDS: &[&str] = &["soft", "soft:nofault", "soft:coherent", "opencl", "null"];
 
 /// The process's heterogeneous memory management. All values of this type in a process share one core, which ends with the last of them and of their
 /// devices: everything comes home, and no thread, mapping or descriptor stays.
@@ -173,6 +174,7 @@ impl Uhmm {
     /// | `soft` | the reference device in software |
     /// | `soft:nofault` | the same without replayable faults, as most hardware is: kernels reach only what their launch declares |
     /// | `soft:coherent` | the same with memory that the CPU uses in place, as behind CXL: what a launch declares moves there as far as there is room, and neither side's touch moves anything |
+    /// | `opencl`, `opencl:1`, `opencl:gpu`, `opencl:NAME` | a device with OpenCL 1.2 or newer, by number, type (`gpu`, `cpu`, `accelerator`) or words of its name; it runs the form of a kernel that is in OpenCL C ([`Forms`]) |
     /// | `null` | accepts every launch, runs nothing, has no memory: what uhmm itself costs |
     ///
     /// # Errors
@@ -183,6 +185,9 @@ impl Uhmm {
             "soft:nofault" => self.soft("soft:nofault").replayable_faults(false).open(),
             "soft:coherent" => self.soft("soft:coherent").coherent(true).open(),
             "null" => Ok(Device { dev: self.core.device(DeviceConfig::new("null"), uhmm_null::open)? }),
+            _ if name == "opencl" || name.starts_with("opencl:") => {
+                Ok(Device { dev: self.core.device(DeviceConfig::new(known::name(name)), uhmm_opencl::open)? })
+            }
             _ => match self.core.open_device(name)? {
                 Some(dev) => Ok(Device { dev }),
                 None => Err(Error::NoDevice { name: name.into(), known: KINDS.join(", ") }),
