@@ -23,6 +23,7 @@ use crate::line::{Line, Turns};
 use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::{Span, Va};
+use crate::place;
 use crate::policy::Policies;
 use crate::pool::Pool;
 use crate::port::{huge::Tables, tags::Tags};
@@ -500,7 +501,7 @@ impl DeviceRef {
                     dev.allocated.fetch_add(units * BLOCK, Ordering::Relaxed);
                     return Ok((frame, dev.driver.address(frame)));
                 }
-                if units * BLOCK + dev.allocated() > dev.driver.info().memory || home::evict_one(core, dev, true).is_err() {
+                if units * BLOCK + dev.allocated() > dev.driver.info().memory || place::make_room(core, dev).is_err() {
                     let info = dev.driver.info();
                     return Err(Error::NoRoom { device: info.name, needed: bytes, capacity: info.memory });
                 }

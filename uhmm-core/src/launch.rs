@@ -437,7 +437,7 @@ pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usi
     if info.capabilities.coherent {
         coherent::pin(core, dev, start, end);
     }
-    place::ensure(core, dev, inside)?;
+    place::ensure(core, dev, None, inside)?;
     check::pieces(core, start, end, |piece| {
         let part = inside.and(Span::touching(piece.start, piece.end));
         if piece.movable && !part.is_empty() {

@@ -9,10 +9,12 @@
 //! * Places are made and dropped with `prepare` held. The list is a leaf lock, but for that of the device's units, which may be taken under it.
 //! * A unit of a place is used by the block beside it and by no other one; a place is dropped only when none of its units is used.
 
+use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::devmem::Full;
 use crate::directory::Frame;
 use crate::error::Error;
+use crate::flight::Flight;
 use crate::home;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Span, Va};
@@ -146,11 +148,11 @@ impl Places {
     }
 }
 
-/// Sees to it that `span` is in one place of the device, for the launch that has set the device's pin; `prepare` is held.
+/// Sees to it that `span` is in one place of the device, for the launch that has set the device's pin, whose flight this is if it has one; `prepare` is held.
 ///
 /// # Errors
 /// [`Error::TooLarge`], and [`Error::NoRoom`] if what could make room is in use.
-pub(crate) fn ensure(core: &Core, dev: &Device, span: Span) -> Result<(), Error> {
+pub(crate) fn ensure(core: &Core, dev: &Device, flight: Option<&Flight>, span: Span) -> Result<(), Error> {
     let Some(places) = dev.mem.places() else { return Ok(()) };
     let info = dev.driver.info();
     let span = Span { start: span.start & !(BLOCK - 1), end: span.end.next_multiple_of(BLOCK) };
@@ -161,12 +163,18 @@ pub(crate) fn ensure(core: &Core, dev: &Device, span: Span) -> Result<(), Error>
         return Err(Error::TooLarge { device: info.name, needed: span.len(), capacity: info.memory });
     }
     let no_room = || Error::NoRoom { device: info.name, needed: span.len(), capacity: info.memory };
-    // One place for all that was declared together before, so that two arguments in turn do not drive each other away.
-    let mut whole = span;
+    // What this launch has declared beside it must stay in one piece too. And one place for all that was declared before is better, for two arguments in turn would drive each
+    // other away.
+    let (mut must, mut whole) = (span, span);
     while let Some(place) = places.meeting(whole) {
         let both = Span { start: whole.start.min(place.start), end: whole.end.max(place.span().end) };
-        whole = if both.len() <= info.memory / 2 { both } else { whole };
-        leave(core, dev, &place).then_some(()).ok_or_else(no_room)?;
+        if place.pin == dev.pin() {
+            must = Span { start: must.start.min(place.start), end: must.end.max(place.span().end) };
+            whole = both;
+        } else if both.len() <= info.memory / 2 {
+            whole = both;
+        }
+        leave(core, dev, flight, &place).then_some(()).ok_or_else(no_room)?;
     }
     let free = |unit| !dev.mem.is_used(unit);
     let mut last = None;
@@ -174,21 +182,41 @@ pub(crate) fn ensure(core: &Core, dev: &Device, span: Span) -> Result<(), Error>
         if places.make(whole, dev.pin(), &free).is_some() {
             return Ok(());
         }
-        if whole != span {
-            whole = span;
+        if whole != must {
+            whole = must;
             continue;
         }
         let place = places.next(dev.pin(), last).ok_or_else(no_room)?;
         last = Some((place.pin, place.unit));
-        leave(core, dev, &place);
+        leave(core, dev, flight, &place);
     }
 }
 
+/// Takes something away from the device, so that there is more room for what the program allocates there.
+///
+/// # Errors
+/// [`Error::NoRoom`] if all of it is in use.
+pub(crate) fn make_room(core: &Core, dev: &Device) -> Result<(), Error> {
+    let Some(places) = dev.mem.places() else { return home::evict_one(core, dev, true) };
+    let _prepare = core.prepare.lock();
+    let mut last = None;
+    while let Some(place) = places.next(u64::MAX, last) {
+        last = Some((place.pin, place.unit));
+        if leave(core, dev, None, &place) {
+            return Ok(());
+        }
+    }
+    let info = dev.driver.info();
+    Err(Error::NoRoom { device: info.name, needed: BLOCK, capacity: info.memory })
+}
+
 /// Brings home what lies in a place, and drops it: false if something of it is in use.
-fn leave(core: &Core, dev: &Device, place: &Place) -> bool {
+fn leave(core: &Core, dev: &Device, flight: Option<&Flight>, place: &Place) -> bool {
     let Some(places) = dev.mem.places() else { return true };
+    // What a flight of its own holds, which has only begun, nobody uses yet.
+    let kept = |va| flight.map_or_else(|| dev.flights.held(va), |flight| dev.flights.others(flight, va));
     for block in place.span().blocks() {
-        if home::send_home(core, dev, block.start).is_err() {
+        if home::send_but(core, dev, block.start, Bits::ALL, &kept).is_err() {
             return false;
         }
     }

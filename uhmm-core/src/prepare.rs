@@ -146,7 +146,7 @@ fn open(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) -> Result<S
         if info.capabilities.coherent {
             coherent::pin(core, dev, start, end);
         } else {
-            place::ensure(core, dev, Span::touching(start, end))?;
+            place::ensure(core, dev, Some(flight), Span::touching(start, end))?;
             dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
             shares::open(core, dev, start, end);
         }

@@ -249,7 +249,8 @@ impl Queue {
         let zeros = [0u64; 16];
         let size = 1 << (at | len | 128).trailing_zeros();
         // SAFETY: queue and buffer are alive; the pattern is read before the call returns.
-        status(unsafe { cq::enqueue_fill_buffer(self.0, buffer.0, zeros.as_ptr().cast::<c_void>(), size, at, len, 0, ptr::null()) }).map(Event)
+        status(unsafe { cq::enqueue_fill_buffer(self.0, buffer.0, zeros.as_ptr().cast::<c_void>(), size, at, len, 0, ptr::null()) })
+            .map(Event)
     }
 
     /// Sees to it that what was enqueued begins.

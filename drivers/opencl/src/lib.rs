@@ -5,6 +5,7 @@
 //! | [`api`] | the calls of OpenCL that are used, and which devices there are; the library is loaded at run time |
 //! | [`memory`] | one buffer that is the device's memory, and its queue as copy engine |
 //! | [`table`] | where in it the blocks of the process are |
+//! | [`ranges`] | the table by which kernels follow stored pointers |
 //! | [`program`] | kernels: compiling them, and calling them with addresses inside that buffer |
 //!
 //! The device never sees the process's own pages. What a launch declares is copied into its buffer by the device's queue before the kernel starts, and the kernel gets addresses in there; a
@@ -29,6 +30,7 @@
 pub mod api;
 pub mod memory;
 pub mod program;
+pub mod ranges;
 pub mod table;
 
 use api::{Found, Status};
@@ -88,7 +90,8 @@ pub struct OpenCl {
 /// [`Error::Device`] if there is none, or it cannot be had as asked.
 pub fn open(config: &DeviceConfig, _mode: Mode, _others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
     let found = choose(config.name).map_err(|why| config.refuse(why))?;
-    let asked = if config.memory == 0 { (found.memory / 4).min(system::total_memory() as usize / 4).min(found.largest) } else { config.memory };
+    let asked =
+        if config.memory == 0 { (found.memory / 4).min(system::total_memory() as usize / 4).min(found.largest) } else { config.memory };
     let memory = asked / BLOCK * BLOCK;
     if memory == 0 {
         return Err(config.refuse("its memory must be at least 2 MiB"));
@@ -168,8 +171,6 @@ unsafe impl Driver for OpenCl {
         let form = unsafe { launch.entry.opencl() };
         let Some(form) = form else { return Err(KernelFault::Refused(Message::new("the kernel has no form in OpenCL C"))) };
         let kernel = self.programs.load(self.memory.device(), form).map_err(|why| KernelFault::Refused(Message::new(&why)))?;
-        kernel
-            .run(&self.memory, &self.table, &launch.bound, form.local)
-            .map_err(|status| KernelFault::Refused(Message::new(&status.to_string())))
+        kernel.run(&self.memory, &self.table, &launch.bound, form.local)
     }
 }

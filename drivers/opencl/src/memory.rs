@@ -7,6 +7,7 @@
 #![allow(unsafe_code)] // copies by way of raw addresses
 
 use crate::api::{self, Buffer, Device, Queue, Status};
+use crate::ranges::Ranges;
 use uhmm_core::driver::{Dma, DmaError, DmaKind, Fence, Frame};
 use uhmm_os::{Errno, PAGE, copy};
 
@@ -30,6 +31,7 @@ pub(crate) fn offset(address: usize) -> usize {
 pub struct Memory {
     buffer: Buffer,
     copies: Queue,
+    ranges: Ranges,
     device: Device,
 }
 
@@ -45,12 +47,17 @@ impl Memory {
     /// # Errors
     /// The status of OpenCL.
     pub fn new(device: Device, bytes: usize) -> Result<Self, Status> {
-        Ok(Memory { buffer: device.buffer(bytes)?, copies: device.queue()?, device })
+        Ok(Memory { buffer: device.buffer(bytes)?, copies: device.queue()?, ranges: Ranges::new(&device)?, device })
     }
 
     /// The device whose memory it is.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// What kernels follow stored pointers by.
+    pub(crate) fn ranges(&self) -> &Ranges {
+        &self.ranges
     }
 
     /// The buffer.

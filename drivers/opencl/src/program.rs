@@ -10,7 +10,7 @@ use crate::api::{Device, Status};
 use crate::memory::{self, Memory};
 use crate::table::Table;
 use cl3::command_queue as cq;
-use cl3::error_codes::CL_INVALID_ARG_VALUE;
+use cl3::error_codes::{CL_INVALID_ARG_INDEX, CL_INVALID_ARG_VALUE};
 use cl3::event as ev;
 use cl3::kernel as kn;
 use cl3::program as pg;
@@ -21,7 +21,8 @@ use core::ptr;
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, PoisonError};
 use uhmm_core::args::{Access, RawArg};
-use uhmm_core::kernel::{Bound, OpenCl};
+use uhmm_core::driver::KernelFault;
+use uhmm_core::kernel::{Bound, Message, OpenCl};
 
 /// The programs that a device has compiled.
 #[derive(Debug, Default)]
@@ -42,10 +43,30 @@ pub struct Loaded {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Param {
     /// A pointer to global memory: what it points to, and whether that is constant.
-    Global { to: String, constant: bool },
+    Global {
+        to: String,
+        constant: bool,
+    },
     /// A value.
-    Value { of: String },
+    Value {
+        of: String,
+    },
+    /// The number of elements of an argument: a parameter called `uhmm_len_N`.
+    Length(usize),
+    /// The device's memory, and the ranges in it: the parameter `UHMM`.
+    Memory,
+    Ranges,
 }
+
+impl Param {
+    /// Whether uhmm gives it, not the launch.
+    fn is_hidden(&self) -> bool {
+        matches!(self, Param::Length(_) | Param::Memory | Param::Ranges)
+    }
+}
+
+/// What is put before each program.
+const HEADER: &str = include_str!("uhmm.cl");
 
 #[derive(Debug)]
 struct Program(cl_program);
@@ -93,7 +114,8 @@ impl Programs {
 
 fn build(device: &Device, text: &str, options: &str) -> Result<Program, String> {
     let options = CString::new(options).map_err(|_| "the options for the compiler hold a zero byte".to_string())?;
-    let program = pg::create_program_with_source(device.context(), &[text]).map_err(|code| format!("clCreateProgramWithSource: {}", Status(code)))?;
+    let program =
+        pg::create_program_with_source(device.context(), &[text]).map_err(|code| format!("clCreateProgramWithSource: {}", Status(code)))?;
     let program = Program(program);
     pg::build_program(program.0, &[device.id()], &options, None, ptr::null_mut()).map_err(|code| {
         let log = pg::get_program_build_info(program.0, device.id(), pg::CL_PROGRAM_BUILD_LOG).map(String::from).unwrap_or_default();
@@ -110,9 +132,9 @@ fn kernel(program: &Program, name: &str) -> Result<Kernel, String> {
 impl Loaded {
     fn compile(device: &Device, form: &OpenCl) -> Result<Self, String> {
         let options = format!("{} -cl-kernel-arg-info", form.options);
-        let alone = build(device, &form.source, &options)?;
+        let alone = build(device, &format!("{HEADER}{}", form.source), &options)?;
         let params = params(&kernel(&alone, &form.name)?, &form.name)?;
-        let program = build(device, &format!("{}\n{}", form.source, caller(&form.name, &params)), &form.options)?;
+        let program = build(device, &format!("{HEADER}{}\n{}", form.source, caller(&form.name, &params)), &form.options)?;
         let kernel = kernel(&program, &format!("uhmm_call_{}", form.name))?;
         Ok(Loaded { form: form.clone(), params, _program: program, kernel: Mutex::new(kernel) })
     }
@@ -123,10 +145,13 @@ impl Loaded {
     /// The first that is not, in words.
     pub fn check(&self, args: &[RawArg]) -> Result<(), String> {
         let name = &self.form.name;
-        if args.len() != self.params.len() {
-            return Err(format!("kernel {name} has {} parameters, and the launch {} arguments", self.params.len(), args.len()));
+        let own = self.params.iter().filter(|param| !param.is_hidden());
+        let count = own.clone().count();
+        // More of them only declare memory, as what stored pointers lead to.
+        if args.len() < count || args[count..].iter().any(|arg| matches!(arg, RawArg::Value { .. })) {
+            return Err(format!("kernel {name} has {count} parameters, and the launch {} arguments", args.len()));
         }
-        for (index, (param, arg)) in self.params.iter().zip(args).enumerate() {
+        for (index, (param, arg)) in own.zip(args).enumerate() {
             let what = || format!("argument {index} of kernel {name}");
             match (param, arg) {
                 (Param::Global { to, constant }, &RawArg::Slice { size, access, name: ty, .. }) => {
@@ -143,6 +168,7 @@ impl Loaded {
                     }
                 }
                 (Param::Global { to, .. }, _) => return Err(format!("{} is a pointer to {to}: give it with inp, out or inout", what())),
+                (Param::Length(_) | Param::Memory | Param::Ranges, _) => {}
                 (Param::Value { of }, _) => return Err(format!("{} is a value of type {of}: give it as a value", what())),
             }
         }
@@ -152,39 +178,67 @@ impl Loaded {
     /// Runs it to its end.
     ///
     /// # Errors
-    /// The status of OpenCL.
-    pub(crate) fn run(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<(), Status> {
+    /// The status of OpenCL; an address that its kernel followed and that was not declared.
+    pub(crate) fn run(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<(), KernelFault> {
+        let refused = |status: Status| KernelFault::Refused(Message::new(&status.to_string()));
+        let follows = self.params.contains(&Param::Ranges);
+        if follows {
+            memory.ranges().set(bound.args(), table).map_err(refused)?;
+        }
+        self.enqueue(memory, table, bound, local).map_err(refused)?;
+        let missed = if follows { memory.ranges().missed().map_err(refused)? } else { None };
+        missed.map_or(Ok(()), |address| Err(KernelFault::NotDeclared { address, write: false }))
+    }
+
+    fn enqueue(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<(), Status> {
         let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        let buffer = memory.buffer().raw();
         let set = |index: usize, size: usize, value: *const c_void| {
             // SAFETY: `size` bytes are valid at `value`, and are copied before the call returns.
             unsafe { kn::set_kernel_arg(kernel.0, index as u32, size, value) }.map_err(Status)
         };
-        set(0, size_of::<cl_mem>(), (&raw const buffer).cast())?;
-        for (index, arg) in bound.args().iter().enumerate() {
-            match arg {
-                &RawArg::Slice { start, count, size, device, .. } => {
-                    let at = match device {
-                        Some(_) => Some(memory::offset(start)),
-                        None if count * size == 0 => Some(0),
-                        None => table.offset(start, count * size),
-                    };
-                    let at = at.ok_or(Status(CL_INVALID_ARG_VALUE))? as u64;
-                    set(index + 1, size_of::<u64>(), (&raw const at).cast())?;
+        for (index, buffer) in [memory.buffer().raw(), memory.ranges().buffer().raw()].iter().enumerate() {
+            set(index, size_of::<cl_mem>(), core::ptr::from_ref(buffer).cast())?;
+        }
+        let mut args = bound.args().iter();
+        let mut index = 2;
+        for param in &self.params {
+            match param {
+                Param::Memory | Param::Ranges => continue,
+                Param::Length(of) => {
+                    let Some(&RawArg::Slice { count, .. }) = bound.args().get(*of) else { return Err(Status(CL_INVALID_ARG_INDEX)) };
+                    set(index, size_of::<u64>(), (&raw const count).cast())?;
                 }
-                RawArg::Value { bytes, size, .. } => set(index + 1, *size, bytes.as_ptr().cast())?,
-                RawArg::Pointer { .. } => return Err(Status(CL_INVALID_ARG_VALUE)),
+                Param::Global { .. } | Param::Value { .. } => match args.next() {
+                    Some(arg @ RawArg::Slice { .. }) => {
+                        let at = place(arg, table).ok_or(Status(CL_INVALID_ARG_VALUE))? as u64;
+                        set(index, size_of::<u64>(), (&raw const at).cast())?;
+                    }
+                    Some(RawArg::Value { bytes, size, .. }) => set(index, *size, bytes.as_ptr().cast())?,
+                    Some(RawArg::Pointer { .. }) | None => return Err(Status(CL_INVALID_ARG_VALUE)),
+                },
             }
+            index += 1;
         }
         let grid = bound.grid().size;
         let global = [0, 1, 2].map(|side| grid[side] * local[side]);
         let queue = memory.device().kernels();
         // SAFETY: queue and kernel are alive, and its arguments are set; both arrays have three sides.
-        let done = unsafe { cq::enqueue_nd_range_kernel(queue, kernel.0, 3, ptr::null(), global.as_ptr(), local.as_ptr(), 0, ptr::null()) }.map_err(Status)?;
+        let done = unsafe { cq::enqueue_nd_range_kernel(queue, kernel.0, 3, ptr::null(), global.as_ptr(), local.as_ptr(), 0, ptr::null()) }
+            .map_err(Status)?;
         let ended = ev::wait_for_events(&[done]).map_err(Status);
         // SAFETY: the event is ours.
         let _ = unsafe { ev::release_event(done) };
         ended
+    }
+}
+
+/// Where a range lies in the device's memory.
+pub(crate) fn place(arg: &RawArg, table: &Table) -> Option<usize> {
+    match *arg {
+        RawArg::Slice { start, device: Some(_), .. } => Some(memory::offset(start)),
+        RawArg::Slice { count, size, .. } if count * size == 0 => Some(0),
+        RawArg::Slice { start, count, size, .. } => table.offset(start, count * size),
+        _ => None,
     }
 }
 
@@ -193,15 +247,29 @@ fn params(kernel: &Kernel, name: &str) -> Result<Vec<Param>, String> {
     let count = kn::get_kernel_info(kernel.0, kn::CL_KERNEL_NUM_ARGS).map(u32::from).map_err(|code| Status(code).to_string())?;
     (0..count)
         .map(|index| {
-            let ask = |what| kn::get_kernel_arg_info(kernel.0, index, what).map_err(|code| format!("clGetKernelArgInfo of {name}: {}", Status(code)));
+            let ask = |what| {
+                kn::get_kernel_arg_info(kernel.0, index, what).map_err(|code| format!("clGetKernelArgInfo of {name}: {}", Status(code)))
+            };
             let space = u32::from(ask(kn::CL_KERNEL_ARG_ADDRESS_QUALIFIER)?);
             let text = String::from(ask(kn::CL_KERNEL_ARG_TYPE_NAME)?);
             let text = text.trim_end_matches('\0').trim();
             let constant = u64::from(ask(kn::CL_KERNEL_ARG_TYPE_QUALIFIER)?) & u64::from(kn::CL_KERNEL_ARG_TYPE_CONST) != 0;
+            let called = String::from(ask(kn::CL_KERNEL_ARG_NAME)?);
+            match called.trim_end_matches('\0') {
+                "uhmm_memory" => return Ok(Param::Memory),
+                "uhmm_ranges" => return Ok(Param::Ranges),
+                other => {
+                    if let Some(of) = other.strip_prefix("uhmm_len_").and_then(|of| of.parse().ok()) {
+                        return Ok(Param::Length(of));
+                    }
+                }
+            }
             match space {
                 kn::CL_KERNEL_ARG_ADDRESS_GLOBAL => Ok(Param::Global { to: text.trim_end_matches('*').trim().into(), constant }),
                 kn::CL_KERNEL_ARG_ADDRESS_PRIVATE => Ok(Param::Value { of: text.into() }),
-                kn::CL_KERNEL_ARG_ADDRESS_CONSTANT => Err(format!("parameter {index} of kernel {name} is __constant: declare it __global const")),
+                kn::CL_KERNEL_ARG_ADDRESS_CONSTANT => {
+                    Err(format!("parameter {index} of kernel {name} is __constant: declare it __global const"))
+                }
                 _ => Err(format!("parameter {index} of kernel {name} is __local: declare local memory in the kernel itself")),
             }
         })
@@ -210,16 +278,20 @@ fn params(kernel: &Kernel, name: &str) -> Result<Vec<Param>, String> {
 
 /// The kernel that calls the written one.
 fn caller(name: &str, params: &[Param]) -> String {
-    let (mut head, mut call) = (String::from("__global uchar *uhmm_memory"), String::new());
+    let (mut head, mut call) = (String::from("UHMM"), String::new());
     for (index, param) in params.iter().enumerate() {
         let comma = if index == 0 { "" } else { ", " };
         // Writing to a string cannot fail.
         let _ = match param {
             Param::Global { to, constant } => {
                 let constant = if *constant { "const " } else { "" };
-                write!(head, ", ulong uhmm_{index}").and_then(|()| write!(call, "{comma}(__global {constant}{to} *)(uhmm_memory + uhmm_{index})"))
+                write!(head, ", ulong uhmm_{index}")
+                    .and_then(|()| write!(call, "{comma}(__global {constant}{to} *)(uhmm_memory + uhmm_{index})"))
             }
             Param::Value { of } => write!(head, ", {of} uhmm_{index}").and_then(|()| write!(call, "{comma}uhmm_{index}")),
+            Param::Length(_) => write!(head, ", ulong uhmm_{index}").and_then(|()| write!(call, "{comma}uhmm_{index}")),
+            Param::Memory => write!(call, "{comma}uhmm_memory"),
+            Param::Ranges => write!(call, "{comma}uhmm_ranges"),
         };
     }
     format!("__kernel void uhmm_call_{name}({head}) {{ {name}({call}); }}\n")
@@ -252,16 +324,22 @@ mod tests {
             Param::Global { to: "float4".into(), constant: true },
             Param::Value { of: "int".into() },
             Param::Global { to: "uint".into(), constant: false },
+            Param::Length(2),
+            Param::Memory,
+            Param::Ranges,
         ];
         assert_eq!(
             caller("f", &params),
-            "__kernel void uhmm_call_f(__global uchar *uhmm_memory, ulong uhmm_0, int uhmm_1, ulong uhmm_2) \
-             { f((__global const float4 *)(uhmm_memory + uhmm_0), uhmm_1, (__global uint *)(uhmm_memory + uhmm_2)); }\n"
+            "__kernel void uhmm_call_f(UHMM, ulong uhmm_0, int uhmm_1, ulong uhmm_2, ulong uhmm_3) \
+             { f((__global const float4 *)(uhmm_memory + uhmm_0), uhmm_1, (__global uint *)(uhmm_memory + uhmm_2), uhmm_3, uhmm_memory, uhmm_ranges); }\n"
         );
     }
 
     #[test]
     fn sizes_are_those_of_the_language() {
-        assert_eq!(["float", "float3", "uchar16", "unsigned long", "struct node"].map(size_of_type), [Some(4), Some(16), Some(16), Some(8), None]);
+        assert_eq!(
+            ["float", "float3", "uchar16", "unsigned long", "struct node"].map(size_of_type),
+            [Some(4), Some(16), Some(16), Some(8), None]
+        );
     }
 }

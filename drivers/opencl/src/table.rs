@@ -61,13 +61,17 @@ impl Table {
     /// Where the range of `bytes` bytes at `va` begins in the device's memory, if it lies there in one piece.
     pub fn offset(&self, va: usize, bytes: usize) -> Option<usize> {
         let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = |block: usize| entries.iter().find(|entry| entry.pages > 0 && entry.block == block).map(|entry| entry.first as usize * PAGE);
+        let at =
+            |block: usize| entries.iter().find(|entry| entry.pages > 0 && entry.block == block).map(|entry| entry.first as usize * PAGE);
         let first = va & !(BLOCK - 1);
         let base = at(first)?;
         // Units that follow each other: the entries do as well.
         let unit = base / BLOCK;
         let last = (va + bytes.max(1) - 1) & !(BLOCK - 1);
-        let whole = (first..=last).step_by(BLOCK).zip(unit..).all(|(block, unit)| entries.get(unit).is_some_and(|e| e.pages > 0 && e.block == block));
+        let whole = (first..=last)
+            .step_by(BLOCK)
+            .zip(unit..)
+            .all(|(block, unit)| entries.get(unit).is_some_and(|e| e.pages > 0 && e.block == block));
         whole.then_some(base + va % BLOCK)
     }
 }

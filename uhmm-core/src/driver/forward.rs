@@ -2,9 +2,9 @@
 //!
 //! Examples: `drivers/faulty`, which forwards what it does not fail.
 
+use super::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use crate::args::RawArg;
 use crate::kernel::Entry;
-use super::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
 use crate::page::Span;
 use core::time::Duration;
 use uhmm_os::Errno;
