@@ -91,13 +91,14 @@
 mod buffer;
 mod hints;
 mod host;
-mod known;
 mod lease;
+mod opencl;
 
 pub use buffer::Buffer;
 pub use hints::{AsRange, Place, Prefetch, Residency, Run, To};
 pub use host::Host;
 pub use lease::{Fence, Lease, Signal, fence};
+pub use opencl::OpenClBuilder;
 pub use uhmm_core::Error;
 pub use uhmm_core::args;
 pub use uhmm_core::args::{Access, Arg, Args, IntoArg, Lent, MAX_ARGS, inout, inp, out, ptr, val};
@@ -108,6 +109,7 @@ pub use uhmm_core::mirror::{self, Mirror, Notifier};
 pub use uhmm_core::mode::Mode;
 pub use uhmm_core::policy::{Advice, Location};
 pub use uhmm_core::scope::{Event, Launched, Queue, Scope, scope};
+pub use uhmm_opencl::{api::Found as OpenClDevice, devices as opencl_devices};
 
 /// What decides what moves, and when: [`Policy`](policy::Policy), those that come with uhmm, and what they are asked.
 ///
@@ -185,9 +187,7 @@ impl Uhmm {
             "soft:nofault" => self.soft("soft:nofault").replayable_faults(false).open(),
             "soft:coherent" => self.soft("soft:coherent").coherent(true).open(),
             "null" => Ok(Device { dev: self.core.device(DeviceConfig::new("null"), uhmm_null::open)? }),
-            _ if name == "opencl" || name.starts_with("opencl:") => {
-                Ok(Device { dev: self.core.device(DeviceConfig::new(known::name(name)), uhmm_opencl::open)? })
-            }
+            _ if name == "opencl" || name.starts_with("opencl:") => self.opencl(name).open(),
             _ => match self.core.open_device(name)? {
                 Some(dev) => Ok(Device { dev }),
                 None => Err(Error::NoDevice { name: name.into(), known: KINDS.join(", ") }),
@@ -198,6 +198,11 @@ impl Uhmm {
     /// A software device with a configuration of its own. If a device of that name is open already, it is that one, as it was configured.
     pub fn soft(&self, name: &'static str) -> SoftBuilder<'_> {
         SoftBuilder { core: &self.core, config: DeviceConfig::new(name) }
+    }
+
+    /// An OpenCL device with a configuration of its own; names are those of [`device`](Self::device). If a device of that name is open already, it is that one, as it was configured.
+    pub fn opencl(&self, name: &str) -> OpenClBuilder<'_> {
+        OpenClBuilder { core: &self.core, config: DeviceConfig::new(opencl::kept(name)) }
     }
 
     /// Brings everything home that any device has, but for what a [lease](Lease) holds: afterwards all other memory is the CPU's alone, until the next launch. Waits for the running launch.
