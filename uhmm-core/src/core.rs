@@ -23,7 +23,6 @@ use crate::line::{Line, Turns};
 use crate::migrate::Room;
 use crate::own::OwnBox;
 use crate::page::{Span, Va};
-use crate::place;
 use crate::policy::Policies;
 use crate::pool::Pool;
 use crate::port::{huge::Tables, tags::Tags};
@@ -35,7 +34,7 @@ use crate::space::Space;
 use crate::sync::*;
 use crate::table::DeviceTable;
 use crate::twins::Twins;
-use crate::{home, left};
+use crate::{home, left, place};
 use ::core::time::Duration;
 use uhmm_os::{BLOCK, Errno, EventFd, PAGE, system, thread};
 

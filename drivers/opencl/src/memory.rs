@@ -98,8 +98,8 @@ impl Memory {
         let mut result = api::wait(&started.events).and(started.result).map_err(|_| DmaError::Failed(Errno::IO));
         for dma in batch {
             let guarded = match dma.kind {
-                DmaKind::GuardedToDevice => self.from_program(dma),
-                DmaKind::GuardedToHost => self.to_program(dma),
+                DmaKind::GuardedToDevice => self.send(dma),
+                DmaKind::GuardedToHost => self.fetch(dma),
                 _ => continue,
             };
             // That the device failed counts for more than that something is gone.
@@ -112,7 +112,8 @@ impl Memory {
         result
     }
 
-    fn from_program(&self, dma: &Dma) -> Result<(), DmaError> {
+    /// From memory of the program, by way of a stage.
+    fn send(&self, dma: &Dma) -> Result<(), DmaError> {
         let mut stage = vec![0u8; STAGE.min(dma.len)];
         let mut result = Ok(());
         for done in (0..dma.len).step_by(STAGE) {
@@ -129,7 +130,8 @@ impl Memory {
         result
     }
 
-    fn to_program(&self, dma: &Dma) -> Result<(), DmaError> {
+    /// To memory of the program, by way of a stage.
+    fn fetch(&self, dma: &Dma) -> Result<(), DmaError> {
         let mut stage = vec![0u8; STAGE.min(dma.len)];
         let mut result = Ok(());
         for done in (0..dma.len).step_by(STAGE) {
