@@ -414,11 +414,11 @@ pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<
     core.space.settle();
     let _turn = core.turns.enter(Who::Device(dev.index()));
     let _prepare = core.prepare.lock();
-    send(core, dev, (start, end), Span::inside(start, end).len(), core.next_launch())
+    send(core, dev, (start, end), Span::inside(start, end), core.next_launch())
 }
 
-/// The same for a part of a range with `whole` bytes to move, under one pin for all its parts. `prepare` is held.
-pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usize, pin: u64) -> Result<(), Error> {
+/// The same for a part of a range whose `whole` is to move, under one pin for all its parts. `prepare` is held.
+pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: Span, pin: u64) -> Result<(), Error> {
     let inside = Span::inside(start, end);
     let info = dev.driver.info();
     if info.memory == 0 {
@@ -427,8 +427,8 @@ pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usi
     if info.capabilities.coherent && core.space.mode != Mode::Full {
         return Ok(()); // as above
     }
-    if whole > info.memory && !info.capabilities.coherent {
-        return Err(Error::TooLarge { device: info.name, needed: whole, capacity: info.memory });
+    if whole.len() > info.memory && !info.capabilities.coherent {
+        return Err(Error::TooLarge { device: info.name, needed: whole.len(), capacity: info.memory });
     }
     dev.driver.stand_by();
     dev.set_pin(pin);
@@ -437,7 +437,7 @@ pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usi
     if info.capabilities.coherent {
         coherent::pin(core, dev, start, end);
     }
-    place::ensure(core, dev, None, inside)?;
+    place::ensure(core, dev, None, whole)?;
     check::pieces(core, start, end, |piece| {
         let part = inside.and(Span::touching(piece.start, piece.end));
         if piece.movable && !part.is_empty() {

@@ -118,15 +118,25 @@ impl Places {
         self.list.lock().all().iter().find(|place| !place.span().and(span).is_empty()).copied()
     }
 
-    /// Drops a place of which no unit is used: true if it is gone.
-    fn drop_empty(&self, place: &Place, used: &dyn Fn(usize) -> bool) -> bool {
+    /// Takes `span` out of a place: true if nothing of it was used, and it is gone. What lies before and behind it stays where it is.
+    fn cut(&self, place: &Place, span: Span, used: &dyn Fn(usize) -> bool) -> bool {
         let mut list = self.list.lock();
         let Some(index) = list.all().iter().position(|other| other.unit == place.unit) else { return true };
-        let empty = !(place.unit..place.unit + place.blocks).any(used);
-        if empty {
-            list.remove(index);
+        let gone = place.span().and(span);
+        let unit = |va: Va| place.unit + (va - place.start) / BLOCK;
+        if (unit(gone.start)..unit(gone.end)).any(used) {
+            return false;
         }
-        empty
+        list.remove(index);
+        for part in [Span { start: place.start, end: gone.start }, Span { start: gone.end, end: place.span().end }] {
+            let count = list.count;
+            // A place has a unit at least, so that there is an entry for each.
+            if !part.is_empty() && count < list.places.len() {
+                list.places[count] = Place { start: part.start, blocks: part.len() / BLOCK, unit: unit(part.start), pin: place.pin };
+                list.count += 1;
+            }
+        }
+        true
     }
 
     /// Makes a place for `span`, which meets no other one, where units are `free`.
@@ -168,13 +178,16 @@ pub(crate) fn ensure(core: &Core, dev: &Device, flight: Option<&Flight>, span: S
     let (mut must, mut whole) = (span, span);
     while let Some(place) = places.meeting(whole) {
         let both = Span { start: whole.start.min(place.start), end: whole.end.max(place.span().end) };
+        let mut gone = place.span();
         if place.pin == dev.pin() {
             must = Span { start: must.start.min(place.start), end: must.end.max(place.span().end) };
             whole = both;
         } else if both.len() <= info.memory / 2 {
             whole = both;
+        } else {
+            gone = gone.and(whole); // neighbours that are large share no more than a block
         }
-        leave(core, dev, flight, &place).then_some(()).ok_or_else(no_room)?;
+        leave(core, dev, flight, &place, gone).then_some(()).ok_or_else(no_room)?;
     }
     let free = |unit| !dev.mem.is_used(unit);
     let mut last = None;
@@ -188,7 +201,7 @@ pub(crate) fn ensure(core: &Core, dev: &Device, flight: Option<&Flight>, span: S
         }
         let place = places.next(dev.pin(), last).ok_or_else(no_room)?;
         last = Some((place.pin, place.unit));
-        leave(core, dev, flight, &place);
+        leave(core, dev, flight, &place, place.span());
     }
 }
 
@@ -202,7 +215,7 @@ pub(crate) fn make_room(core: &Core, dev: &Device) -> Result<(), Error> {
     let mut last = None;
     while let Some(place) = places.next(u64::MAX, last) {
         last = Some((place.pin, place.unit));
-        if leave(core, dev, None, &place) {
+        if leave(core, dev, None, &place, place.span()) {
             return Ok(());
         }
     }
@@ -210,17 +223,17 @@ pub(crate) fn make_room(core: &Core, dev: &Device) -> Result<(), Error> {
     Err(Error::NoRoom { device: info.name, needed: BLOCK, capacity: info.memory })
 }
 
-/// Brings home what lies in a place, and drops it: false if something of it is in use.
-fn leave(core: &Core, dev: &Device, flight: Option<&Flight>, place: &Place) -> bool {
+/// Brings home what lies in a part of a place, and takes that out of it: false if something of it is in use.
+fn leave(core: &Core, dev: &Device, flight: Option<&Flight>, place: &Place, part: Span) -> bool {
     let Some(places) = dev.mem.places() else { return true };
     // What a flight of its own holds, which has only begun, nobody uses yet.
     let kept = |va| flight.map_or_else(|| dev.flights.held(va), |flight| dev.flights.others(flight, va));
-    for block in place.span().blocks() {
+    for block in part.blocks() {
         if home::send_but(core, dev, block.start, Bits::ALL, &kept).is_err() {
             return false;
         }
     }
-    places.drop_empty(place, &|unit| dev.mem.is_used(unit))
+    places.cut(place, part, &|unit| dev.mem.is_used(unit))
 }
 
 /// A unit for the block at `va`: that of its place, or any for itself alone.
@@ -253,10 +266,13 @@ mod tests {
         assert!(places.covers(span(101, 103), 2) && !places.covers(span(101, 104), 2));
         assert_eq!(places.make(span(0, 3), 2, &free), None, "no three in a row are left");
         let place = places.meeting(span(51, 60)).unwrap();
-        assert!(!places.drop_empty(&place, &|unit| unit == 6) && places.drop_empty(&place, &|_| false));
+        assert!(!places.cut(&place, place.span(), &|unit| unit == 6) && places.cut(&place, place.span(), &|_| false));
         assert_eq!(places.make(span(0, 3), 2, &free), Some(3));
         assert_eq!(places.next(2, None), None, "both are of launch 2");
         assert_eq!(places.next(3, None).map(|place| place.unit), Some(0));
         assert_eq!(places.next(3, Some((2, 0))).map(|place| place.unit), Some(3));
+        let place = places.meeting(span(1, 2)).unwrap();
+        assert!(places.cut(&place, span(1, 2), &|unit| unit != 4), "only what is taken out must be free");
+        assert_eq!([0, 1, 2].map(|block| places.unit(block * BLOCK)), [Some(3), None, Some(5)]);
     }
 }

@@ -68,6 +68,7 @@ const FULL_ONLY: &[&str] = &[
     "kernel_access::",
     "kernel_futex::",
     "opencl::a_written_range",
+    "opencl::what_was_prefetched",
     "own_memory::",
     "policies::",
     "ports::",

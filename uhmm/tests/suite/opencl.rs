@@ -1,7 +1,7 @@
 //! Devices with OpenCL. Where there is none these tests say so, and are left out; UHMM_OPENCL=required makes that a failure.
 
 use crate::conformance::failed;
-use uhmm::{Ctx, Error, Forms, KernelFault, OpenCl, Uhmm, args, inout, inp, out};
+use uhmm::{Ctx, Error, Forms, KernelFault, OpenCl, To, Uhmm, args, inout, inp, out};
 use uhmm_core::conformance::{Named, Subject};
 use uhmm_core::kernel::{Entry, Kernel};
 use uhmm_core::mode::Mode;
@@ -15,6 +15,7 @@ crate::tests![
     devices_are_found_by_name,
     the_runtimes_threads_allocate_beside_what_is_away,
     arrays_beyond_the_devices_memory_take_turns,
+    what_was_prefetched_is_in_one_piece,
 ];
 
 /// The kernels of the checks.
@@ -262,4 +263,21 @@ fn arrays_beyond_the_devices_memory_take_turns() {
     let mut large = vec![0.0f32; 10 << 20];
     let error = dev.run(&kernel, 1, args![inout(&mut large), inp(&a), 2.0f32]).unwrap_err();
     assert!(matches!(error, Error::TooLarge { .. }) && error.to_string().contains("33554432"), "{error}");
+}
+
+/// A prefetch goes in parts; a launch finds all of it in one piece, and moves nothing again: but for the first, if the arrays share a block, for then both get a common place.
+fn what_was_prefetched_is_in_one_piece() {
+    let (hmm, dev) = opened(128);
+    let kernel = Forms::new(add).opencl(ADD, "add", 64);
+    let a = vec![1.0f32; 5 << 20];
+    let mut r = vec![1.0f32; 5 << 20];
+    for round in 1..=3 {
+        hmm.prefetch(&r, To::Device(&dev)).unwrap().wait().unwrap();
+        dev.prefetch(&a).unwrap();
+        let before = dev.stats().pages_to_device;
+        dev.run(&kernel, r.len() / 64, args![inout(&mut r), inp(&a), 1.0f32]).unwrap();
+        let moved = dev.stats().pages_to_device - before;
+        assert!(moved < 16 || round == 1, "round {round}: {moved} pages moved again");
+        assert!(r.iter().all(|&x| x == 1.0 + round as f32));
+    }
 }
