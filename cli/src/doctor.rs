@@ -38,6 +38,8 @@ struct FoundRights {
 #[derive(Serialize)]
 struct FoundDevice {
     name: String,
+    /// What the hardware calls itself; null for devices in software.
+    hardware: Option<String>,
     memory: usize,
     threads: usize,
     /// Kernels may touch what their launch does not declare.
@@ -108,10 +110,11 @@ impl Found {
             let memory = if device.memory == 0 { "no memory".into() } else { format!("{} of memory", report::bytes(device.memory as u64)) };
             let faults = if device.replayable_faults { "may touch any address" } else { "touches only what a launch declares" };
             text += &format!(
-                "\n  {}  {memory}, {} threads, {faults}{}",
+                "\n  {}  {memory}, {} threads, {faults}{}{}",
                 device.name,
                 device.threads,
-                if device.coherent { ", coherent" } else { "" }
+                if device.coherent { ", coherent" } else { "" },
+                device.hardware.as_ref().map_or(String::new(), |hardware| format!(" ({hardware})"))
             );
         }
         text.push('\n');
@@ -185,11 +188,20 @@ fn devices(missing: &mut Vec<Missing>) -> Vec<FoundDevice> {
             return vec![];
         }
     };
+    let opencl = uhmm::opencl_devices();
+    let mut names: Vec<(&str, Option<String>)> = uhmm::KINDS.iter().map(|kind| (*kind, None)).collect();
+    if !opencl.is_empty() {
+        names.retain(|(name, _)| *name != "opencl");
+        names.extend(
+            opencl.iter().map(|device| (device.id.as_str(), Some(format!("{}, {}, {}", device.name, device.kind, device.version)))),
+        );
+    }
     let mut devices = vec![];
-    for kind in uhmm::KINDS {
+    for (kind, hardware) in names {
         match hmm.device(kind) {
             Ok(device) => devices.push(FoundDevice {
                 name: device.name().into(),
+                hardware,
                 memory: device.memory(),
                 threads: device.threads(),
                 replayable_faults: device.info().capabilities.replayable_faults,

@@ -34,7 +34,7 @@ use crate::space::Space;
 use crate::sync::*;
 use crate::table::DeviceTable;
 use crate::twins::Twins;
-use crate::{home, left};
+use crate::{home, left, place};
 use ::core::time::Duration;
 use uhmm_os::{BLOCK, Errno, EventFd, PAGE, system, thread};
 
@@ -270,11 +270,11 @@ impl Device {
     /// A device with its memory's descriptors, not known to anybody yet.
     pub(crate) fn new(index: usize, driver: OwnBox<dyn Driver>, fence_limit: Duration) -> Result<Self, Error> {
         let reserve = |e| Error::System("reserve address space (limited by RLIMIT_AS or vm.overcommit_memory=2)", e);
-        let memory = driver.info().memory;
+        let (memory, linear) = (driver.info().memory, driver.info().capabilities.linear);
         Ok(Device {
             index,
             driver,
-            mem: DeviceMemory::new(memory).map_err(reserve)?,
+            mem: DeviceMemory::new(memory, linear).map_err(reserve)?,
             counters: Counters::default(),
             flights: Flights::default(),
             entrance: Line::default(),
@@ -451,7 +451,7 @@ impl DeviceRef {
     /// # Errors
     /// See [`Error`]; those that are found before the kernel starts leave everything as it was.
     pub fn run(&self, entry: Entry, grid: Grid, args: &Args<'_>) -> Result<(), Error> {
-        let request = Request::new(entry, grid, args.raw());
+        let request = Request::new(self.dev(), entry, grid, args.raw())?;
         self.ask_launch(move |core, dev, number| launch::run(core, dev, &request, number))
     }
 
@@ -500,7 +500,7 @@ impl DeviceRef {
                     dev.allocated.fetch_add(units * BLOCK, Ordering::Relaxed);
                     return Ok((frame, dev.driver.address(frame)));
                 }
-                if units * BLOCK + dev.allocated() > dev.driver.info().memory || home::evict_one(core, dev, true).is_err() {
+                if units * BLOCK + dev.allocated() > dev.driver.info().memory || place::make_room(core, dev).is_err() {
                     let info = dev.driver.info();
                     return Err(Error::NoRoom { device: info.name, needed: bytes, capacity: info.memory });
                 }
@@ -576,7 +576,7 @@ impl DeviceRef {
         if self.hold.core().has_worker(thread::gettid()) {
             return Err(Error::Reentrant);
         }
-        let request = Request::new(entry, grid, args.raw());
+        let request = Request::new(self.dev(), entry, grid, args.raw())?;
         let job = move |seat: &Seat, number| {
             before();
             then(unless_lost(seat, Kind::Launch, number, |core, dev, number| launch::run(core, dev, &request, number)));

@@ -11,6 +11,7 @@ use crate::directory::{Block, Directory, Frame};
 use crate::driver::Driver;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::Va;
+use crate::place::Places;
 use crate::sync::*;
 use uhmm_os::Errno;
 
@@ -62,6 +63,7 @@ const SMALL: usize = 1;
 pub(crate) struct DeviceMemory {
     units: Mutex<Units>,
     lru: Mutex<[usize; 2]>,
+    places: Option<Places>,
 }
 
 impl Units {
@@ -144,6 +146,37 @@ impl Units {
         self.push(Self::released_list(kind), unit);
     }
 
+    /// Takes one certain whole unit, which is empty.
+    fn claim(&mut self, driver: &dyn Driver, unit: usize) -> Result<(), Full> {
+        while self.fresh[WHOLE] <= unit {
+            let fresh = self.fresh[WHOLE];
+            self.fresh[WHOLE] += 1;
+            self.push(Units::released_list(WHOLE), fresh);
+        }
+        if self.unit[unit].populated {
+            self.unlink(Units::free_list(WHOLE), unit);
+        } else {
+            self.unlink(Units::released_list(WHOLE), unit);
+            if self.populated == self.capacity {
+                // An empty unit elsewhere gives its memory, of either kind.
+                if let Some(spare) = self.pop(Units::free_list(SMALL)) {
+                    self.release(driver, spare, SMALL);
+                } else if let Some(spare) = self.pop(Units::free_list(WHOLE)) {
+                    self.release(driver, spare, WHOLE);
+                }
+            }
+            if self.populated == self.capacity || driver.populate(unit).is_err() {
+                self.push(Units::released_list(WHOLE), unit);
+                return Err(Full);
+            }
+            self.unit[unit].populated = true;
+            self.populated += 1;
+        }
+        self.unit[unit].used = Bits::ALL;
+        self.used += 1;
+        Ok(())
+    }
+
     fn give(&mut self, kind: usize, unit: usize) {
         self.unit[unit].owner = 0;
         self.used -= 1;
@@ -152,11 +185,11 @@ impl Units {
 }
 
 impl DeviceMemory {
-    /// Memory of `bytes`, a multiple of 2 MiB.
+    /// Memory of `bytes`, a multiple of 2 MiB; `linear`: of a device without a page table ([`crate::place`]).
     ///
     /// # Errors
     /// `ENOMEM` if there is no room for the descriptors.
-    pub(crate) fn new(bytes: usize) -> Result<Self, Errno> {
+    pub(crate) fn new(bytes: usize, linear: bool) -> Result<Self, Errno> {
         let capacity = bytes / uhmm_os::BLOCK;
         let units = Units {
             unit: OwnSlice::new(c"uhmm device units", capacity * 2)?,
@@ -168,7 +201,28 @@ impl DeviceMemory {
             released: [List::default(); 2],
             partial: List::default(),
         };
-        Ok(DeviceMemory { units: Mutex::new(units), lru: Mutex::new([0; 2]) })
+        Ok(DeviceMemory { units: Mutex::new(units), lru: Mutex::new([0; 2]), places: linear.then(|| Places::new(capacity)).transpose()? })
+    }
+
+    /// Where blocks lie on a device without a page table.
+    pub(crate) fn places(&self) -> Option<&Places> {
+        self.places.as_ref()
+    }
+
+    /// Whether a whole unit is used.
+    pub(crate) fn is_used(&self, unit: usize) -> bool {
+        !self.units.lock().unit[unit].used.is_empty()
+    }
+
+    /// One certain whole unit, which is empty, for the block at `owner`: its first frame.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub(crate) fn take_at(&self, driver: &dyn Driver, unit: usize, owner: Va) -> Result<Frame, Full> {
+        let mut units = self.units.lock();
+        units.claim(driver, unit)?;
+        units.unit[unit].owner = owner;
+        Ok((unit * PAGES) as Frame)
     }
 
     /// Bytes that are in use, in units of 2 MiB.
@@ -222,52 +276,33 @@ impl DeviceMemory {
     /// # Errors
     /// [`Full`].
     pub(crate) fn take_units(&self, driver: &dyn Driver, count: usize) -> Result<Frame, Full> {
+        match &self.places {
+            Some(places) => places.with(|placed| self.take_row(driver, count, Some(placed))),
+            None => self.take_row(driver, count, None),
+        }
+    }
+
+    fn take_row(&self, driver: &dyn Driver, count: usize, placed: Option<&dyn Fn(usize) -> bool>) -> Result<Frame, Full> {
         let mut guard = self.units.lock();
         let units = &mut *guard;
         if units.used + count > units.capacity {
             return Err(Full);
         }
         // From the end of the never-used ones first; else a stretch of empty ones.
-        let first = if units.fresh[WHOLE] + count <= units.capacity && units.populated + count <= units.capacity {
+        let first = if placed.is_none() && units.fresh[WHOLE] + count <= units.capacity && units.populated + count <= units.capacity {
             units.fresh[WHOLE]
         } else {
-            let empty = |u: &Unit| u.used.is_empty();
-            (0..=units.capacity - count).find(|&at| units.unit[at..at + count].iter().all(empty)).ok_or(Full)?
+            let empty = |unit: usize| units.unit[unit].used.is_empty() && !placed.is_some_and(|placed| placed(unit));
+            (0..=units.capacity - count).find(|&at| (at..at + count).all(empty)).ok_or(Full)?
         };
         for unit in first..first + count {
-            if unit >= units.fresh[WHOLE] {
-                while units.fresh[WHOLE] <= unit {
-                    let fresh = units.fresh[WHOLE];
-                    units.fresh[WHOLE] += 1;
-                    units.push(Units::released_list(WHOLE), fresh);
+            if units.claim(driver, unit).is_err() {
+                for taken in first..unit {
+                    units.unit[taken].used = Bits::EMPTY;
+                    units.give(WHOLE, taken);
                 }
+                return Err(Full);
             }
-            if units.unit[unit].populated {
-                units.unlink(Units::free_list(WHOLE), unit);
-            } else {
-                units.unlink(Units::released_list(WHOLE), unit);
-                if units.populated == units.capacity {
-                    // An empty unit elsewhere gives its memory, of either kind.
-                    if let Some(spare) = units.pop(Units::free_list(SMALL)) {
-                        units.release(driver, spare, SMALL);
-                    } else if let Some(spare) = units.pop(Units::free_list(WHOLE)) {
-                        units.release(driver, spare, WHOLE);
-                    }
-                }
-                let ready = units.populated < units.capacity && driver.populate(unit).is_ok();
-                if !ready {
-                    units.push(Units::released_list(WHOLE), unit);
-                    for taken in first..unit {
-                        units.unit[taken].used = Bits::EMPTY;
-                        units.give(WHOLE, taken);
-                    }
-                    return Err(Full);
-                }
-                units.unit[unit].populated = true;
-                units.populated += 1;
-            }
-            units.unit[unit].used = Bits::ALL;
-            units.used += 1;
         }
         Ok((first * PAGES) as Frame)
     }

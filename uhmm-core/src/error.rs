@@ -172,6 +172,14 @@ pub enum Error {
         /// The argument's position.
         index: usize,
     },
+    /// A device cannot run a kernel: it has no form for that kind of device, or the device's compiler refuses it.
+    #[error("device {device} cannot run the kernel: {why}")]
+    NotLoaded {
+        /// The device.
+        device: &'static str,
+        /// What the compiler says, or what is missing.
+        why: String,
+    },
     /// The grid has no group, or more than can be counted.
     #[error("a grid of {0:?} groups cannot run: each side needs at least 1, the product must fit a usize")]
     Grid([usize; 3]),
@@ -320,6 +328,7 @@ fn kernel_fault(fault: &KernelFault) -> String {
             )
         }
         KernelFault::PageLost { address } => format!("it touched {address:#x}, whose contents were lost with a device"),
+        KernelFault::Refused(message) => format!("the device refused it: {}", message.as_str()),
         KernelFault::Device { source } => format!("the device could not go on: {source}"),
         KernelFault::Lost => "the device is lost".into(),
         KernelFault::Unreachable { address } => {

@@ -325,6 +325,11 @@ pub(crate) fn send_home(core: &Core, dev: &Device, va: Va) -> Result<(), Error> 
 
 /// As [`send_home`], for some pages of the block.
 pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) -> Result<(), Error> {
+    send_but(core, dev, va, pages, &|va| dev.flights.held(va))
+}
+
+/// The same, but for what is `kept` of the block.
+pub(crate) fn send_but(core: &Core, dev: &Device, va: Va, pages: Bits, kept: &dyn Fn(Va) -> Bits) -> Result<(), Error> {
     let va = Span::block(va).start;
     let mut refusals = Refusals::new(&core.space);
     loop {
@@ -341,7 +346,7 @@ pub(crate) fn send_pages_home(core: &Core, dev: &Device, va: Va, pages: Bits) ->
             continue;
         }
         // A lost device keeps nothing for anybody.
-        let pages = if dev.is_lost() { pages } else { pages - dev.flights.held(va) };
+        let pages = if dev.is_lost() { pages } else { pages - kept(va) };
         let shared = state.duplicated() & pages;
         let mut result = drop_duplicates(core, dev, &mut state, va, shared);
         if result.is_ok() {

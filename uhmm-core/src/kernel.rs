@@ -35,6 +35,7 @@ use bytemuck::Pod;
 use core::any::TypeId;
 use core::cell::Cell;
 use core::marker::PhantomData;
+use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The bytes of scratch memory ([`Ctx::local`]) that each group has.
@@ -47,6 +48,76 @@ pub const LOCAL_BYTES: usize = 4 << 20;
 pub trait Kernel: Sync {
     /// Runs one group.
     fn run(&self, ctx: &Ctx<'_>);
+
+    /// The same kernel in OpenCL C, if there is one: see [`Forms`].
+    fn opencl(&self) -> Option<&OpenCl> {
+        None
+    }
+}
+
+/// A kernel as a function of an OpenCL C program.
+///
+/// Its parameters are the launch's arguments, in their order: a pointer to global memory for each range, `const` where the launch declares it with `inp`, and a value for each value.
+#[derive(Clone, Debug)]
+pub struct OpenCl {
+    /// The program.
+    pub source: Cow<'static, str>,
+    /// The kernel's name in it.
+    pub name: Cow<'static, str>,
+    /// Work items of one work group, along x, y and z. A group of the grid is a work group.
+    pub local: [usize; 3],
+    /// Options for the compiler, as clBuildProgram takes them.
+    pub options: Cow<'static, str>,
+}
+
+/// One kernel in several forms: a device runs the one that it can.
+///
+/// ```
+/// use uhmm_core::kernel::{Ctx, Forms, Kernel};
+///
+/// let double = Forms::new(|ctx: &Ctx<'_>| {
+///     let part = ctx.out::<f32>(0).chunk(64);
+///     part.iter_mut().for_each(|x| *x *= 2.0);
+/// })
+/// .opencl("__kernel void twice(__global float *data) { data[get_global_id(0)] *= 2; }", "twice", 64);
+/// assert_eq!(double.opencl().unwrap().local, [64, 1, 1]);
+/// ```
+#[derive(Clone, Debug)]
+pub struct Forms<K> {
+    rust: K,
+    opencl: Option<OpenCl>,
+}
+
+impl<K: Kernel> Forms<K> {
+    /// A kernel with a form in Rust.
+    pub fn new(rust: K) -> Self {
+        Forms { rust, opencl: None }
+    }
+
+    /// Adds its form in OpenCL C: the program, the kernel's name in it, and the work items of a group.
+    pub fn opencl(mut self, source: impl Into<Cow<'static, str>>, name: impl Into<Cow<'static, str>>, local: impl Into<Grid>) -> Self {
+        let local = local.into().size;
+        self.opencl = Some(OpenCl { source: source.into(), name: name.into(), local, options: Cow::Borrowed("") });
+        self
+    }
+
+    /// Sets the options for the OpenCL compiler, as clBuildProgram takes them. Without a form in OpenCL C it does nothing.
+    pub fn opencl_options(mut self, options: impl Into<Cow<'static, str>>) -> Self {
+        if let Some(opencl) = &mut self.opencl {
+            opencl.options = options.into();
+        }
+        self
+    }
+}
+
+impl<K: Kernel> Kernel for Forms<K> {
+    fn run(&self, ctx: &Ctx<'_>) {
+        self.rust.run(ctx)
+    }
+
+    fn opencl(&self) -> Option<&OpenCl> {
+        self.opencl.as_ref()
+    }
 }
 
 impl<F: Fn(&Ctx<'_>) + Sync> Kernel for F {
@@ -123,6 +194,11 @@ impl Bound {
     /// The grid of the launch.
     pub fn grid(&self) -> Grid {
         self.grid
+    }
+
+    /// The arguments, in their order; addresses are the device's.
+    pub fn args(&self) -> &[RawArg] {
+        &self.args[..self.count]
     }
 }
 
@@ -356,9 +432,10 @@ impl core::fmt::Debug for Message {
 pub struct Entry {
     call: unsafe fn(*const (), &Ctx<'_>) -> Result<(), Message>,
     data: *const (),
+    opencl: Option<core::ptr::NonNull<OpenCl>>,
 }
 
-// SAFETY: `data` is a `&K` with `K: Sync`, kept alive by the contract of `Entry::call`.
+// SAFETY: `data` is a `&K` with `K: Sync`, and `opencl` a part of it, kept alive by the contract of `Entry::call`.
 unsafe impl Send for Entry {}
 // SAFETY: as above.
 unsafe impl Sync for Entry {}
@@ -378,7 +455,16 @@ impl Entry {
                 message
             })
         }
-        Entry { call: call::<K>, data: core::ptr::from_ref(kernel).cast() }
+        Entry { call: call::<K>, data: core::ptr::from_ref(kernel).cast(), opencl: kernel.opencl().map(core::ptr::NonNull::from) }
+    }
+
+    /// The kernel's form in OpenCL C, if it has one.
+    ///
+    /// # Safety
+    /// The kernel that the entry was made of must be alive for as long as this is used.
+    pub unsafe fn opencl<'a>(&self) -> Option<&'a OpenCl> {
+        // SAFETY: it was a reference into the kernel, which is alive by the contract.
+        self.opencl.map(|form| unsafe { form.as_ref() })
     }
 
     /// Runs one group; a panic comes back as its message.

@@ -26,6 +26,7 @@ use crate::migrate::{Intent, Parked};
 use crate::mode::Mode;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::{Cause, PageState, Span, Va};
+use crate::place;
 use crate::prepare::{Part, note_ends, prepare, register_ahead};
 use crate::ranges;
 use crate::snapshot;
@@ -48,10 +49,15 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    pub(crate) fn new(entry: Entry, grid: Grid, args: &[RawArg]) -> Self {
+    /// Made on the thread that launches, where the device's compiler may run: nothing has moved yet.
+    ///
+    /// # Errors
+    /// [`Error::NotLoaded`].
+    pub(crate) fn new(dev: &Device, entry: Entry, grid: Grid, args: &[RawArg]) -> Result<Self, Error> {
+        dev.driver.load(&entry, args).map_err(|why| Error::NotLoaded { device: dev.driver.info().name, why })?;
         let mut all = [RawArg::Pointer { address: 0 }; MAX_ARGS];
         all[..args.len()].copy_from_slice(args);
-        Request { entry, grid, args: all, count: args.len() }
+        Ok(Request { entry, grid, args: all, count: args.len() })
     }
 }
 
@@ -214,7 +220,9 @@ fn make_ready(
     args: &[RawArg],
     place: &Place<'_>,
 ) -> Result<(), Error> {
-    if !place.is_first() && dev.flights.has_other_launch(flight) {
+    // What would be placed now might have to take the place of what the running launch uses.
+    let linear = dev.mem.places().is_some();
+    if !linear && !place.is_first() && dev.flights.has_other_launch(flight) {
         let part = if flight.fetches(dev) { Part::Read } else { Part::All };
         let early = {
             let _prepare = core.prepare.lock();
@@ -406,11 +414,11 @@ pub(crate) fn prefetch(core: &Core, dev: &Device, start: Va, end: Va) -> Result<
     core.space.settle();
     let _turn = core.turns.enter(Who::Device(dev.index()));
     let _prepare = core.prepare.lock();
-    send(core, dev, (start, end), Span::inside(start, end).len(), core.next_launch())
+    send(core, dev, (start, end), Span::inside(start, end), core.next_launch())
 }
 
-/// The same for a part of a range with `whole` bytes to move, under one pin for all its parts. `prepare` is held.
-pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usize, pin: u64) -> Result<(), Error> {
+/// The same for a part of a range whose `whole` is to move, under one pin for all its parts. `prepare` is held.
+pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: Span, pin: u64) -> Result<(), Error> {
     let inside = Span::inside(start, end);
     let info = dev.driver.info();
     if info.memory == 0 {
@@ -419,8 +427,8 @@ pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usi
     if info.capabilities.coherent && core.space.mode != Mode::Full {
         return Ok(()); // as above
     }
-    if whole > info.memory && !info.capabilities.coherent {
-        return Err(Error::TooLarge { device: info.name, needed: whole, capacity: info.memory });
+    if whole.len() > info.memory && !info.capabilities.coherent {
+        return Err(Error::TooLarge { device: info.name, needed: whole.len(), capacity: info.memory });
     }
     dev.driver.stand_by();
     dev.set_pin(pin);
@@ -429,6 +437,7 @@ pub(crate) fn send(core: &Core, dev: &Device, (start, end): (Va, Va), whole: usi
     if info.capabilities.coherent {
         coherent::pin(core, dev, start, end);
     }
+    place::ensure(core, dev, None, whole)?;
     check::pieces(core, start, end, |piece| {
         let part = inside.and(Span::touching(piece.start, piece.end));
         if piece.movable && !part.is_empty() {

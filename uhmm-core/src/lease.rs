@@ -200,7 +200,7 @@ impl DeviceRef {
     /// # Errors
     /// [`Error::Grid`], [`Error::Kernel`], [`Error::Reentrant`].
     pub fn run_leased(&self, entry: Entry, grid: Grid, args: &[RawArg]) -> Result<(), Error> {
-        let request = Request::new(entry, grid, args);
+        let request = Request::new(self.dev(), entry, grid, args)?;
         self.ask_launch(move |core, dev, number| run(core, dev, &request, number))
     }
 }

@@ -80,6 +80,7 @@ mod monitor;
 mod notifier;
 pub mod own;
 pub mod page;
+mod place;
 pub mod policy;
 mod pool;
 pub mod port;

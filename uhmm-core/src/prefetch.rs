@@ -240,7 +240,7 @@ impl Prefetches {
 
     fn carry_out(&self, core: &Core, ticket: u64) -> Result<(), Error> {
         let Some(Entry { start: mut at, end, target, .. }) = self.queue.lock().entry(ticket).copied() else { return Ok(()) };
-        let whole = Span::inside(at, end).len();
+        let whole = Span::inside(at, end);
         let pin = core.next_launch();
         loop {
             let to = (at / BLOCK * BLOCK + PART).min(end);

@@ -17,6 +17,7 @@ use crate::launch::{LARGE, Ledger};
 use crate::migrate::{Ask, BATCH, Intent, Park, Room};
 use crate::mode::Mode;
 use crate::page::{Span, Va};
+use crate::place;
 use crate::policy::Wishes;
 use crate::ranges;
 use crate::shares;
@@ -145,6 +146,7 @@ fn open(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) -> Result<S
         if info.capabilities.coherent {
             coherent::pin(core, dev, start, end);
         } else {
+            place::ensure(core, dev, Some(flight), Span::touching(start, end))?;
             dev.driver.open_window(Span::touching(start, end)).map_err(|e| dev.failed(e))?;
             shares::open(core, dev, start, end);
         }

@@ -11,6 +11,7 @@ use crate::driver::{Committed, MapRun};
 use crate::home;
 use crate::mirror::Reason;
 use crate::page::{Span, Va};
+use crate::place;
 use crate::pool::Tray;
 use crate::space::Space;
 use core::ops::Range;
@@ -256,6 +257,11 @@ pub(crate) fn unmap(core: &Core, dev: &Device, state: &mut State, va: Va, bits: 
 /// [`Full`]; nothing was taken then.
 pub(crate) fn take_frames(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bits) -> Result<(), Full> {
     if state.whole {
+        return Ok(());
+    }
+    if let Some(places) = dev.mem.places() {
+        let base = place::take(dev, places, va)?;
+        core.dir.set_whole(state, base);
         return Ok(());
     }
     if bits == Bits::ALL && !core.dir.has_table(state) {

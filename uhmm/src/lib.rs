@@ -92,21 +92,24 @@ mod buffer;
 mod hints;
 mod host;
 mod lease;
+mod opencl;
 
 pub use buffer::Buffer;
 pub use hints::{AsRange, Place, Prefetch, Residency, Run, To};
 pub use host::Host;
 pub use lease::{Fence, Lease, Signal, fence};
+pub use opencl::OpenClBuilder;
 pub use uhmm_core::Error;
 pub use uhmm_core::args;
 pub use uhmm_core::args::{Access, Arg, Args, IntoArg, Lent, MAX_ARGS, inout, inp, out, ptr, val};
 pub use uhmm_core::counters::Stats;
 pub use uhmm_core::driver::{DeviceInfo, KernelFault};
-pub use uhmm_core::kernel::{Ctx, Grid, Kernel, LOCAL_BYTES, Out};
+pub use uhmm_core::kernel::{Ctx, Forms, Grid, Kernel, LOCAL_BYTES, OpenCl, Out};
 pub use uhmm_core::mirror::{self, Mirror, Notifier};
 pub use uhmm_core::mode::Mode;
 pub use uhmm_core::policy::{Advice, Location};
 pub use uhmm_core::scope::{Event, Launched, Queue, Scope, scope};
+pub use uhmm_opencl::{api::Found as OpenClDevice, devices as opencl_devices};
 
 /// What decides what moves, and when: [`Policy`](policy::Policy), those that come with uhmm, and what they are asked.
 ///
@@ -133,7 +136,7 @@ use uhmm_core::kernel::Entry;
 use uhmm_core::{CoreRef, DeviceConfig, DeviceRef};
 
 /// The names of the kinds of device that this build has; [`Uhmm::device`] says what they are.
-pub const KINDS: &[&str] = &["soft", "soft:nofault", "soft:coherent", "null"];
+pub const KINDS: &[&str] = &["soft", "soft:nofault", "soft:coherent", "opencl", "null"];
 
 /// The process's heterogeneous memory management. All values of this type in a process share one core, which ends with the last of them and of their
 /// devices: everything comes home, and no thread, mapping or descriptor stays.
@@ -173,6 +176,7 @@ impl Uhmm {
     /// | `soft` | the reference device in software |
     /// | `soft:nofault` | the same without replayable faults, as most hardware is: kernels reach only what their launch declares |
     /// | `soft:coherent` | the same with memory that the CPU uses in place, as behind CXL: what a launch declares moves there as far as there is room, and neither side's touch moves anything |
+    /// | `opencl`, `opencl:1`, `opencl:gpu`, `opencl:NAME` | a device with OpenCL 1.2 or newer, by number, type (`gpu`, `cpu`, `accelerator`) or words of its name; it runs the form of a kernel that is in OpenCL C ([`Forms`]) |
     /// | `null` | accepts every launch, runs nothing, has no memory: what uhmm itself costs |
     ///
     /// # Errors
@@ -183,6 +187,7 @@ impl Uhmm {
             "soft:nofault" => self.soft("soft:nofault").replayable_faults(false).open(),
             "soft:coherent" => self.soft("soft:coherent").coherent(true).open(),
             "null" => Ok(Device { dev: self.core.device(DeviceConfig::new("null"), uhmm_null::open)? }),
+            _ if name == "opencl" || name.starts_with("opencl:") => self.opencl(name).open(),
             _ => match self.core.open_device(name)? {
                 Some(dev) => Ok(Device { dev }),
                 None => Err(Error::NoDevice { name: name.into(), known: KINDS.join(", ") }),
@@ -193,6 +198,11 @@ impl Uhmm {
     /// A software device with a configuration of its own. If a device of that name is open already, it is that one, as it was configured.
     pub fn soft(&self, name: &'static str) -> SoftBuilder<'_> {
         SoftBuilder { core: &self.core, config: DeviceConfig::new(name) }
+    }
+
+    /// An OpenCL device with a configuration of its own; names are those of [`device`](Self::device). If a device of that name is open already, it is that one, as it was configured.
+    pub fn opencl(&self, name: &str) -> OpenClBuilder<'_> {
+        OpenClBuilder { core: &self.core, config: DeviceConfig::new(opencl::kept(name)) }
     }
 
     /// Brings everything home that any device has, but for what a [lease](Lease) holds: afterwards all other memory is the CPU's alone, until the next launch. Waits for the running launch.

@@ -8,7 +8,12 @@ use crate::matmul::mul_mat;
 use anyhow::Result;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
-use uhmm::{Buffer, Device, Host, args, inp, out};
+use uhmm::{Buffer, Device, Forms, Host, Kernel, args, inp, out};
+
+/// The kernel, in all its forms.
+fn kernel() -> Forms<impl Kernel> {
+    Forms::new(mul_mat).opencl(include_str!("mul_mat.cl"), "mul_mat", 1)
+}
 
 /// Sizes as the kernel takes them.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +88,7 @@ pub(crate) fn read_all(data: &[f32]) {
 /// uhmm: one launch with ordinary slices.
 pub(crate) fn launch(device: &Device, shape: Shape, r: &mut [f32], a: &[f32], b: &[f32]) -> Result<()> {
     let [n, k, rows] = [shape.n, shape.k, shape.rows].map(|size| size as u32);
-    Ok(device.run(&mul_mat, shape.groups(), args![out(r), inp(a), inp(b), n, k, rows])?)
+    Ok(device.run(&kernel(), shape.groups(), args![out(r), inp(a), inp(b), n, k, rows])?)
 }
 
 /// One round of uhmm.
@@ -98,7 +103,7 @@ pub(crate) fn uhmm(device: &Device, shape: Shape, arrays: &mut Arrays) -> Result
 pub(crate) fn native(host: &Host, shape: Shape, arrays: &mut Arrays) -> Result<Duration> {
     let [n, k, rows] = [shape.n, shape.k, shape.rows].map(|size| size as u32);
     let start = Instant::now();
-    host.run(&mul_mat, shape.groups(), args![out(&mut arrays.r), inp(&arrays.a), inp(&arrays.b), n, k, rows])?;
+    host.run(&kernel(), shape.groups(), args![out(&mut arrays.r), inp(&arrays.a), inp(&arrays.b), n, k, rows])?;
     read_all(&arrays.r);
     Ok(start.elapsed())
 }
@@ -124,7 +129,7 @@ impl<'d> Explicit<'d> {
         let [n, k, rows] = [self.shape.n, self.shape.k, self.shape.rows].map(|size| size as u32);
         self.a.upload(&arrays.a)?;
         self.b.upload(&arrays.b)?;
-        self.device.run(&mul_mat, self.shape.groups(), args![self.r.out(), self.a.inp(), self.b.inp(), n, k, rows])?;
+        self.device.run(&kernel(), self.shape.groups(), args![self.r.out(), self.a.inp(), self.b.inp(), n, k, rows])?;
         self.r.download(&mut arrays.r)?;
         Ok(())
     }

@@ -39,7 +39,7 @@ pub(crate) fn open(config: &DeviceConfig, mode: Mode) -> Result<OwnBox<dyn Drive
     let reserve = |e: Errno| config.refuse(format!("cannot reserve address space for {memory} bytes of device memory: {e}"));
     let watch = if mode == Mode::None { Watch::Not } else { Watch::Writes };
     // All of its memory is this process's, and so is what peers let be seen of theirs.
-    let capabilities = Capabilities { replayable_faults: true, coherent: true, reads_peers: true };
+    let capabilities = Capabilities { replayable_faults: true, coherent: true, reads_peers: true, ..Capabilities::default() };
     let device = Coherent {
         info: DeviceInfo { name: config.name, memory, threads, mask: 0, capabilities },
         workers: Workers::new(threads).map_err(reserve)?,

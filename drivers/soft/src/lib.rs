@@ -85,7 +85,7 @@ pub fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<
     };
     // All of its memory is this process's, and so is what peers let be seen of theirs.
     let replayable_faults = config.replayable_faults && mode != Mode::None;
-    let capabilities = Capabilities { replayable_faults, coherent: false, reads_peers: true };
+    let capabilities = Capabilities { replayable_faults, coherent: false, reads_peers: true, ..Capabilities::default() };
     let soft = Soft {
         info: DeviceInfo { name: config.name, memory, threads, mask: space.mask(), capabilities },
         workers: Workers::new(threads).map_err(reserve)?,

@@ -3,6 +3,8 @@
 //! Examples: `drivers/faulty`, which forwards what it does not fail.
 
 use super::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use crate::args::RawArg;
+use crate::kernel::Entry;
 use crate::page::Span;
 use core::time::Duration;
 use uhmm_os::Errno;
@@ -83,6 +85,7 @@ forward! {
     fn allow_writes(&self, batch: &[MapRun]);
     fn protect(&self, run: MapRun) -> Option<usize>;
     fn unmap(&self, batch: &[MapRun]);
+    fn load(&self, entry: &Entry, args: &[RawArg]) -> Result<(), String>;
     fn launch(&self, launch: &Launch) -> Result<(), KernelFault>;
     fn note_fault(&self, va: usize, write: bool);
     fn fail(&self, fault: KernelFault);

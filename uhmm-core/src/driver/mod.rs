@@ -27,6 +27,7 @@ pub mod cpu;
 pub mod forward;
 pub mod window;
 
+use crate::args::RawArg;
 use crate::bits::PAGES;
 use crate::directory::State;
 use crate::kernel::{Bound, Entry, Message};
@@ -68,6 +69,9 @@ pub struct Capabilities {
     pub replayable_faults: bool,
     /// The CPU reads and writes the device's memory in place, so that a page of it need not come home to be touched.
     pub coherent: bool,
+    /// The device has no page table: its kernels reach an argument through one address, and what is mapped must be where its frame is. Pages of a range that a launch declares
+    /// then lie in frames that follow each other, and all pages of a block in one unit.
+    pub linear: bool,
     /// The device's copy engine can read what another device's [`peek`](Driver::peek) names, as the host address of [`DmaKind::ToDevice`]: then pages move from that device
     /// to this one by one copy. Else they pass through host pages.
     pub reads_peers: bool,
@@ -240,6 +244,8 @@ pub enum KernelFault {
         /// The process address.
         address: usize,
     },
+    /// The device refuses to run the kernel, in its own words: for an OpenCL device the name of the status.
+    Refused(Message),
     /// The device could not run the kernel, or not fetch what it touched.
     Device {
         /// The system's error.
@@ -368,6 +374,15 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
 
     /// Takes runs out of the device's page table, acknowledged.
     fn unmap(&self, batch: &[MapRun]);
+
+    /// Makes a kernel ready to run, on the thread that is going to launch it and before anything moves for it: compiles its form for this device, if it is new. The kernel is alive.
+    ///
+    /// # Errors
+    /// Why the device cannot run it, in words for the one who launches: that it has no form for this kind of device, what its compiler says, that the arguments are not its own.
+    fn load(&self, entry: &Entry, args: &[RawArg]) -> Result<(), String> {
+        let _ = (entry, args);
+        Ok(())
+    }
 
     /// Runs a kernel to its end, all groups.
     ///

@@ -13,7 +13,7 @@ fn open(config: DeviceConfig, driver: OpenDriver) -> DeviceRef {
 }
 
 /// The names of the checks that failed.
-fn failed(subject: &mut Subject<'_>, skip: impl Fn(&str) -> bool) -> Vec<&'static str> {
+pub fn failed(subject: &mut Subject<'_>, skip: impl Fn(&str) -> bool) -> Vec<&'static str> {
     let mut failed = vec![];
     for check in CHECKS.iter().filter(|check| !skip(check.name)) {
         // Said before, so that it is known which one hangs.
@@ -26,7 +26,7 @@ fn failed(subject: &mut Subject<'_>, skip: impl Fn(&str) -> bool) -> Vec<&'stati
 }
 
 /// What holds only where data may stay on a device.
-const STAYS: &[&str] = &["an_unchanged_relaunch_moves_nothing", "prefetch_and_evict", "bytes_and_pages_add_up"];
+pub const STAYS: &[&str] = &["an_unchanged_relaunch_moves_nothing", "prefetch_and_evict", "bytes_and_pages_add_up"];
 
 fn passes(config: DeviceConfig) {
     let dev = open(config, uhmm_soft::open);

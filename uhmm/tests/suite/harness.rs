@@ -39,6 +39,8 @@ pub fn run(tests: &[Test], lesser: &'static [Test]) {
     if !full {
         eprintln!("tests that need the right to handle the kernel's page faults are ignored: see `uhmm doctor`");
     }
+    let opencl = has_opencl();
+    let lacks = |name: &str| !opencl && name.starts_with("opencl::");
     let mut trials = vec![];
     for test in lesser {
         let name = test.name.trim_start_matches("suite::");
@@ -48,10 +50,11 @@ pub fn run(tests: &[Test], lesser: &'static [Test]) {
     }
     for &test in tests {
         let name = test.name.trim_start_matches("suite::");
-        trials.push(Trial::test(name, move || child(test.name, None)).with_ignored_flag(test.full && !full));
+        trials.push(Trial::test(name, move || child(test.name, None)).with_ignored_flag((test.full && !full) || lacks(name)));
         for mode in [Mode::UserModeOnly, Mode::None] {
             if modes::runs_in(name, mode) {
-                trials.push(Trial::test(format!("{}::{name}", mode.name()), move || child(test.name, Some(mode))));
+                let trial = Trial::test(format!("{}::{name}", mode.name()), move || child(test.name, Some(mode)));
+                trials.push(trial.with_ignored_flag(lacks(name)));
             }
         }
     }
@@ -59,6 +62,17 @@ pub fn run(tests: &[Test], lesser: &'static [Test]) {
     // Tests measure nothing, but their races want both cores.
     arguments.test_threads.get_or_insert(2);
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Whether there is a device with OpenCL. Where UHMM_OPENCL is `required` its tests run all the same, and fail.
+fn has_opencl() -> bool {
+    if !uhmm_opencl::devices().is_empty() || std::env::var("UHMM_OPENCL").is_ok_and(|value| value == "required") {
+        return true;
+    }
+    eprintln!(
+        "tests of OpenCL are ignored: there is no device (for the CPU, on Debian: apt-get install ocl-icd-libopencl1 pocl-opencl-icd)"
+    );
+    false
 }
 
 /// Whether this process could have full mode.

@@ -35,6 +35,7 @@ mod mirror_looks;
 mod mirror_races;
 mod modes;
 mod nothing_declared;
+mod opencl;
 mod own_memory;
 mod peer_drivers;
 mod peers;
@@ -86,6 +87,7 @@ fn main() {
     tests.extend(nothing_declared::TESTS);
     tests.extend(mapping_races::TESTS);
     tests.extend(any_memory::TESTS);
+    tests.extend(opencl::TESTS);
     tests.extend(own_memory::TESTS);
     tests.extend(peer_drivers::TESTS);
     tests.extend(peers::TESTS);

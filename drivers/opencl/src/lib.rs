@@ -1,0 +1,176 @@
+//! Any device with OpenCL 1.2 or newer, through plain buffers: it needs neither shared virtual memory nor a page table that the process could reach.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`api`] | the calls of OpenCL that are used, and which devices there are; the library is loaded at run time |
+//! | [`memory`] | one buffer that is the device's memory, and its queue as copy engine |
+//! | [`table`] | where in it the blocks of the process are |
+//! | [`ranges`] | the table by which kernels follow stored pointers |
+//! | [`program`] | kernels: compiling them, and calling them with addresses inside that buffer |
+//!
+//! The device never sees the process's own pages. What a launch declares is copied into its buffer by the device's queue before the kernel starts, and the kernel gets addresses in there; a
+//! range that is declared lies there in one piece ([`Capabilities::linear`]), so that arithmetic on its pointers stays native, at whatever alignment it begins.
+//!
+//! The OpenCL runtime lives in this process and allocates as it pleases, also when uhmm asks it for a copy to serve a touch of the program. That is no circle as long as it does not
+//! touch memory that is on a device: what it allocates shares no page with what uhmm has moved, for pages that hold bytes outside of a declared range stay.
+//!
+//! ```no_run
+//! use uhmm_core::{CoreRef, DeviceConfig};
+//!
+//! # fn main() -> Result<(), uhmm_core::Error> {
+//! for device in uhmm_opencl::devices() {
+//!     println!("{}: {}, {} MiB", device.id, device.name, device.memory >> 20);
+//! }
+//! let dev = CoreRef::get()?.device(DeviceConfig::new("opencl:0"), uhmm_opencl::open)?;
+//! # drop(dev);
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod api;
+pub mod memory;
+pub mod program;
+pub mod ranges;
+pub mod table;
+
+use api::{Found, Status};
+use core::time::Duration;
+use memory::Memory;
+use program::Programs;
+use table::Table;
+use uhmm_core::args::RawArg;
+use uhmm_core::driver::{self, Capabilities, Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::kernel::{Entry, Message};
+use uhmm_core::mode::Mode;
+use uhmm_core::own::OwnBox;
+use uhmm_core::{DeviceConfig, Error};
+use uhmm_os::{BLOCK, Errno, system};
+
+/// The OpenCL devices of this machine, in the order of their platforms; none where there is no OpenCL at all.
+pub fn devices() -> Vec<Found> {
+    api::find().unwrap_or_default()
+}
+
+/// The device that a name means: `opencl` and `opencl:N` by number, `opencl:gpu`, `opencl:cpu` and `opencl:accelerator` the first of that type, `opencl:WORDS` the first whose name, or that of
+/// its platform, has these words.
+///
+/// # Errors
+/// Why there is none, in words.
+pub fn choose(name: &str) -> Result<Found, String> {
+    let all = api::find().map_err(|e| e.to_string())?;
+    let wanted = name.strip_prefix("opencl").map_or(name, |rest| rest.trim_start_matches(':')).to_lowercase();
+    let fits = |device: &&Found| match wanted.as_str() {
+        "" => true,
+        kind @ ("gpu" | "cpu" | "accelerator") => device.kind == kind,
+        number if number.bytes().all(|byte| byte.is_ascii_digit()) => device.id == format!("opencl:{number}"),
+        words => device.name.to_lowercase().contains(words) || device.platform.to_lowercase().contains(words),
+    };
+    all.iter().find(fits).cloned().ok_or_else(|| {
+        let known: Vec<String> = all.iter().map(|device| format!("{} ({}, {})", device.id, device.name, device.kind)).collect();
+        format!("no OpenCL device is called that; there is: {}", known.join(", "))
+    })
+}
+
+/// An OpenCL device.
+#[derive(Debug)]
+pub struct OpenCl {
+    info: DeviceInfo,
+    // Fields are dropped in this order: programs and memory belong to the context that `memory` holds.
+    programs: Programs,
+    table: Table,
+    memory: Memory,
+}
+
+/// Opens the device that [`choose`] finds for the configuration's name.
+///
+/// `memory` 0 means a quarter of the device's memory, or of the machine's if that is less (a CPU device has no other). OpenCL gives one buffer so much at most as it says
+/// (CL_DEVICE_MAX_MEM_ALLOC_SIZE).
+///
+/// # Errors
+/// [`Error::Device`] if there is none, or it cannot be had as asked.
+pub fn open(config: &DeviceConfig, _mode: Mode, _others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
+    let found = choose(config.name).map_err(|why| config.refuse(why))?;
+    let asked =
+        if config.memory == 0 { (found.memory / 4).min(system::total_memory() as usize / 4).min(found.largest) } else { config.memory };
+    let memory = asked / BLOCK * BLOCK;
+    if memory == 0 {
+        return Err(config.refuse("its memory must be at least 2 MiB"));
+    }
+    if memory > found.largest {
+        return Err(config.refuse(format!("{memory} bytes of memory are more than the {} bytes that it gives one buffer", found.largest)));
+    }
+    let refuse = |what: &str, status: Status| config.refuse(format!("{what}: {status}"));
+    let device = api::Device::open(&found).map_err(|e| refuse("cannot make a context and queues", e))?;
+    let buffer = Memory::new(device, memory).map_err(|e| refuse("cannot make a buffer for its memory: ask for less", e))?;
+    let opencl = OpenCl {
+        info: DeviceInfo {
+            name: config.name,
+            memory,
+            threads: found.units,
+            mask: 0,
+            capabilities: Capabilities { linear: true, ..Capabilities::default() },
+        },
+        programs: Programs::default(),
+        table: Table::new(memory / BLOCK).map_err(|e| config.refuse(format!("cannot reserve its page table: {e}")))?,
+        memory: buffer,
+    };
+    driver::boxed(c"uhmm opencl device", opencl).map_err(|e| config.refuse(format!("cannot reserve memory: {e}")))
+}
+
+#[allow(unsafe_code)]
+// SAFETY: kernels reach only what their arguments name, inside the device's own buffer, and only while `launch` runs. uhmm takes nothing out of the page table that a running
+// launch declares, and what is taken out is in no later launch's arguments.
+unsafe impl Driver for OpenCl {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn populate(&self, _unit: usize) -> Result<(), Errno> {
+        Ok(()) // the whole buffer is the device's from the beginning
+    }
+
+    fn release(&self, _unit: usize) {}
+
+    fn address(&self, frame: Frame) -> usize {
+        memory::address(frame)
+    }
+
+    fn copy(&self, batch: &[Dma]) -> Fence {
+        self.memory.copy(batch)
+    }
+
+    fn wait(&self, fence: Fence, batch: &[Dma], _: Duration) -> Result<(), DmaError> {
+        self.memory.wait(fence, batch)
+    }
+
+    fn reaches(&self, _va: usize) -> bool {
+        true
+    }
+
+    fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {
+        self.table.enter(&batch);
+        Ok(())
+    }
+
+    fn allow_writes(&self, _batch: &[MapRun]) {}
+
+    fn unmap(&self, batch: &[MapRun]) {
+        self.table.leave(batch);
+    }
+
+    fn load(&self, entry: &Entry, args: &[RawArg]) -> Result<(), String> {
+        // SAFETY: the kernel is alive while it is loaded (the contract of `Driver::load`).
+        let Some(form) = (unsafe { entry.opencl() }) else {
+            return Err("it has no form in OpenCL C: make one with `Forms::new(kernel).opencl(source, name, local)`".into());
+        };
+        self.programs.load(self.memory.device(), form)?.check(args)
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
+        // SAFETY: who launches waits for this, and so keeps the kernel alive.
+        let form = unsafe { launch.entry.opencl() };
+        let Some(form) = form else { return Err(KernelFault::Refused(Message::new("the kernel has no form in OpenCL C"))) };
+        let kernel = self.programs.load(self.memory.device(), form).map_err(|why| KernelFault::Refused(Message::new(&why)))?;
+        kernel.run(&self.memory, &self.table, &launch.bound, form.local)
+    }
+}

@@ -1,0 +1,345 @@
+//! Kernels in OpenCL C. A kernel is written as always, with pointers to global memory; what uhmm calls is a small kernel of its own that is added to the program. It gets the device's one buffer
+//! and an offset for each range, and calls the written one with pointers into that buffer. So a range may begin at any byte, where a sub-buffer could not.
+//!
+//! What the parameters are is asked of the compiler (clGetKernelArgInfo), so that a launch whose arguments are others is refused before anything moves.
+//!
+//! No example: a part of the device; outside, only [`crate::open`] is used.
+#![allow(unsafe_code)] // the foreign calls
+
+use crate::api::{Device, Status};
+use crate::memory::{self, Memory};
+use crate::table::Table;
+use cl3::command_queue as cq;
+use cl3::error_codes::{CL_INVALID_ARG_INDEX, CL_INVALID_ARG_VALUE};
+use cl3::event as ev;
+use cl3::kernel as kn;
+use cl3::program as pg;
+use cl3::types::{cl_kernel, cl_mem, cl_program};
+use core::ffi::c_void;
+use core::fmt::Write;
+use core::ptr;
+use std::ffi::CString;
+use std::sync::{Arc, Mutex, PoisonError};
+use uhmm_core::args::{Access, RawArg};
+use uhmm_core::driver::KernelFault;
+use uhmm_core::kernel::{Bound, Message, OpenCl};
+
+/// The programs that a device has compiled.
+#[derive(Debug, Default)]
+pub struct Programs(Mutex<Vec<Arc<Loaded>>>);
+
+/// A kernel that is ready.
+#[derive(Debug)]
+pub struct Loaded {
+    form: OpenCl,
+    params: Vec<Param>,
+    /// What the kernel is of.
+    _program: Program,
+    /// Its arguments are set by one thread at a time.
+    kernel: Mutex<Kernel>,
+}
+
+/// What a parameter is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Param {
+    /// A pointer to global memory: what it points to, and whether that is constant.
+    Global {
+        to: String,
+        constant: bool,
+    },
+    /// A value.
+    Value {
+        of: String,
+    },
+    /// The number of elements of an argument: a parameter called `uhmm_len_N`.
+    Length(usize),
+    /// The device's memory, and the ranges in it: the parameter `UHMM`.
+    Memory,
+    Ranges,
+}
+
+impl Param {
+    /// Whether uhmm gives it, not the launch.
+    fn is_hidden(&self) -> bool {
+        matches!(self, Param::Length(_) | Param::Memory | Param::Ranges)
+    }
+}
+
+/// What is put before each program.
+const HEADER: &str = include_str!("uhmm.cl");
+
+#[derive(Debug)]
+struct Program(cl_program);
+// SAFETY: OpenCL's objects may be used by any thread (specification, appendix A.2).
+unsafe impl Send for Program {}
+// SAFETY: as above.
+unsafe impl Sync for Program {}
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: it is this value's own.
+        let _ = unsafe { pg::release_program(self.0) };
+    }
+}
+
+#[derive(Debug)]
+struct Kernel(cl_kernel);
+// SAFETY: as of `Program`; its arguments are set under a lock.
+unsafe impl Send for Kernel {}
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        // SAFETY: it is this value's own.
+        let _ = unsafe { kn::release_kernel(self.0) };
+    }
+}
+
+impl Programs {
+    /// The kernel of a form: compiled now, if no equal one was before.
+    ///
+    /// # Errors
+    /// What is wrong with it, with the compiler's words.
+    pub fn load(&self, device: &Device, form: &OpenCl) -> Result<Arc<Loaded>, String> {
+        let mut programs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |loaded: &&Arc<Loaded>| {
+            let known = &loaded.form;
+            known.name == form.name && known.options == form.options && known.source == form.source
+        };
+        if let Some(loaded) = programs.iter().find(same) {
+            return Ok(loaded.clone());
+        }
+        let loaded = Arc::new(Loaded::compile(device, form)?);
+        programs.push(loaded.clone());
+        Ok(loaded)
+    }
+}
+
+fn build(device: &Device, text: &str, options: &str) -> Result<Program, String> {
+    let options = CString::new(options).map_err(|_| "the options for the compiler hold a zero byte".to_string())?;
+    let program =
+        pg::create_program_with_source(device.context(), &[text]).map_err(|code| format!("clCreateProgramWithSource: {}", Status(code)))?;
+    let program = Program(program);
+    pg::build_program(program.0, &[device.id()], &options, None, ptr::null_mut()).map_err(|code| {
+        let log = pg::get_program_build_info(program.0, device.id(), pg::CL_PROGRAM_BUILD_LOG).map(String::from).unwrap_or_default();
+        format!("{}\n{}", Status(code), log.trim_end_matches(['\0', '\n']))
+    })?;
+    Ok(program)
+}
+
+fn kernel(program: &Program, name: &str) -> Result<Kernel, String> {
+    let c = CString::new(name).map_err(|_| "the kernel's name holds a zero byte".to_string())?;
+    kn::create_kernel(program.0, &c).map(Kernel).map_err(|code| format!("there is no kernel {name} in its program: {}", Status(code)))
+}
+
+impl Loaded {
+    fn compile(device: &Device, form: &OpenCl) -> Result<Self, String> {
+        let options = format!("{} -cl-kernel-arg-info", form.options);
+        let alone = build(device, &format!("{HEADER}{}", form.source), &options)?;
+        let params = params(&kernel(&alone, &form.name)?, &form.name)?;
+        let program = build(device, &format!("{HEADER}{}\n{}", form.source, caller(&form.name, &params)), &form.options)?;
+        let kernel = kernel(&program, &format!("uhmm_call_{}", form.name))?;
+        Ok(Loaded { form: form.clone(), params, _program: program, kernel: Mutex::new(kernel) })
+    }
+
+    /// Whether a launch's arguments are what the kernel takes.
+    ///
+    /// # Errors
+    /// The first that is not, in words.
+    pub fn check(&self, args: &[RawArg]) -> Result<(), String> {
+        let name = &self.form.name;
+        let own = self.params.iter().filter(|param| !param.is_hidden());
+        let count = own.clone().count();
+        // More of them only declare memory, as what stored pointers lead to.
+        if args.len() < count || args[count..].iter().any(|arg| matches!(arg, RawArg::Value { .. })) {
+            return Err(format!("kernel {name} has {count} parameters, and the launch {} arguments", args.len()));
+        }
+        for (index, (param, arg)) in own.zip(args).enumerate() {
+            let what = || format!("argument {index} of kernel {name}");
+            match (param, arg) {
+                (Param::Global { to, constant }, &RawArg::Slice { size, access, name: ty, .. }) => {
+                    if size_of_type(to).is_some_and(|wanted| wanted != size && size % wanted != 0 && wanted % size != 0) {
+                        return Err(format!("{} points to {to}, and the launch gives it {ty}", what()));
+                    }
+                    if access == Access::In && !constant {
+                        return Err(format!("{} may be written by it: declare the parameter const, or give it with inout or out", what()));
+                    }
+                }
+                (Param::Value { of }, &RawArg::Value { size, name: ty, .. }) => {
+                    if size_of_type(of).is_some_and(|wanted| wanted != size) {
+                        return Err(format!("{} is a value of type {of}, and the launch gives it {ty}", what()));
+                    }
+                }
+                (Param::Global { to, .. }, _) => return Err(format!("{} is a pointer to {to}: give it with inp, out or inout", what())),
+                (Param::Length(_) | Param::Memory | Param::Ranges, _) => {}
+                (Param::Value { of }, _) => return Err(format!("{} is a value of type {of}: give it as a value", what())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs it to its end.
+    ///
+    /// # Errors
+    /// The status of OpenCL; an address that its kernel followed and that was not declared.
+    pub(crate) fn run(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<(), KernelFault> {
+        let refused = |status: Status| KernelFault::Refused(Message::new(&status.to_string()));
+        let follows = self.params.contains(&Param::Ranges);
+        if follows {
+            memory.ranges().set(bound.args(), table).map_err(refused)?;
+        }
+        self.enqueue(memory, table, bound, local).map_err(refused)?;
+        let missed = if follows { memory.ranges().missed().map_err(refused)? } else { None };
+        missed.map_or(Ok(()), |address| Err(KernelFault::NotDeclared { address, write: false }))
+    }
+
+    fn enqueue(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<(), Status> {
+        let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = |index: usize, size: usize, value: *const c_void| {
+            // SAFETY: `size` bytes are valid at `value`, and are copied before the call returns.
+            unsafe { kn::set_kernel_arg(kernel.0, index as u32, size, value) }.map_err(Status)
+        };
+        for (index, buffer) in [memory.buffer().raw(), memory.ranges().buffer().raw()].iter().enumerate() {
+            set(index, size_of::<cl_mem>(), core::ptr::from_ref(buffer).cast())?;
+        }
+        let mut args = bound.args().iter();
+        let mut index = 2;
+        for param in &self.params {
+            match param {
+                Param::Memory | Param::Ranges => continue,
+                Param::Length(of) => {
+                    let Some(&RawArg::Slice { count, .. }) = bound.args().get(*of) else { return Err(Status(CL_INVALID_ARG_INDEX)) };
+                    set(index, size_of::<u64>(), (&raw const count).cast())?;
+                }
+                Param::Global { .. } | Param::Value { .. } => match args.next() {
+                    Some(arg @ RawArg::Slice { .. }) => {
+                        let at = place(arg, table).ok_or(Status(CL_INVALID_ARG_VALUE))? as u64;
+                        set(index, size_of::<u64>(), (&raw const at).cast())?;
+                    }
+                    Some(RawArg::Value { bytes, size, .. }) => set(index, *size, bytes.as_ptr().cast())?,
+                    Some(RawArg::Pointer { .. }) | None => return Err(Status(CL_INVALID_ARG_VALUE)),
+                },
+            }
+            index += 1;
+        }
+        let grid = bound.grid().size;
+        let global = [0, 1, 2].map(|side| grid[side] * local[side]);
+        let queue = memory.device().kernels();
+        // SAFETY: queue and kernel are alive, and its arguments are set; both arrays have three sides.
+        let done = unsafe { cq::enqueue_nd_range_kernel(queue, kernel.0, 3, ptr::null(), global.as_ptr(), local.as_ptr(), 0, ptr::null()) }
+            .map_err(Status)?;
+        let ended = ev::wait_for_events(&[done]).map_err(Status);
+        // SAFETY: the event is ours.
+        let _ = unsafe { ev::release_event(done) };
+        ended
+    }
+}
+
+/// Where a range lies in the device's memory.
+pub(crate) fn place(arg: &RawArg, table: &Table) -> Option<usize> {
+    match *arg {
+        RawArg::Slice { start, device: Some(_), .. } => Some(memory::offset(start)),
+        RawArg::Slice { count, size, .. } if count * size == 0 => Some(0),
+        RawArg::Slice { start, count, size, .. } => table.offset(start, count * size),
+        _ => None,
+    }
+}
+
+/// What the kernel's parameters are.
+fn params(kernel: &Kernel, name: &str) -> Result<Vec<Param>, String> {
+    let count = kn::get_kernel_info(kernel.0, kn::CL_KERNEL_NUM_ARGS).map(u32::from).map_err(|code| Status(code).to_string())?;
+    (0..count)
+        .map(|index| {
+            let ask = |what| {
+                kn::get_kernel_arg_info(kernel.0, index, what).map_err(|code| format!("clGetKernelArgInfo of {name}: {}", Status(code)))
+            };
+            let space = u32::from(ask(kn::CL_KERNEL_ARG_ADDRESS_QUALIFIER)?);
+            let text = String::from(ask(kn::CL_KERNEL_ARG_TYPE_NAME)?);
+            let text = text.trim_end_matches('\0').trim();
+            let constant = u64::from(ask(kn::CL_KERNEL_ARG_TYPE_QUALIFIER)?) & u64::from(kn::CL_KERNEL_ARG_TYPE_CONST) != 0;
+            let called = String::from(ask(kn::CL_KERNEL_ARG_NAME)?);
+            match called.trim_end_matches('\0') {
+                "uhmm_memory" => return Ok(Param::Memory),
+                "uhmm_ranges" => return Ok(Param::Ranges),
+                other => {
+                    if let Some(of) = other.strip_prefix("uhmm_len_").and_then(|of| of.parse().ok()) {
+                        return Ok(Param::Length(of));
+                    }
+                }
+            }
+            match space {
+                kn::CL_KERNEL_ARG_ADDRESS_GLOBAL => Ok(Param::Global { to: text.trim_end_matches('*').trim().into(), constant }),
+                kn::CL_KERNEL_ARG_ADDRESS_PRIVATE => Ok(Param::Value { of: text.into() }),
+                kn::CL_KERNEL_ARG_ADDRESS_CONSTANT => {
+                    Err(format!("parameter {index} of kernel {name} is __constant: declare it __global const"))
+                }
+                _ => Err(format!("parameter {index} of kernel {name} is __local: declare local memory in the kernel itself")),
+            }
+        })
+        .collect()
+}
+
+/// The kernel that calls the written one.
+fn caller(name: &str, params: &[Param]) -> String {
+    let (mut head, mut call) = (String::from("UHMM"), String::new());
+    for (index, param) in params.iter().enumerate() {
+        let comma = if index == 0 { "" } else { ", " };
+        // Writing to a string cannot fail.
+        let _ = match param {
+            Param::Global { to, constant } => {
+                let constant = if *constant { "const " } else { "" };
+                write!(head, ", ulong uhmm_{index}")
+                    .and_then(|()| write!(call, "{comma}(__global {constant}{to} *)(uhmm_memory + uhmm_{index})"))
+            }
+            Param::Value { of } => write!(head, ", {of} uhmm_{index}").and_then(|()| write!(call, "{comma}uhmm_{index}")),
+            Param::Length(_) => write!(head, ", ulong uhmm_{index}").and_then(|()| write!(call, "{comma}uhmm_{index}")),
+            Param::Memory => write!(call, "{comma}uhmm_memory"),
+            Param::Ranges => write!(call, "{comma}uhmm_ranges"),
+        };
+    }
+    format!("__kernel void uhmm_call_{name}({head}) {{ {name}({call}); }}\n")
+}
+
+/// The bytes of a type that OpenCL C defines.
+fn size_of_type(name: &str) -> Option<usize> {
+    let base = name.trim_end_matches(|c: char| c.is_ascii_digit());
+    let size = match base {
+        "char" | "uchar" | "unsigned char" => 1,
+        "short" | "ushort" | "unsigned short" | "half" => 2,
+        "int" | "uint" | "unsigned int" | "float" => 4,
+        "long" | "ulong" | "unsigned long" | "double" => 8,
+        _ => return None,
+    };
+    match &name[base.len()..] {
+        "" => Some(size),
+        "3" => Some(4 * size), // specification 6.1.5: as large as a vector of four
+        lanes => lanes.parse::<usize>().ok().map(|lanes| lanes * size),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_caller_names_every_argument() {
+        let params = [
+            Param::Global { to: "float4".into(), constant: true },
+            Param::Value { of: "int".into() },
+            Param::Global { to: "uint".into(), constant: false },
+            Param::Length(2),
+            Param::Memory,
+            Param::Ranges,
+        ];
+        assert_eq!(
+            caller("f", &params),
+            "__kernel void uhmm_call_f(UHMM, ulong uhmm_0, int uhmm_1, ulong uhmm_2, ulong uhmm_3) \
+             { f((__global const float4 *)(uhmm_memory + uhmm_0), uhmm_1, (__global uint *)(uhmm_memory + uhmm_2), uhmm_3, uhmm_memory, uhmm_ranges); }\n"
+        );
+    }
+
+    #[test]
+    fn sizes_are_those_of_the_language() {
+        assert_eq!(
+            ["float", "float3", "uchar16", "unsigned long", "struct node"].map(size_of_type),
+            [Some(4), Some(16), Some(16), Some(8), None]
+        );
+    }
+}

@@ -1,0 +1,283 @@
+//! Devices with OpenCL. Where there is none these tests say so, and are left out; UHMM_OPENCL=required makes that a failure.
+
+use crate::conformance::failed;
+use uhmm::{Ctx, Error, Forms, KernelFault, OpenCl, To, Uhmm, args, inout, inp, out};
+use uhmm_core::conformance::{Named, Subject};
+use uhmm_core::kernel::{Entry, Kernel};
+use uhmm_core::mode::Mode;
+use uhmm_core::{CoreRef, DeviceConfig};
+
+crate::tests![
+    conforms,
+    one_kernel_on_every_device,
+    a_written_range_is_not_the_cpus_while_the_kernel_runs,
+    wrong_kernels_are_refused_in_words,
+    devices_are_found_by_name,
+    the_runtimes_threads_allocate_beside_what_is_away,
+    arrays_beyond_the_devices_memory_take_turns,
+    what_was_prefetched_is_in_one_piece,
+];
+
+/// The kernels of the checks.
+const CHECKED: &str = "
+__kernel void copy(__global uchar *to, __global const uchar *from, ulong part, ulong uhmm_len_0) {
+    ulong start = get_group_id(0) * part, end = min(start + part, uhmm_len_0);
+    for (ulong i = start; i < end; i++) to[i] = from[i];
+}
+__kernel void add_one(__global uchar *data, ulong part, ulong uhmm_len_0) {
+    ulong start = get_group_id(0) * part, end = min(start + part, uhmm_len_0);
+    for (ulong i = start; i < end; i++) data[i]++;
+}
+__kernel void sum(__global ulong *sums, __global const uchar *data, ulong part, ulong uhmm_len_0, ulong uhmm_len_1) {
+    ulong start = get_group_id(0) * part, end = min(start + part, uhmm_len_1), sum = 0;
+    for (ulong i = start; i < end; i++) sum += data[i];
+    if (get_group_id(0) < uhmm_len_0) sums[get_group_id(0)] = sum;
+}
+__kernel void fill_part(__global uchar *data, ulong part, ulong from, ulong len, ulong value, ulong uhmm_len_0) {
+    ulong start = get_group_id(0) * part, end = min(start + part, uhmm_len_0);
+    for (ulong i = start + from; i < min(start + from + len, end); i++) data[i] = (uchar)value;
+}
+struct node { ulong next, value; };
+__kernel void follow_list(__global ulong *sum, ulong head, UHMM) {
+    ulong total = 0;
+    while (head != 0) {
+        __global const struct node *node = uhmm_ptr(head);
+        total += node->value;
+        head = node->next;
+    }
+    sum[0] = total;
+}";
+
+/// A kernel that has no form in Rust.
+struct Foreign(OpenCl);
+
+impl Kernel for Foreign {
+    fn run(&self, _: &Ctx<'_>) {
+        panic!("it is written in OpenCL C only");
+    }
+
+    fn opencl(&self) -> Option<&OpenCl> {
+        Some(&self.0)
+    }
+}
+
+fn foreign(name: &'static str) -> Foreign {
+    Foreign(OpenCl { source: CHECKED.into(), name: name.into(), local: [1; 3], options: "".into() })
+}
+
+fn conforms() {
+    let dev = CoreRef::get().unwrap().device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("opencl") }, uhmm_opencl::open).unwrap();
+    let kernels = ["copy", "add_one", "sum", "fill_part", "follow_list"].map(foreign);
+    let forms = |named| {
+        let at = match named {
+            Named::Copy => 0,
+            Named::AddOne => 1,
+            Named::Sum => 2,
+            Named::FillPart => 3,
+            Named::FollowList => 4,
+            Named::Reach | Named::Fail => return None,
+        };
+        Some(Entry::new(&kernels[at]))
+    };
+    let mut subject = Subject::new(&dev).with_forms(&forms);
+    let lesser = CoreRef::get().unwrap().mode() != Mode::Full;
+    assert_eq!(failed(&mut subject, |name| lesser && crate::conformance::STAYS.contains(&name)), Vec::<&str>::new());
+}
+
+const ADD: &str = "
+__kernel void add(__global float *r, __global const float *a, float scale) {
+    size_t i = get_global_id(0);
+    r[i] += scale * a[i];
+}
+__kernel void slow(__global uint *data, uint rounds) {
+    uint x = data[get_global_id(0)];
+    for (uint i = 0; i < rounds; i++) x = x * 1664525u + 1013904223u;
+    data[get_global_id(0)] = x;
+}";
+
+fn add(ctx: &Ctx<'_>) {
+    let from = ctx.group() * 64;
+    for (r, a) in ctx.out::<f32>(0).chunk(64).iter_mut().zip(&ctx.inp::<f32>(1)[from..]) {
+        *r += ctx.value::<f32>(2) * a;
+    }
+}
+
+fn opened(megabytes: usize) -> (Uhmm, uhmm::Device) {
+    let hmm = Uhmm::new().unwrap();
+    let dev = hmm.opencl("opencl").memory(megabytes << 20).open().unwrap();
+    (hmm, dev)
+}
+
+/// One kernel value runs on both kinds of device, at any alignment.
+fn one_kernel_on_every_device() {
+    let (hmm, cl) = opened(64);
+    let soft = hmm.soft("soft").memory(64 << 20).open().unwrap();
+    let kernel = Forms::new(add).opencl(ADD, "add", 64);
+    let a: Vec<f32> = (0..1_000_013).map(|i| i as f32).collect();
+    let mut r = vec![1.0f32; 1_000_013];
+    for (round, dev) in [&cl, &soft, &cl, &cl].into_iter().enumerate() {
+        for at in [0, 1, 13] {
+            dev.run(&kernel, 10_000, args![inout(&mut r[at..at + 640_000]), inp(&a[13 - at..640_013 - at]), 0.5f32]).unwrap();
+        }
+        assert!(r[640_013..].iter().all(|&x| x == 1.0), "nothing beside it was written");
+        let right = |i: usize| {
+            [0usize, 1, 13].into_iter().filter(|&at| (at..at + 640_000).contains(&i)).fold(0.0, |sum, at| sum + 0.5 * a[i - at + 13 - at])
+        };
+        for i in [0, 1, 12, 13, 1000, 639_999, 640_000, 640_005, 640_012] {
+            let wanted = 1.0 + (round + 1) as f32 * right(i);
+            assert!((r[i] - wanted).abs() <= wanted.abs() * 1e-5, "round {round}: r[{i}] is {}, not {wanted}", r[i]);
+        }
+    }
+}
+
+/// PoCL runs in this process, so that a kernel which touched the program's own pages would give right answers too. While it runs they are not there.
+fn a_written_range_is_not_the_cpus_while_the_kernel_runs() {
+    let (_hmm, dev) = opened(64);
+    let mut data = vec![7u32; 4 << 20];
+    let middle = &raw const data[2 << 20] as usize;
+    let seen = std::sync::atomic::AtomicBool::new(false);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let one = |x: u32, rounds: u32| (0..rounds).fold(x, |x, _| x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+    std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut empty = 0;
+            while !stop.load(std::sync::atomic::Ordering::Acquire) {
+                empty += u32::from(!crate::harness::present(middle as *const u32));
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            seen.store(empty > 20, std::sync::atomic::Ordering::Release);
+        });
+        let kernel = Foreign(OpenCl { source: ADD.into(), name: "slow".into(), local: [64, 1, 1], options: "".into() });
+        dev.run(&kernel, data.len() / 64, args![inout(&mut data), 300u32]).unwrap();
+        stop.store(true, std::sync::atomic::Ordering::Release);
+        watch.join().unwrap();
+    });
+    assert!(seen.into_inner(), "the page was away for as long as the kernel ran");
+    assert_eq!(crate::harness::pages_present(&data), 0, "and nothing has come back by itself");
+    let wanted = one(7, 300);
+    assert!(data.iter().all(|&x| x == wanted));
+}
+
+/// Everything that can be wrong with a kernel is said before anything moves, in the compiler's words where they are its own.
+fn wrong_kernels_are_refused_in_words() {
+    let (_hmm, dev) = opened(16);
+    let mut r = vec![1.0f32; 100_000];
+    let a = vec![2.0f32; 100_000];
+    let refused = |result: Result<(), Error>, words: &[&str]| {
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::NotLoaded { .. }), "{error:?}");
+        let text = error.to_string();
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    };
+    let form = |source: &'static str, name: &'static str| Forms::new(add).opencl(source, name, 64);
+    refused(dev.run(&add, 10, args![inout(&mut r), inp(&a), 0.5f32]), &["no form in OpenCL C"]);
+    refused(
+        dev.run(&form("__kernel void f(__global float *r) { r[0] = nonsense; }", "f"), 1, args![inout(&mut r)]),
+        &["CL_BUILD_PROGRAM_FAILURE", "nonsense", "1:"],
+    );
+    refused(dev.run(&form(ADD, "subtract"), 1, args![inout(&mut r)]), &["no kernel subtract"]);
+    refused(dev.run(&form(ADD, "add"), 10, args![inout(&mut r), inp(&a)]), &["3 parameters", "2 arguments"]);
+    refused(dev.run(&form(ADD, "add"), 10, args![inout(&mut r), inp(&a), 0.5f64]), &["argument 2", "float", "f64"]);
+    refused(dev.run(&form(ADD, "add"), 10, args![inout(&mut r), 0.5f32, inp(&a)]), &["argument 1", "pointer"]);
+    refused(dev.run(&form(ADD, "add"), 10, args![inp(&r), inp(&a), 0.5f32]), &["argument 0", "const"]);
+    refused(dev.run(&form("__kernel void f(__global float *r, __local float *l) {}", "f"), 1, args![inout(&mut r), 1u32]), &["__local"]);
+    assert_eq!(dev.stats().pages_to_device, 0, "nothing has moved for any of them");
+    // A work size that the device refuses is found when the kernel starts: memory reads as before.
+    let large = Forms::new(add).opencl(ADD, "add", 1 << 20);
+    let error = dev.run(&large, 1, args![inout(&mut r), inp(&a), 0.5f32]).unwrap_err();
+    assert!(matches!(error, Error::Kernel(KernelFault::Refused(_))) && error.to_string().contains("CL_INVALID_WORK"), "{error}");
+    assert!(r.iter().all(|&x| x == 1.0));
+    // And what was right all along runs.
+    dev.run(&form(ADD, "add"), 100_000 / 64, args![inout(&mut r), inp(&a), 0.5f32]).unwrap();
+    assert!(r[..99_968].iter().all(|&x| x == 2.0) && r[99_968..].iter().all(|&x| x == 1.0));
+}
+
+/// Devices are found by number, type and words of their names; what is not there is said with what is.
+fn devices_are_found_by_name() {
+    let all = uhmm_opencl::devices();
+    let first = &all[0];
+    let word = first.name.split(' ').next().unwrap().to_lowercase();
+    for name in ["opencl", "opencl:0", &format!("opencl:{}", first.kind), &format!("opencl:{word}")] {
+        assert_eq!(uhmm_opencl::choose(name).unwrap().id, "opencl:0", "{name}");
+    }
+    let error = Uhmm::new().unwrap().device("opencl:no such thing").unwrap_err().to_string();
+    assert!(error.contains("opencl:0") && error.contains(&first.name), "{error}");
+    let error = Uhmm::new().unwrap().opencl("opencl").memory(first.largest + (4 << 20)).open().unwrap_err().to_string();
+    assert!(error.contains("more than"), "{error}");
+}
+
+/// The runtime lives in this process and allocates from the heap that the nodes of a list lie in.
+fn the_runtimes_threads_allocate_beside_what_is_away() {
+    let (_hmm, dev) = opened(64);
+    let kernels = [foreign("follow_list"), foreign("add_one")];
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            // As threads of the runtime do: small and large blocks, between the nodes and beside the arrays.
+            scope.spawn(|| {
+                let mut kept: Vec<Vec<u8>> = vec![];
+                let mut random = fastrand::Rng::with_seed(3);
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    kept.push(vec![1; random.usize(1..20_000)]);
+                    if kept.len() > 200 {
+                        kept.swap_remove(random.usize(..200));
+                    }
+                }
+            });
+        }
+        for round in 0..40u64 {
+            let mut nodes: Vec<uhmm_core::conformance::Node> =
+                (0..5_000).map(|i| uhmm_core::conformance::Node { next: 0, value: i ^ round }).collect();
+            for i in 0..nodes.len() - 1 {
+                nodes[i].next = &raw const nodes[i + 1] as u64;
+            }
+            let head = nodes.as_ptr() as u64;
+            let mut bytes: Vec<u8> = vec![round as u8; 50_000 + 1000 * round as usize];
+            let mut sum = [0u64];
+            dev.run(&kernels[0], 1, args![out(&mut sum), head, inp(&nodes)]).unwrap();
+            dev.run(&kernels[1], bytes.len().div_ceil(1000), args![inout(&mut bytes), 1000u64]).unwrap();
+            assert_eq!(sum[0], nodes.iter().map(|node| node.value).sum::<u64>());
+            assert!(bytes.iter().all(|&x| x == round as u8 + 1));
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
+/// Arrays that are too many for the device take turns on it; what one launch cannot have at once is said with the sizes.
+fn arrays_beyond_the_devices_memory_take_turns() {
+    let (_hmm, dev) = opened(32);
+    let kernel = Forms::new(add).opencl(ADD, "add", 64);
+    let a = vec![1.0f32; 1 << 20];
+    let mut all: Vec<Vec<f32>> = (0..12).map(|i| vec![i as f32; 1 << 20]).collect();
+    for round in 1..=3 {
+        for (i, r) in all.iter_mut().enumerate() {
+            dev.run(&kernel, r.len() / 64, args![inout(r), inp(&a), 2.0f32]).unwrap();
+            if (i + round) % 5 == 0 {
+                assert_eq!(r[12_345], i as f32 + 2.0 * round as f32);
+            }
+        }
+    }
+    for (i, r) in all.iter().enumerate() {
+        assert!(r.iter().all(|&x| x == i as f32 + 6.0), "array {i}");
+    }
+    let mut large = vec![0.0f32; 10 << 20];
+    let error = dev.run(&kernel, 1, args![inout(&mut large), inp(&a), 2.0f32]).unwrap_err();
+    assert!(matches!(error, Error::TooLarge { .. }) && error.to_string().contains("33554432"), "{error}");
+}
+
+/// A prefetch goes in parts; a launch finds all of it in one piece, and moves nothing again: but for the first, if the arrays share a block, for then both get a common place.
+fn what_was_prefetched_is_in_one_piece() {
+    let (hmm, dev) = opened(128);
+    let kernel = Forms::new(add).opencl(ADD, "add", 64);
+    let a = vec![1.0f32; 5 << 20];
+    let mut r = vec![1.0f32; 5 << 20];
+    for round in 1..=3 {
+        hmm.prefetch(&r, To::Device(&dev)).unwrap().wait().unwrap();
+        dev.prefetch(&a).unwrap();
+        let before = dev.stats().pages_to_device;
+        dev.run(&kernel, r.len() / 64, args![inout(&mut r), inp(&a), 1.0f32]).unwrap();
+        let moved = dev.stats().pages_to_device - before;
+        assert!(moved < 16 || round == 1, "round {round}: {moved} pages moved again");
+        assert!(r.iter().all(|&x| x == 1.0 + round as f32));
+    }
+}
