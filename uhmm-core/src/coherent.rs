@@ -27,7 +27,7 @@ use crate::ranges::{self, MoveEnd};
 use crate::sync::*;
 use core::ops::Range;
 use uhmm_os::mem::{self, Prot};
-use uhmm_os::uffd::MoveMode;
+use uhmm_os::uffd::{CopyMode, MoveMode};
 use uhmm_os::{BLOCK, Errno, PAGE, copy, thread};
 
 /// How often a page that the kernel has in hand for a moment is tried again.
@@ -41,6 +41,9 @@ const LOOKS: usize = 4;
 /// `EAGAIN` if an event is unread: let it be read, and try the others again.
 pub(crate) fn enter(core: &Core, dev: &Device, state: &mut State, va: Va, pages: Bits) -> Result<(), Errno> {
     let pages = pages - core.tags.private(va, dev.id());
+    // What arrives by a move is writable, also where the program may only read: see `enter_read_only`.
+    let unlocked = if core.tags.store() == dev.id() { core.tags.unlocked(va) } else { Bits::EMPTY };
+    let pages = pages - unlocked;
     dev.changed();
     core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate { to: Some(dev.id()) });
     let (mut entered, mut result) = (Bits::EMPTY, Ok(()));
@@ -53,6 +56,27 @@ pub(crate) fn enter(core: &Core, dev: &Device, state: &mut State, va: Va, pages:
             result = ended;
         }
     });
+    state.shift(entered, PageState::Private, Cause::Enter, PageState::Coherent);
+    result
+}
+
+/// As [`enter`], of pages in a mapping that may only be read: a copy arrives with the mapping's rights, and is what the program sees of the page. The frame keeps its own.
+///
+/// # Errors
+/// `EAGAIN` if an event is unread.
+pub(crate) fn enter_read_only(core: &Core, dev: &Device, state: &mut State, va: Va, pages: Bits) -> Result<(), Errno> {
+    let pages = (pages & state.private()) - core.tags.private(va, dev.id());
+    core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate { to: Some(dev.id()) });
+    let (mut entered, mut result) = (Bits::EMPTY, Ok(()));
+    for page in pages.pages() {
+        let Some(from) = dev.driver.peek(core.dir.frame(state, page)) else { continue };
+        // SAFETY: as in `move_in`.
+        match unsafe { core.space.uffd.copy(va + page * PAGE, from, PAGE, CopyMode::empty()) } {
+            Ok(()) => entered.set(page),
+            Err(partial) if partial.errno == Errno::AGAIN => result = Err(Errno::AGAIN),
+            Err(_) => {} // unmapped, whose event will come
+        }
+    }
     state.shift(entered, PageState::Private, Cause::Enter, PageState::Coherent);
     result
 }

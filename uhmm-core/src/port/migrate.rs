@@ -142,7 +142,31 @@ impl Job<'_> {
         }
         let moved = self.make_resident(part, vma.exec, split, skip);
         lock(core, part, back);
+        if self.owner.coherent && !self.exclusive {
+            self.enter_read_only(part);
+        }
         moved
+    }
+
+    /// What has moved is used in place: it waited for the mapping's protection to be back.
+    fn enter_read_only(&self, part: Span) {
+        let core = self.core;
+        let va = Span::block(part.start).start;
+        loop {
+            {
+                let _hold = core.space.hold();
+                let Some(block) = core.dir.get(va) else { return };
+                let mut state = block.lock();
+                if state.device != self.dev.id() {
+                    return;
+                }
+                let own = self.own(&state, va) & part.bits();
+                if coherent::enter_read_only(core, self.dev, &mut state, va, own) != Err(Errno::AGAIN) {
+                    return;
+                }
+            }
+            core.space.settle();
+        }
     }
 
     fn make_resident(&self, part: Span, exec: bool, split: bool, skip: &dyn Fn(Span) -> Bits) -> Result<(), PortError> {

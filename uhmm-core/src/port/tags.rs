@@ -228,6 +228,13 @@ impl Tags {
         va < end.load(Ordering::SeqCst) && start.load(Ordering::SeqCst) <= va
     }
 
+    /// Pages of the block at `va` of which that is so.
+    pub(crate) fn unlocked(&self, va: Va) -> Bits {
+        let [start, end] = &self.unlocked;
+        let (end, start) = (end.load(Ordering::SeqCst), start.load(Ordering::SeqCst));
+        if start < end { Span { start, end }.and(Span::block(va)).bits() } else { Bits::EMPTY }
+    }
+
     /// Mappings of this file are a device's. The oldest is forgotten if there are too many.
     pub(crate) fn add_file(&self, dev: (u32, u32), inode: u64) {
         let mut files = self.files.lock();
