@@ -50,7 +50,7 @@ pub trait Kernel: Sync {
     fn run(&self, ctx: &Ctx<'_>);
 
     /// The same kernel in OpenCL C, if there is one: see [`Forms`].
-    fn opencl(&self) -> Option<&OpenCl> {
+    fn opencl_form(&self) -> Option<&OpenCl> {
         None
     }
 }
@@ -80,7 +80,7 @@ pub struct OpenCl {
 ///     part.iter_mut().for_each(|x| *x *= 2.0);
 /// })
 /// .opencl("__kernel void twice(__global float *data) { data[get_global_id(0)] *= 2; }", "twice", 64);
-/// assert_eq!(double.opencl().unwrap().local, [64, 1, 1]);
+/// assert_eq!(double.opencl_form().unwrap().local, [64, 1, 1]);
 /// ```
 #[derive(Clone, Debug)]
 pub struct Forms<K> {
@@ -115,7 +115,7 @@ impl<K: Kernel> Kernel for Forms<K> {
         self.rust.run(ctx)
     }
 
-    fn opencl(&self) -> Option<&OpenCl> {
+    fn opencl_form(&self) -> Option<&OpenCl> {
         self.opencl.as_ref()
     }
 }
@@ -455,7 +455,7 @@ impl Entry {
                 message
             })
         }
-        Entry { call: call::<K>, data: core::ptr::from_ref(kernel).cast(), opencl: kernel.opencl().map(core::ptr::NonNull::from) }
+        Entry { call: call::<K>, data: core::ptr::from_ref(kernel).cast(), opencl: kernel.opencl_form().map(core::ptr::NonNull::from) }
     }
 
     /// The kernel's form in OpenCL C, if it has one.

@@ -53,7 +53,8 @@ impl Device {
 }
 
 impl Lease<'_> {
-    /// Where the device has argument `index`: valid there until the lease ends.
+    /// Where the device has argument `index`: valid there until the lease ends. A device whose kernels know no addresses of the process (OpenCL) has it somewhere in a buffer of its own: there this is
+    /// the process's address, and [`run`](Self::run) is the way to use the lease.
     ///
     /// # Panics
     /// If there is no such argument, or it is a value.

@@ -103,7 +103,7 @@ fn too_large() {
 fn devices() {
     let (hmm, dev) = device(8);
     let error = hmm.device("gpu9").unwrap_err();
-    assert_eq!(error.to_string(), "no such device: \"gpu9\" (there is: soft, soft:nofault, soft:coherent, null)");
+    assert_eq!(error.to_string(), "no such device: \"gpu9\" (there is: soft, soft:nofault, soft:coherent, opencl, null)");
     let other = hmm.soft("other").memory(8 << 20).open().unwrap();
     let buffer = other.alloc::<u32>(4).unwrap();
     assert!(matches!(dev.run(&never, 1, args![buffer.inp()]), Err(Error::OtherDevice { index: 0 })));

@@ -56,7 +56,7 @@ impl Kernel for Foreign {
         panic!("it is written in OpenCL C only");
     }
 
-    fn opencl(&self) -> Option<&OpenCl> {
+    fn opencl_form(&self) -> Option<&OpenCl> {
         Some(&self.0)
     }
 }

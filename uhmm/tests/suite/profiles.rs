@@ -26,7 +26,8 @@ fn nofault(mib: usize) -> (Uhmm, Device) {
 
 fn every_kind_opens() {
     let hmm = Uhmm::new().unwrap();
-    for &kind in uhmm::KINDS {
+    // Of OpenCL there may be no device; `opencl` looks at those that there are.
+    for &kind in uhmm::KINDS.iter().filter(|kind| **kind != "opencl") {
         let dev = hmm.device(kind).unwrap();
         assert_eq!(dev.name(), kind);
         assert_eq!(dev.info().capabilities.replayable_faults, kind != "soft:nofault");
