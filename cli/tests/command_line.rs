@@ -418,7 +418,9 @@ fn bad_files() -> Vec<BadFile> {
 /// The command alone in a folder, as if its library had not been built.
 fn alone(folder: &TempDir) -> std::io::Result<Command> {
     let command = folder.path().join("uhmm");
-    fs::copy(env!("CARGO_BIN_EXE_uhmm"), &command)?;
+    // By another process: a descriptor that is open for writing here could be inherited by what another test just starts, and the file is busy (ETXTBSY) as long as that has it.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_uhmm")).arg(&command).status()?;
+    ensure(copied.success(), || format!("cp: {copied}"))?;
     let mut command = Command::new(command);
     command.stdin(Stdio::null()).env_remove("LD_PRELOAD");
     Ok(command)
