@@ -420,7 +420,9 @@ fn alone(folder: &TempDir) -> std::io::Result<Command> {
     let command = folder.path().join("uhmm");
     // By another process: a descriptor that is open for writing here could be inherited by what another test just starts, and the file is busy (ETXTBSY) as long as that has it.
     let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_uhmm")).arg(&command).status()?;
-    ensure(copied.success(), || format!("cp: {copied}"))?;
+    if !copied.success() {
+        return Err(std::io::Error::other(format!("cp: {copied}")));
+    }
     let mut command = Command::new(command);
     command.stdin(Stdio::null()).env_remove("LD_PRELOAD");
     Ok(command)
