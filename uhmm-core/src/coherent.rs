@@ -40,24 +40,9 @@ const LOOKS: usize = 4;
 /// # Errors
 /// `EAGAIN` if an event is unread: let it be read, and try the others again.
 pub(crate) fn enter(core: &Core, dev: &Device, state: &mut State, va: Va, pages: Bits) -> Result<(), Errno> {
-    let pages = pages - core.tags.private(va, dev.id());
     // What arrives by a move is writable, also where the program may only read: see `enter_read_only`.
     let unlocked = if core.tags.store() == dev.id() { core.tags.unlocked(va) } else { Bits::EMPTY };
-    let pages = pages - unlocked;
-    dev.changed();
-    core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate { to: Some(dev.id()) });
-    let (mut entered, mut result) = (Bits::EMPTY, Ok(()));
-    ranges::frame_runs(core, state, pages & state.private(), |run, frame| {
-        if result.is_ok()
-            && let Some(from) = dev.driver.peek(frame)
-        {
-            let (moved, ended) = move_in(core, va, run, from);
-            entered |= moved;
-            result = ended;
-        }
-    });
-    state.shift(entered, PageState::Private, Cause::Enter, PageState::Coherent);
-    result
+    put_in(core, dev, state, va, pages - unlocked, |run, from| move_in(core, va, run, from))
 }
 
 /// As [`enter`], of pages in a mapping that may only be read: a copy arrives with the mapping's rights, and is what the program sees of the page. The frame keeps its own.
@@ -65,20 +50,47 @@ pub(crate) fn enter(core: &Core, dev: &Device, state: &mut State, va: Va, pages:
 /// # Errors
 /// `EAGAIN` if an event is unread.
 pub(crate) fn enter_read_only(core: &Core, dev: &Device, state: &mut State, va: Va, pages: Bits) -> Result<(), Errno> {
-    let pages = (pages & state.private()) - core.tags.private(va, dev.id());
+    put_in(core, dev, state, va, pages, |run, from| copy_in(core, va, run, from))
+}
+
+/// Puts private pages into the program by `step`, which gets runs of them with where they lie in device memory, and says which it has put there.
+fn put_in(
+    core: &Core,
+    dev: &Device,
+    state: &mut State,
+    va: Va,
+    pages: Bits,
+    mut step: impl FnMut(Range<usize>, usize) -> (Bits, Result<(), Errno>),
+) -> Result<(), Errno> {
+    let pages = pages - core.tags.private(va, dev.id());
+    dev.changed();
     core.space.mirrors.invalidate(ranges::hull(Span::block(va), pages), Reason::Migrate { to: Some(dev.id()) });
     let (mut entered, mut result) = (Bits::EMPTY, Ok(()));
-    for page in pages.pages() {
-        let Some(from) = dev.driver.peek(core.dir.frame(state, page)) else { continue };
+    ranges::frame_runs(core, state, pages & state.private(), |run, frame| {
+        if result.is_ok()
+            && let Some(from) = dev.driver.peek(frame)
+        {
+            let (put, ended) = step(run, from);
+            entered |= put;
+            result = ended;
+        }
+    });
+    state.shift(entered, PageState::Private, Cause::Enter, PageState::Coherent);
+    result
+}
+
+/// Copies a run of pages of the block at `va`, which lie at `from` in device memory, into the program: those that are there.
+fn copy_in(core: &Core, va: Va, run: Range<usize>, from: usize) -> (Bits, Result<(), Errno>) {
+    let (mut copied, start) = (Bits::EMPTY, run.start);
+    for page in run {
         // SAFETY: as in `move_in`.
-        match unsafe { core.space.uffd.copy(va + page * PAGE, from, PAGE, CopyMode::empty()) } {
-            Ok(()) => entered.set(page),
-            Err(partial) if partial.errno == Errno::AGAIN => result = Err(Errno::AGAIN),
+        match unsafe { core.space.uffd.copy(va + page * PAGE, from + (page - start) * PAGE, PAGE, CopyMode::empty()) } {
+            Ok(()) => copied.set(page),
+            Err(partial) if partial.errno == Errno::AGAIN => return (copied, Err(Errno::AGAIN)),
             Err(_) => {} // unmapped, whose event will come
         }
     }
-    state.shift(entered, PageState::Private, Cause::Enter, PageState::Coherent);
-    result
+    (copied, Ok(()))
 }
 
 /// Moves a run of pages of the block at `va`, which lie at `from` in device memory, into the program: those that are there.

@@ -221,8 +221,8 @@ fn make_ready(
     place: &Place<'_>,
 ) -> Result<(), Error> {
     // What would be placed now might have to take the place of what the running launch uses.
-    let linear = dev.mem.places().is_some();
-    if !linear && !place.is_first() && dev.flights.has_other_launch(flight) {
+    let may = !dev.driver.info().capabilities.linear;
+    if may && !place.is_first() && dev.flights.has_other_launch(flight) {
         let part = if flight.fetches(dev) { Part::Read } else { Part::All };
         let early = {
             let _prepare = core.prepare.lock();

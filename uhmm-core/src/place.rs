@@ -84,12 +84,12 @@ impl List {
 }
 
 impl Places {
-    /// For a device of so many units; none need be kept for one with a page table.
+    /// For a device of so many units.
     ///
     /// # Errors
     /// `ENOMEM`.
     pub(crate) fn new(capacity: usize) -> Result<Self, Errno> {
-        Ok(Places { list: Mutex::new(List { places: OwnSlice::new(c"uhmm places", capacity.max(1))?, count: 0 }), capacity })
+        Ok(Places { list: Mutex::new(List { places: OwnSlice::new(c"uhmm places", capacity)?, count: 0 }), capacity })
     }
 
     /// The unit beside the block at `va`, if it is in a place.

@@ -96,14 +96,9 @@ impl Memory {
         // SAFETY: `copy` made it, and every fence is waited for once.
         let started = unsafe { Box::from_raw(fence.0 as *mut Batch) };
         let mut result = api::wait(&started.events).and(started.result).map_err(|_| DmaError::Failed(Errno::IO));
-        for dma in batch {
-            let guarded = match dma.kind {
-                DmaKind::GuardedToDevice => self.send(dma),
-                DmaKind::GuardedToHost => self.fetch(dma),
-                _ => continue,
-            };
+        for dma in batch.iter().filter(|dma| matches!(dma.kind, DmaKind::GuardedToDevice | DmaKind::GuardedToHost)) {
             // That the device failed counts for more than that something is gone.
-            result = match (result, guarded) {
+            result = match (result, self.by_stage(dma)) {
                 (Ok(()) | Err(DmaError::Gone { .. }), Err(failed @ DmaError::Failed(_))) => Err(failed),
                 (Ok(()), other) => other,
                 (result, _) => result,
@@ -112,37 +107,27 @@ impl Memory {
         result
     }
 
-    /// From memory of the program, by way of a stage.
-    fn send(&self, dma: &Dma) -> Result<(), DmaError> {
+    /// From or to memory of the program, which may be gone, by way of a stage.
+    fn by_stage(&self, dma: &Dma) -> Result<(), DmaError> {
         let mut stage = vec![0u8; STAGE.min(dma.len)];
         let mut result = Ok(());
         for done in (0..dma.len).step_by(STAGE) {
-            let len = STAGE.min(dma.len - done);
-            // SAFETY: the stage is long enough; the source may be anything.
-            if let Err(address) = unsafe { copy::guarded(stage.as_mut_ptr(), (dma.host + done) as *const u8, len) } {
-                result = result.and(Err(DmaError::Gone { address }));
-                continue;
-            }
-            // SAFETY: the stage lives until it has been waited for.
-            let written = unsafe { self.copies.write(&self.buffer, dma.frame as usize * PAGE + dma.offset + done, stage.as_ptr(), len) };
-            written.and_then(|event| api::wait(&[event])).map_err(|_| DmaError::Failed(Errno::IO))?;
-        }
-        result
-    }
-
-    /// To memory of the program, by way of a stage.
-    fn fetch(&self, dma: &Dma) -> Result<(), DmaError> {
-        let mut stage = vec![0u8; STAGE.min(dma.len)];
-        let mut result = Ok(());
-        for done in (0..dma.len).step_by(STAGE) {
-            let len = STAGE.min(dma.len - done);
-            // SAFETY: the stage is long enough, and lives until it has been waited for.
-            let read = unsafe { self.copies.read(&self.buffer, dma.frame as usize * PAGE + dma.offset + done, stage.as_mut_ptr(), len) };
-            read.and_then(|event| api::wait(&[event])).map_err(|_| DmaError::Failed(Errno::IO))?;
-            // SAFETY: the stage is long enough; the destination may be anything that uhmm names.
-            if let Err(address) = unsafe { copy::guarded((dma.host + done) as *mut u8, stage.as_ptr(), len) } {
-                result = result.and(Err(DmaError::Gone { address }));
-            }
+            let (at, host, len) = (dma.frame as usize * PAGE + dma.offset + done, dma.host + done, STAGE.min(dma.len - done));
+            let failed = |_: Status| DmaError::Failed(Errno::IO);
+            // SAFETY: the stage is long enough, and lives until what uses it has been waited for; the program's memory may be anything.
+            let reached = unsafe {
+                if dma.kind == DmaKind::GuardedToDevice {
+                    let read = copy::guarded(stage.as_mut_ptr(), host as *const u8, len);
+                    if read.is_ok() {
+                        self.copies.write(&self.buffer, at, stage.as_ptr(), len).and_then(|event| api::wait(&[event])).map_err(failed)?;
+                    }
+                    read
+                } else {
+                    self.copies.read(&self.buffer, at, stage.as_mut_ptr(), len).and_then(|event| api::wait(&[event])).map_err(failed)?;
+                    copy::guarded(host as *mut u8, stage.as_ptr(), len)
+                }
+            };
+            result = result.and(reached.map_err(|address| DmaError::Gone { address }));
         }
         result
     }

@@ -85,7 +85,7 @@ pub(super) fn overlaps_are_refused(subject: &mut Subject<'_>) {
 pub(super) fn grids_without_groups_are_refused(subject: &mut Subject<'_>) {
     let mut good: Vec<u8> = (0..100_000).map(pattern).collect();
     assert!(matches!(subject.run(Named::AddOne, 0, &args![inout(&mut good), PART as u64]), Err(Error::Grid(_))));
-    let entry = (subject.forms)(Named::AddOne).expect("only Fail and Reach may be left out");
+    let entry = (subject.forms)(Named::AddOne).expect("it may not be left out");
     let grid = crate::kernel::Grid { size: [usize::MAX, 2, 1] };
     assert!(matches!(subject.dev.run(entry, grid, &args![inout(&mut good), PART as u64]), Err(Error::Grid(_))));
     same("an argument of the refused launch", &good, pattern);

@@ -44,7 +44,7 @@ use crate::error::Error;
 use crate::kernel::Entry;
 use crate::{DeviceRef, args::Arg};
 
-/// Where the forms of the kernels come from: `None` if the device's kernels cannot do that, which only [`Named::Fail`] may be.
+/// Where the forms of the kernels come from: `None` if the device's kernels cannot do that, which only [`Named::Fail`] may be, and [`Named::Reach`] without replayable faults.
 pub type Forms<'a> = &'a (dyn Fn(Named) -> Option<Entry> + Sync);
 
 /// The device that is checked, and how.

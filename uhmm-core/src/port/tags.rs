@@ -222,17 +222,20 @@ impl Tags {
         self.unlocked[1].store(span.end, Ordering::SeqCst);
     }
 
+    fn unlocked_span(&self) -> Span {
+        let end = self.unlocked[1].load(Ordering::SeqCst); // before the start: see `set_unlocked`
+        Span { start: self.unlocked[0].load(Ordering::SeqCst).min(end), end }
+    }
+
     /// Whether a touch must wait until the mapping's protection is what it was: what came home now could be written. *Fault path.*
     pub(crate) fn is_unlocked(&self, va: Va) -> bool {
-        let [start, end] = &self.unlocked;
-        va < end.load(Ordering::SeqCst) && start.load(Ordering::SeqCst) <= va
+        let span = self.unlocked_span();
+        span.start <= va && va < span.end
     }
 
     /// Pages of the block at `va` of which that is so.
     pub(crate) fn unlocked(&self, va: Va) -> Bits {
-        let [start, end] = &self.unlocked;
-        let (end, start) = (end.load(Ordering::SeqCst), start.load(Ordering::SeqCst));
-        if start < end { Span { start, end }.and(Span::block(va)).bits() } else { Bits::EMPTY }
+        self.unlocked_span().and(Span::block(va)).bits()
     }
 
     /// Mappings of this file are a device's. The oldest is forgotten if there are too many.
