@@ -18,6 +18,7 @@
 
 #![allow(unsafe_code)] // two functions whose callers promise what safe ones borrow
 
+use crate::reach::Reach;
 use bytemuck::Pod;
 use core::any::TypeId;
 use core::marker::PhantomData;
@@ -74,19 +75,42 @@ pub enum RawArg {
         /// Its name, for messages.
         name: &'static str,
     },
-    /// A bare pointer of the process: nothing is declared, the device fetches what it touches.
+    /// A bare pointer of the process: nothing is declared, the device fetches what it touches. On a device that cannot, it stands for the allocation that holds it.
     Pointer {
         /// The process address.
         address: usize,
+        /// Where that allocation begins.
+        start: usize,
+        /// Its bytes; 0 as long as it has not been looked for, which a launch does on a device that needs it.
+        bytes: usize,
     },
 }
 
 impl RawArg {
+    /// An argument that is none.
+    pub(crate) const NONE: Self = RawArg::Pointer { address: 0, start: 0, bytes: 0 };
+
+    /// A bare pointer.
+    pub const fn pointer(address: usize) -> Self {
+        RawArg::Pointer { address, start: address, bytes: 0 }
+    }
+
     /// First byte and one past the last of a process range, if it is one.
     pub(crate) fn process_range(&self) -> Option<(usize, usize, Access)> {
         match *self {
             RawArg::Slice { start, count, size, access, device: None, .. } => Some((start, start + count * size, access)),
+            RawArg::Pointer { start, bytes, .. } if bytes > 0 => Some((start, start + bytes, Access::InOut)),
             _ => None,
+        }
+    }
+
+    /// Likewise, `None` also if its end is no address: of arguments that have not been checked.
+    pub(crate) fn checked_range(&self) -> Option<(usize, usize, Access)> {
+        match *self {
+            RawArg::Slice { start, count, size, .. } => {
+                count.checked_mul(size).and_then(|bytes| start.checked_add(bytes)).and(self.process_range())
+            }
+            _ => self.process_range(),
         }
     }
 }
@@ -128,6 +152,11 @@ impl Arg<'_> {
     /// argument (exclusively if it is written).
     pub unsafe fn from_raw(raw: RawArg) -> Self {
         Arg { raw, lent: false, borrow: PhantomData }
+    }
+
+    /// As plain numbers.
+    pub fn raw(&self) -> RawArg {
+        self.raw
     }
 }
 
@@ -202,7 +231,7 @@ impl<'a, T: Pod> Lent<'a, T> {
 /// Whatever the kernel reaches through this pointer must be valid for the accesses it makes until the launch has ended, as if the
 /// kernel were a function that this thread calls.
 pub unsafe fn ptr<'a, T>(address: *const T) -> Arg<'a> {
-    Arg { lent: false, raw: RawArg::Pointer { address: address as usize }, borrow: PhantomData }
+    Arg { lent: false, raw: RawArg::pointer(address as usize), borrow: PhantomData }
 }
 
 /// A value of any plain type up to 16 bytes. Numbers need no wrapper in [`args!`](crate::args!).
@@ -242,6 +271,8 @@ pub struct Args<'a> {
     raw: [RawArg; MAX_ARGS],
     count: usize,
     lent: bool,
+    /// In order.
+    reaches: Vec<Reach>,
     borrow: PhantomData<&'a mut u8>,
 }
 
@@ -252,13 +283,49 @@ impl<'a> Args<'a> {
     /// If there are more than [`MAX_ARGS`].
     pub fn new<const N: usize>(list: [Arg<'a>; N]) -> Self {
         const { assert!(N <= MAX_ARGS, "a launch takes at most 16 arguments") };
-        let mut raw = [RawArg::Pointer { address: 0 }; MAX_ARGS];
+        let mut raw = [RawArg::NONE; MAX_ARGS];
         let mut lent = false;
         for (slot, arg) in raw.iter_mut().zip(list) {
             *slot = arg.raw;
             lent |= arg.lent;
         }
-        Args { raw, count: N, lent, borrow: PhantomData }
+        Args { raw, count: N, lent, reaches: vec![], borrow: PhantomData }
+    }
+
+    /// Declares what the kernel reaches by pointers that are stored in memory: any number of ranges, such as the nodes of a list, which are no arguments of their own.
+    ///
+    /// A kernel in Rust follows such a pointer with [`Ctx::ptr`](crate::kernel::Ctx::ptr), one in OpenCL C with `uhmm_ptr`. On a device with replayable faults that works without this, and
+    /// costs nothing more. Any other device gets copies of the ranges when the kernel starts, byte for byte, and gives back those that are written (`inout`; `out` is the same here) when it
+    /// has ended well: memory beside them, on the same pages, is left to whoever uses it. Overlapping and adjacent ranges of one kind are merged, so that a pointer to
+    /// anywhere in them leads on. A range that lies in one of the arguments is that argument's.
+    ///
+    /// Each launch copies all of them, and so does each run under a lease: what is large is better an argument, which stays on the device.
+    ///
+    /// ```
+    /// use uhmm_core::args;
+    /// use uhmm_core::args::{inout, out};
+    ///
+    /// let mut nodes: Vec<Box<[u64; 3]>> = (0..100).map(|i| Box::new([i; 3])).collect();
+    /// let head = nodes[0].as_ptr() as u64;
+    /// let mut sum = [0u64];
+    /// let args = args![out(&mut sum), head].reaching(nodes.iter_mut().map(|node| inout(&mut node[..])));
+    /// assert_eq!(args.reaches().len(), 100);
+    /// ```
+    ///
+    /// # Panics
+    /// If one of them is a value, a bare pointer or memory of a device.
+    pub fn reaching(mut self, ranges: impl IntoIterator<Item = Arg<'a>>) -> Self {
+        for arg in ranges {
+            self.lent |= arg.lent;
+            self.reaches.push(Reach::of(&arg.raw));
+        }
+        self.reaches.sort_unstable();
+        self
+    }
+
+    /// What is reached besides the arguments, in order.
+    pub fn reaches(&self) -> &[Reach] {
+        &self.reaches
     }
 
     /// Whether [`Lent`] memory is among them, which launches of devices may be using at this moment.

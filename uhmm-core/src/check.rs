@@ -16,8 +16,10 @@
 use crate::args::{Access, RawArg};
 use crate::core::{Core, Device};
 use crate::error::Error;
+use crate::gather;
 use crate::kernel::Grid;
 use crate::page::{Span, Va};
+use crate::reach::Reaches;
 use crate::sync::*;
 use uhmm_os::{BLOCK, PAGE};
 
@@ -38,11 +40,11 @@ pub(crate) struct Piece {
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> Result<usize, Error> {
+pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg], reaches: &Reaches) -> Result<usize, Error> {
     let groups = grid.groups().filter(|&n| n > 0).ok_or(Error::Grid(grid.size))?;
     let info = dev.driver.info();
     for (index, arg) in args.iter().enumerate() {
-        if let RawArg::Pointer { .. } = arg
+        if let RawArg::Pointer { bytes: 0, .. } = arg
             && !info.capabilities.replayable_faults
         {
             return Err(Error::BarePointer { index, device: info.name });
@@ -57,13 +59,14 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg]) -> 
         }
     }
     overlap(args)?;
+    reaches.check(core)?;
     if core.has_lost.load(Ordering::Relaxed) {
         drop(core.space.hold()); // what has been unmapped is followed, not only announced
         lost(core, args)?;
     }
     // A coherent device uses in place what it has no room for.
     if info.memory > 0 && !info.capabilities.coherent {
-        fits(dev, args)?;
+        fits(dev, args, reaches)?;
     }
     Ok(groups)
 }
@@ -113,7 +116,7 @@ fn lost(core: &Core, args: &[RawArg]) -> Result<(), Error> {
 pub fn overlap(args: &[RawArg]) -> Result<(), Error> {
     let ranges = |arg: &RawArg| match *arg {
         RawArg::Slice { start, count, size, access, .. } if count * size > 0 => Some((start, start + count * size, access)),
-        _ => None,
+        _ => arg.process_range(),
     };
     for (second, b) in args.iter().enumerate() {
         for (first, a) in args[..second].iter().enumerate() {
@@ -129,7 +132,7 @@ pub fn overlap(args: &[RawArg]) -> Result<(), Error> {
 }
 
 /// Whether what the launch declares can be resident all at once: blocks that it covers need a unit each, single pages share units.
-fn fits(dev: &Device, args: &[RawArg]) -> Result<(), Error> {
+fn fits(dev: &Device, args: &[RawArg], reaches: &Reaches) -> Result<(), Error> {
     let (mut whole, mut pages) = (0, 0);
     for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1) {
         for part in Span::touching(start, end).blocks() {
@@ -137,7 +140,7 @@ fn fits(dev: &Device, args: &[RawArg]) -> Result<(), Error> {
         }
     }
     let info = dev.driver.info();
-    let needed = (whole + (pages * uhmm_os::PAGE).div_ceil(BLOCK)) * BLOCK;
+    let needed = (whole + (pages * uhmm_os::PAGE).div_ceil(BLOCK) + gather::units(dev, reaches)) * BLOCK;
     if needed > info.memory {
         return Err(Error::TooLarge { device: info.name, needed, capacity: info.memory });
     }

@@ -451,7 +451,7 @@ impl DeviceRef {
     /// # Errors
     /// See [`Error`]; those that are found before the kernel starts leave everything as it was.
     pub fn run(&self, entry: Entry, grid: Grid, args: &Args<'_>) -> Result<(), Error> {
-        let request = Request::new(self.dev(), entry, grid, args.raw())?;
+        let request = Request::new(self.dev(), entry, grid, args)?;
         self.ask_launch(move |core, dev, number| launch::run(core, dev, &request, number))
     }
 
@@ -576,7 +576,7 @@ impl DeviceRef {
         if self.hold.core().has_worker(thread::gettid()) {
             return Err(Error::Reentrant);
         }
-        let request = Request::new(self.dev(), entry, grid, args.raw())?;
+        let request = Request::new(self.dev(), entry, grid, args)?;
         let job = move |seat: &Seat, number| {
             before();
             then(unless_lost(seat, Kind::Launch, number, |core, dev, number| launch::run(core, dev, &request, number)));

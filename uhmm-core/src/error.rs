@@ -146,6 +146,26 @@ pub enum Error {
         /// The first shared byte.
         address: usize,
     },
+    /// A range that a launch reaches besides its arguments ([`Args::reaching`](crate::args::Args::reaching)) cannot be had.
+    #[error("the launch reaches memory at {address:#x}, {why}")]
+    Reached {
+        /// The first such address.
+        address: usize,
+        /// Why, and what to do.
+        why: &'static str,
+    },
+    /// A bare pointer stands for the allocation that holds it, and none is known to.
+    #[error("argument {index} is a bare pointer to {address:#x}, and device {device} needs to know the allocation that holds it: {why}")]
+    Allocation {
+        /// The argument's position.
+        index: usize,
+        /// The pointer.
+        address: usize,
+        /// The device.
+        device: &'static str,
+        /// What is wrong, and what to do.
+        why: &'static str,
+    },
     /// A bare pointer was passed to a device that cannot fetch what its kernel touches.
     #[error(
         "argument {index} is a bare pointer, and device {device} has no replayable faults to fetch what its kernel touches: declare the memory with inp, out or inout"

@@ -16,8 +16,10 @@ use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::error::Error;
+use crate::gather::Stage;
 use crate::launch::Ledger;
 use crate::page::{Span, Va};
+use crate::reach::Shared;
 use crate::sync::*;
 use uhmm_os::{BLOCK, Errno, PAGE};
 
@@ -46,6 +48,8 @@ struct Brief {
     holds: bool,
     /// First byte, one past the last, and what for.
     ranges: [(Va, Va, Option<Access>); MAX_ARGS],
+    /// What it reaches besides; whoever ends the flight keeps the list until then.
+    reaches: Shared,
 }
 
 impl Brief {
@@ -60,6 +64,8 @@ pub(crate) struct Flights {
     list: Mutex<[Option<Brief>; MAX_FLIGHTS]>,
     /// Whether one of them holds, for who only passes.
     any: AtomicBool,
+    /// For the launch whose turn it is.
+    pub(crate) stage: Stage,
     ledgers: [Mutex<Option<Ledger>>; MAX_FLIGHTS],
 }
 
@@ -103,7 +109,8 @@ pub(crate) enum Conflict {
 
 impl Default for Flights {
     fn default() -> Self {
-        Flights { list: Mutex::new([None; MAX_FLIGHTS]), any: AtomicBool::new(false), ledgers: [const { Mutex::new(None) }; MAX_FLIGHTS] }
+        let ledgers = [const { Mutex::new(None) }; MAX_FLIGHTS];
+        Flights { list: Mutex::new([None; MAX_FLIGHTS]), any: AtomicBool::new(false), stage: Stage::default(), ledgers }
     }
 }
 
@@ -257,14 +264,24 @@ fn of(args: &[RawArg]) -> [(Va, Va, Option<Access>); MAX_ARGS] {
 ///
 /// # Errors
 /// What stands in the way.
-pub(crate) fn begin(core: &Core, dev: &Device, args: &[RawArg], purpose: Purpose, number: u64) -> Result<Flight, Conflict> {
+pub(crate) fn begin(
+    core: &Core,
+    dev: &Device,
+    args: &[RawArg],
+    reaches: Shared,
+    purpose: Purpose,
+    number: u64,
+) -> Result<Flight, Conflict> {
     let mine = of(args);
     let mut conflict = None;
     core.for_each_device(|other| {
         let list = other.flights.list.lock();
         for brief in list.iter().flatten() {
-            let Some((index, address)) = meets(&mine, brief, other.id() == dev.id()) else { continue };
-            let busy = Conflict::Busy(Error::Busy { index, address, device: other.driver.info().name });
+            let busy = match (meets(&mine, brief, other.id() == dev.id()), reaches_into(&reaches, brief)) {
+                (Some((index, address)), _) => Conflict::Busy(Error::Busy { index, address, device: other.driver.info().name }),
+                (None, Some(address)) => Conflict::Busy(Error::Reached { address, why: "which a lease has: release the lease first" }),
+                (None, None) => continue,
+            };
             match (brief.purpose, &conflict) {
                 (Purpose::Lease, _) => conflict = Some(busy),
                 (_, None) => conflict = Some(Conflict::Wait),
@@ -283,7 +300,7 @@ pub(crate) fn begin(core: &Core, dev: &Device, args: &[RawArg], purpose: Purpose
         let Some(index) = list.iter().position(Option::is_none) else {
             return Err(Conflict::Busy(Error::TooMany { device: info.name, most: MAX_FLIGHTS }));
         };
-        list[index] = Some(Brief { number, purpose, holds, ranges: mine });
+        list[index] = Some(Brief { number, purpose, holds, ranges: mine, reaches });
         index
     };
     let flight = Flight { index, number, purpose, holds, ran: false };
@@ -329,8 +346,17 @@ fn meets(mine: &[(Va, Va, Option<Access>); MAX_ARGS], other: &Brief, same: bool)
                 return Some((index, address));
             }
         }
+        if let Some(address) = other.reaches.meets((start, end, access)) {
+            return Some((index, address));
+        }
     }
     None
+}
+
+/// The address at which what a new flight reaches meets one that is under way. Blocks may meet: what is gathered does not move.
+fn reaches_into(mine: &Shared, other: &Brief) -> Option<Va> {
+    let declared = other.ranges().find_map(|range| mine.meets(range));
+    declared.or_else(|| mine.meets_list(&other.reaches))
 }
 
 /// The flight has ended: who waited for its pages, or for its place, goes on.
@@ -400,7 +426,7 @@ mod tests {
         for (slot, &(start, end, access)) in all.iter_mut().zip(ranges) {
             *slot = (start, end, Some(access));
         }
-        Brief { number: 7, purpose: Purpose::Launch, holds, ranges: all }
+        Brief { number: 7, purpose: Purpose::Launch, holds, ranges: all, reaches: Shared::NONE }
     }
 
     #[test]

@@ -30,6 +30,7 @@
 #![allow(unsafe_code)] // the slices a kernel sees are made here, from addresses that the launch has checked
 
 use crate::args::{Access, MAX_ARGS, RawArg};
+use crate::reach::{Reached, Shared};
 use crate::sync::{AtomicUsize, Ordering};
 use bytemuck::Pod;
 use core::any::TypeId;
@@ -174,21 +175,40 @@ pub struct Bound {
     mask: usize,
     /// For each written argument the part length that the first group asked for; 0 until then.
     parts: [AtomicUsize; MAX_ARGS],
+    /// What it reaches besides, and where that was gathered.
+    reaches: Shared,
+    gathered: usize,
 }
 
 impl Bound {
     /// Binds arguments for a device that sees the process's address `v` at `v ^ mask`.
     pub fn new(args: &[RawArg], grid: Grid, mask: usize) -> Self {
-        let mut all = [RawArg::Pointer { address: 0 }; MAX_ARGS];
+        let mut all = [RawArg::NONE; MAX_ARGS];
         for (slot, arg) in all.iter_mut().zip(args) {
             *slot = *arg;
             match slot {
                 RawArg::Slice { start, device: None, .. } => *start ^= mask,
-                RawArg::Pointer { address } => *address ^= mask,
+                RawArg::Pointer { address, start, .. } => (*address, *start) = (*address ^ mask, *start ^ mask),
                 _ => {}
             }
         }
-        Bound { args: all, count: args.len(), grid, mask, parts: [const { AtomicUsize::new(0) }; MAX_ARGS] }
+        let parts = [const { AtomicUsize::new(0) }; MAX_ARGS];
+        Bound { args: all, count: args.len(), grid, mask, parts, reaches: Shared::NONE, gathered: 0 }
+    }
+
+    /// With a list of what else is reached, which the device has from address `gathered` on.
+    pub(crate) fn with_reaches(self, reaches: Shared, gathered: usize) -> Self {
+        Bound { reaches, gathered, ..self }
+    }
+
+    /// What the launch reaches besides its arguments and the device has copies of, in order: for a driver whose kernels look pointers up by themselves.
+    pub fn reached(&self) -> impl ExactSizeIterator<Item = Reached> + '_ {
+        self.reaches.spots().iter().map(|spot| Reached { start: spot.start, end: spot.end, at: self.gathered + spot.offset })
+    }
+
+    /// Where the device has what the process has at `p`.
+    fn find(&self, p: usize) -> usize {
+        self.reaches.find(p).map_or(p ^ self.mask, |spot| self.gathered + spot.offset + (p - spot.start))
     }
 
     /// The grid of the launch.
@@ -303,7 +323,7 @@ impl<'a> Ctx<'a> {
     /// If there is no such argument, or it is of another kind.
     pub fn pointer<T>(&self, index: usize) -> *mut T {
         match self.bound.args[..self.bound.count].get(index) {
-            Some(&RawArg::Pointer { address }) => address as *mut T,
+            Some(&RawArg::Pointer { address, .. }) => address as *mut T,
             Some(other) => panic!("argument {index} is no bare pointer but {other:?}"),
             None => panic!("there is no argument {index}: the launch has {}", self.bound.count),
         }
@@ -311,12 +331,12 @@ impl<'a> Ctx<'a> {
 
     /// Where the device sees what the process has at `p`: how a kernel follows a pointer that it read from memory.
     pub fn ptr<T>(&self, p: *const T) -> *const T {
-        (p as usize ^ self.bound.mask) as *const T
+        self.bound.find(p as usize) as *const T
     }
 
     /// Like [`ptr`](crate::args::ptr)(Self::ptr), for writing.
     pub fn ptr_mut<T>(&self, p: *mut T) -> *mut T {
-        (p as usize ^ self.bound.mask) as *mut T
+        self.bound.find(p as usize) as *mut T
     }
 
     /// Scratch memory of this group: `count` elements with unspecified contents, aligned to 64 bytes, from [`LOCAL_BYTES`] in all.

@@ -9,17 +9,18 @@
 //!
 //! A launch with the same arguments as the last one, after which nothing has changed on the device, skips the preparation.
 
-use crate::args::{Access, MAX_ARGS, RawArg};
+use crate::args::{Access, Args, MAX_ARGS, RawArg};
 use crate::beside;
 use crate::bits::Bits;
 use crate::check;
 use crate::coherent;
 use crate::core::{Core, Device};
 use crate::counters::count;
-use crate::driver::{KernelFault, Launch};
+use crate::driver::Launch;
 use crate::error::Error;
 use crate::fixed::Sealed;
 use crate::flight::{self, Conflict, Flight, Purpose};
+use crate::gather;
 use crate::kernel::{Bound, Entry, Grid};
 use crate::line::{Place, Turn, Who};
 use crate::migrate::{Intent, Parked};
@@ -29,6 +30,7 @@ use crate::page::{Cause, PageState, Span, Va};
 use crate::place;
 use crate::prepare::{Part, note_ends, prepare, register_ahead};
 use crate::ranges;
+use crate::reach::{Reaches, Shared};
 use crate::snapshot;
 use crate::sync::*;
 use std::time::Instant;
@@ -40,24 +42,41 @@ use uhmm_os::{BLOCK, Errno, PAGE, thread};
 pub(crate) const LARGE: usize = 64 << 10;
 
 /// A launch as it is handed to the queue thread: by value.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct Request {
     pub entry: Entry,
     pub grid: Grid,
     pub args: [RawArg; MAX_ARGS],
     pub count: usize,
+    /// What it reaches besides.
+    pub reaches: Reaches,
 }
 
 impl Request {
     /// Made on the thread that launches, where the device's compiler may run: nothing has moved yet.
     ///
     /// # Errors
-    /// [`Error::NotLoaded`].
-    pub(crate) fn new(dev: &Device, entry: Entry, grid: Grid, args: &[RawArg]) -> Result<Self, Error> {
-        dev.driver.load(&entry, args).map_err(|why| Error::NotLoaded { device: dev.driver.info().name, why })?;
-        let mut all = [RawArg::Pointer { address: 0 }; MAX_ARGS];
-        all[..args.len()].copy_from_slice(args);
-        Ok(Request { entry, grid, args: all, count: args.len() })
+    /// [`Error::NotLoaded`], [`Error::Reached`], [`Error::Allocation`].
+    pub(crate) fn new(dev: &Device, entry: Entry, grid: Grid, args: &Args<'_>) -> Result<Self, Error> {
+        let mut all = [RawArg::NONE; MAX_ARGS];
+        let count = args.raw().len();
+        all[..count].copy_from_slice(args.raw());
+        dev.driver.load(&entry, &all[..count]).map_err(|why| Error::NotLoaded { device: dev.driver.info().name, why })?;
+        let reaches = Reaches::new(args.reaches(), &all[..count])?;
+        Ok(Request { entry, grid, args: all, count, reaches })
+    }
+
+    pub(crate) fn args(&self) -> &[RawArg] {
+        &self.args[..self.count]
+    }
+
+    /// The list of what it reaches, for a flight on `dev` that ends before this request is dropped.
+    fn shared(&self, dev: &Device) -> Shared {
+        #[allow(unsafe_code)]
+        // SAFETY: whoever runs the request borrows it until the flight has ended.
+        unsafe {
+            self.reaches.share(dev)
+        }
     }
 }
 
@@ -73,6 +92,8 @@ pub(crate) struct Ledger {
     pub(crate) sealed: Sealed,
     /// What a lease has declared.
     pub(crate) args: [RawArg; MAX_ARGS],
+    /// What a lease reaches besides.
+    pub(crate) reaches: Reaches,
 }
 
 /// What the last launch of a device left: its ranges, and how often the device's pages had changed when it ended.
@@ -110,7 +131,8 @@ impl Ledger {
             bounced: OwnSlice::new(c"uhmm ledger", most)?,
             bounced_count: 0,
             sealed: Sealed::new(),
-            args: [RawArg::Pointer { address: 0 }; MAX_ARGS],
+            args: [RawArg::NONE; MAX_ARGS],
+            reaches: Reaches::default(),
         })
     }
 
@@ -135,17 +157,17 @@ impl Ledger {
 pub(crate) fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<(), Error> {
     let place = dev.line.place(number);
     let entrance = dev.entrance.place(number);
-    let args = &request.args[..request.count];
+    let args = request.args();
     core.space.settle();
-    let groups = check::launch(core, dev, request.grid, args)?;
+    let groups = check::launch(core, dev, request.grid, args, &request.reaches)?;
     entrance.wait();
     if dev.driver.info().memory == 0 {
         let _turn = core.turns.enter(Who::Device(dev.index()));
         drop(entrance);
         place.wait();
-        return bare(dev, request, groups); // it holds no data
+        return bare(core, dev, request, groups); // it holds no data
     }
-    let (_turn, mut flight) = take_off(core, dev, args, Purpose::Launch)?;
+    let (_turn, mut flight) = take_off(core, dev, args, request.shared(dev), Purpose::Launch)?;
     let result = fly(core, dev, request, groups, &mut flight, entrance, &place);
     flight::end(core, dev, &flight);
     counted(dev, result)
@@ -155,10 +177,10 @@ pub(crate) fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> 
 ///
 /// # Errors
 /// [`Error::Busy`], [`Error::TooMany`].
-fn take_off<'a>(core: &'a Core, dev: &Device, args: &[RawArg], purpose: Purpose) -> Result<(Turn<'a>, Flight), Error> {
+fn take_off<'a>(core: &'a Core, dev: &Device, args: &[RawArg], reaches: Shared, purpose: Purpose) -> Result<(Turn<'a>, Flight), Error> {
     loop {
         let bell = core.flown.count();
-        if let Some(begun) = try_take_off(core, dev, args, purpose)? {
+        if let Some(begun) = try_take_off(core, dev, args, reaches, purpose)? {
             return Ok(begun);
         }
         core.flown.wait(bell); // without a turn, for the one who is waited for may need it
@@ -173,11 +195,12 @@ pub(crate) fn try_take_off<'a>(
     core: &'a Core,
     dev: &Device,
     args: &[RawArg],
+    reaches: Shared,
     purpose: Purpose,
 ) -> Result<Option<(Turn<'a>, Flight)>, Error> {
     let turn = core.turns.enter(Who::Device(dev.index()));
     let _prepare = core.prepare.lock();
-    match flight::begin(core, dev, args, purpose, core.next_launch()) {
+    match flight::begin(core, dev, args, reaches, purpose, core.next_launch()) {
         Ok(flight) => Ok(Some((turn, flight))),
         Err(Conflict::Busy(e)) => Err(e),
         Err(Conflict::Wait) => Ok(None),
@@ -194,7 +217,7 @@ fn fly(
     entrance: Place<'_>,
     place: &Place<'_>,
 ) -> Result<(), Error> {
-    let args = &request.args[..request.count];
+    let args = request.args();
     let mut ledger = dev.flights.ledger(flight, dev.driver.info().memory).map_err(|e| Error::System("reserve address space", e))?;
     let Some(ledger) = ledger.as_mut() else { return Err(Error::System("reserve address space", Errno::NOMEM)) };
     let prepared = make_ready(core, dev, flight, ledger, args, place);
@@ -202,7 +225,7 @@ fn fly(
     place.wait();
     flight.ran = prepared.is_ok();
     let result = match prepared {
-        Ok(()) => execute(dev, request, groups).map_err(|fault| dev.launch_failed(fault)),
+        Ok(()) => execute(core, dev, request, groups),
         Err(e) => Err(e),
     };
     let _prepare = core.prepare.lock();
@@ -259,8 +282,8 @@ fn make_ready(
 }
 
 /// A launch for which nothing has to be done.
-pub(crate) fn bare(dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
-    counted(dev, execute(dev, request, groups).map_err(|fault| dev.launch_failed(fault)))
+pub(crate) fn bare(core: &Core, dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
+    counted(dev, execute(core, dev, request, groups))
 }
 
 fn counted(dev: &Device, result: Result<(), Error>) -> Result<(), Error> {
@@ -289,13 +312,19 @@ fn unchanged(core: &Core, dev: &Device, args: &[RawArg]) -> Option<u64> {
     same.then_some(last.number)
 }
 
-fn execute(dev: &Device, request: &Request, groups: usize) -> Result<(), KernelFault> {
-    let bound = Bound::new(&request.args[..request.count], request.grid, dev.driver.info().mask);
+/// It is the launch's turn on the device, and what it declares is there.
+fn execute(core: &Core, dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
+    let gathered = gather::gather(core, dev, &request.reaches)?;
+    let mut bound = Bound::new(request.args(), request.grid, dev.driver.info().mask);
+    if let Some(gathered) = &gathered {
+        bound = bound.with_reaches(request.shared(dev), gathered.address());
+    }
     let launch = Launch { entry: request.entry, bound, groups };
     let start = Instant::now();
     let result = dev.driver.launch(&launch);
     count(&dev.counters.kernel_nanos, start.elapsed().as_nanos() as usize);
-    result
+    result.map_err(|fault| dev.launch_failed(fault))?;
+    gathered.map_or(Ok(()), |gathered| gathered.write_back())
 }
 
 /// Ends what [`prepare`] has begun. The caller holds `prepare`.

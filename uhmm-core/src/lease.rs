@@ -12,14 +12,14 @@
 //! use uhmm_core::{DeviceRef, Error};
 //!
 //! fn with_resident(dev: &DeviceRef, args: &Args<'_>, launch: impl FnOnce()) -> Result<(), Error> {
-//!     let lease = dev.acquire(args.raw())?; // what is declared is on the device ...
+//!     let lease = dev.acquire(args)?; // what is declared is on the device ...
 //!     launch();
 //!     dev.release(lease); // ... until here: what was written is the program's again
 //!     Ok(())
 //! }
 //! ```
 
-use crate::args::{MAX_ARGS, RawArg};
+use crate::args::{Args, MAX_ARGS, RawArg};
 use crate::beside;
 use crate::check;
 use crate::core::{Core, Device, DeviceRef};
@@ -29,6 +29,7 @@ use crate::kernel::{Entry, Grid};
 use crate::launch::{self, Request, try_take_off};
 use crate::prepare::{Part, note_all, prepare};
 use crate::process::MAX_DEVICES;
+use crate::reach::Reaches;
 use crate::snapshot;
 use crate::sync::*;
 use uhmm_os::Errno;
@@ -81,23 +82,28 @@ pub(crate) fn work(core: &Core) {
 }
 
 /// One attempt; `None`: something is in the way that will end.
-fn acquire(core: &Core, dev: &Device, args: &[RawArg]) -> Result<Option<LeaseId>, Error> {
+fn acquire(core: &Core, dev: &Device, args: &[RawArg], reaches: Reaches) -> Result<Option<LeaseId>, Error> {
     core.space.settle();
     if let Some(index) = args.iter().position(|arg| matches!(arg, RawArg::Pointer { .. })) {
         return Err(Error::LeasedPointer { index });
     }
-    check::launch(core, dev, Grid::from(1), args)?;
-    let Some((_turn, flight)) = try_take_off(core, dev, args, Purpose::Lease)? else { return Ok(None) };
+    check::launch(core, dev, Grid::from(1), args, &reaches)?;
+    #[allow(unsafe_code)]
+    // SAFETY: the ledger keeps the list until the flight has ended.
+    let shared = unsafe { reaches.share(dev) };
+    let Some((_turn, flight)) = try_take_off(core, dev, args, shared, Purpose::Lease)? else { return Ok(None) };
     let lease = LeaseId { index: flight.index, number: flight.number };
     let info = dev.driver.info();
-    if info.memory == 0 {
-        return Ok(Some(lease)); // it holds no data
-    }
+    let mut reaches = Some(reaches);
     let prepared = (|| {
         let mut ledger = dev.flights.ledger(&flight, info.memory).map_err(|e| Error::System("reserve address space", e))?;
         let ledger = ledger.as_mut().ok_or(Error::System("reserve address space", Errno::NOMEM))?;
-        ledger.args = [RawArg::Pointer { address: 0 }; MAX_ARGS];
+        ledger.args = [RawArg::NONE; MAX_ARGS];
         ledger.args[..args.len()].copy_from_slice(args);
+        ledger.reaches = reaches.take().unwrap_or_default();
+        if info.memory == 0 {
+            return Ok(()); // it holds no data
+        }
         let _prepare = core.prepare.lock();
         dev.full.store(false, Ordering::Relaxed);
         // A running kernel may be using what is shared.
@@ -115,9 +121,11 @@ fn acquire(core: &Core, dev: &Device, args: &[RawArg]) -> Result<Option<LeaseId>
 
 /// Ends a lease, which is the caller's. Without `success` nothing is written to the program.
 fn finish(core: &Core, dev: &Device, flight: &Flight, success: bool) {
+    let mut reaches = Reaches::default();
     if let Ok(mut ledger) = dev.flights.ledger(flight, dev.driver.info().memory)
         && let Some(ledger) = ledger.as_mut()
     {
+        reaches = core::mem::take(&mut ledger.reaches);
         let args = ledger.args;
         let _prepare = core.prepare.lock();
         note_all(core, dev, ledger, &args);
@@ -125,6 +133,7 @@ fn finish(core: &Core, dev: &Device, flight: &Flight, success: bool) {
         let _ = launch::finish(core, dev, flight, ledger, &args, success);
     }
     flight::end(core, dev, flight);
+    drop(reaches); // others have looked at it until now
 }
 
 /// Ends leases whose owners forgot them, when the device is closed. What they had declared may be somebody else's by now: nothing is written there.
@@ -147,7 +156,7 @@ fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<(), 
         let _prepare = core.prepare.lock();
         beside::refresh(core, dev)?;
     }
-    let result = launch::bare(dev, request, groups);
+    let result = launch::bare(core, dev, request, groups);
     let _prepare = core.prepare.lock();
     let ended = snapshot::finish_fetched(core, dev, &Flight::none(), result.is_ok());
     let ended = ended.and_then(|()| beside::finish(core, dev, result.is_ok()));
@@ -155,15 +164,17 @@ fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<(), 
 }
 
 impl DeviceRef {
-    /// Makes what the arguments declare resident, until [`release`](Self::release). What they borrow must stay borrowed until then.
+    /// Makes what the arguments declare resident, until [`release`](Self::release). What they borrow must stay borrowed until then. What they only
+    /// [reach](Args::reaching) is nobody else's meanwhile, and is copied at each [run](Self::run_leased).
     ///
     /// # Errors
     /// Those of a launch before its kernel runs; [`Error::Busy`], [`Error::TooMany`], [`Error::LeasedPointer`].
-    pub fn acquire(&self, args: &[RawArg]) -> Result<LeaseId, Error> {
+    pub fn acquire(&self, args: &Args<'_>) -> Result<LeaseId, Error> {
         // Whoever waits does so here, and not on one of the device's threads, which have launches to run meanwhile.
         loop {
             let bell = self.core().flown.count();
-            if let Some(lease) = self.ask_beside(|core, dev| acquire(core, dev, args))? {
+            let reaches = Reaches::new(args.reaches(), args.raw())?;
+            if let Some(lease) = self.ask_beside(|core, dev| acquire(core, dev, args.raw(), reaches))? {
                 return Ok(lease);
             }
             self.core().flown.wait(bell);
@@ -198,8 +209,8 @@ impl DeviceRef {
     /// Runs a kernel over a lease's arguments, and waits for it.
     ///
     /// # Errors
-    /// [`Error::Grid`], [`Error::Kernel`], [`Error::Reentrant`].
-    pub fn run_leased(&self, entry: Entry, grid: Grid, args: &[RawArg]) -> Result<(), Error> {
+    /// [`Error::Grid`], [`Error::Kernel`], [`Error::Reentrant`]; of what it reaches [`Error::Gone`], [`Error::NoRoom`].
+    pub fn run_leased(&self, entry: Entry, grid: Grid, args: &Args<'_>) -> Result<(), Error> {
         let request = Request::new(self.dev(), entry, grid, args)?;
         self.ask_launch(move |core, dev, number| run(core, dev, &request, number))
     }

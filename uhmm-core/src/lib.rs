@@ -11,7 +11,7 @@
 //! | [`mirror`] | devices that use memory where it is: looks, notifiers, a page table for models |
 //! | `migrate`, `home`, `share` | moving pages to a device and back; the CPU gets copies of what a device keeps |
 //! | `monitor`, `ahead`, `events`, `device_fault` | the CPU's touches and what comes before them, the program's mapping changes, the device's touches |
-//! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `flight`, `beside`, [`lease`], `line`, [`scope`] | the life of a launch |
+//! | `check`, `launch`, `prepare`, `snapshot`, `twins`, `shares`, `flight`, `beside`, [`reach`], `gather`, [`lease`], `line`, [`scope`] | the life of a launch |
 //! | [`residency`], `discard`, [`prefetch`] | hints: where pages are, for who asks; what is not needed any more; what goes ahead, in the background |
 //! | `coherent` | devices whose memory the CPU uses in place |
 //! | `fixed` | pages that never leave |
@@ -66,6 +66,7 @@ mod evictor;
 mod fixed;
 mod flight;
 mod fork;
+mod gather;
 mod home;
 pub mod kernel;
 mod launch;
@@ -89,6 +90,7 @@ mod prepare;
 mod process;
 mod ranges;
 mod raw_fork;
+pub mod reach;
 pub mod residency;
 pub mod scope;
 mod share;

@@ -47,7 +47,7 @@ impl Device {
     /// Those that [`run`](Self::run) finds before its kernel starts; [`Error::Busy`] if a lease has what this one needs; [`Error::TooMany`]; a bare pointer
     /// declares nothing ([`Error::LeasedPointer`]).
     pub fn acquire<'a>(&'a self, args: Args<'a>) -> Result<Lease<'a>, Error> {
-        let id = self.dev.acquire(args.raw())?;
+        let id = self.dev.acquire(&args)?;
         Ok(Lease { dev: self, id, args })
     }
 }
@@ -73,7 +73,7 @@ impl Lease<'_> {
     /// # Errors
     /// [`Error::Grid`]; [`Error::Kernel`]: what it wrote until then stays.
     pub fn run<K: Kernel>(&self, kernel: &K, grid: impl Into<Grid>) -> Result<(), Error> {
-        self.dev.dev.run_leased(Entry::new(kernel), grid.into(), self.args.raw())
+        self.dev.dev.run_leased(Entry::new(kernel), grid.into(), &self.args)
     }
 
     /// Gives the memory back once `fence` is signalled, and returns at once. Until then the CPU's touch of a whole page of what is written waits, and so does its write to

@@ -167,8 +167,8 @@ impl Loaded {
                         return Err(format!("{} is a value of type {of}, and the launch gives it {ty}", what()));
                     }
                 }
+                (Param::Global { .. }, RawArg::Pointer { .. }) | (Param::Length(_) | Param::Memory | Param::Ranges, _) => {}
                 (Param::Global { to, .. }, _) => return Err(format!("{} is a pointer to {to}: give it with inp, out or inout", what())),
-                (Param::Length(_) | Param::Memory | Param::Ranges, _) => {}
                 (Param::Value { of }, _) => return Err(format!("{} is a value of type {of}: give it as a value", what())),
             }
         }
@@ -183,7 +183,7 @@ impl Loaded {
         let refused = |status: Status| KernelFault::Refused(Message::new(&status.to_string()));
         let follows = self.params.contains(&Param::Ranges);
         if follows {
-            memory.ranges().set(bound.args(), table).map_err(refused)?;
+            memory.ranges().set(memory.device(), bound, table).map_err(refused)?;
         }
         self.enqueue(memory, table, bound, local).map_err(refused)?;
         let missed = if follows { memory.ranges().missed().map_err(refused)? } else { None };
@@ -196,7 +196,7 @@ impl Loaded {
             // SAFETY: `size` bytes are valid at `value`, and are copied before the call returns.
             unsafe { kn::set_kernel_arg(kernel.0, index as u32, size, value) }.map_err(Status)
         };
-        for (index, buffer) in [memory.buffer().raw(), memory.ranges().buffer().raw()].iter().enumerate() {
+        for (index, buffer) in [memory.buffer().raw(), memory.ranges().raw()].iter().enumerate() {
             set(index, size_of::<cl_mem>(), core::ptr::from_ref(buffer).cast())?;
         }
         let mut args = bound.args().iter();
@@ -209,12 +209,12 @@ impl Loaded {
                     set(index, size_of::<u64>(), (&raw const count).cast())?;
                 }
                 Param::Global { .. } | Param::Value { .. } => match args.next() {
-                    Some(arg @ RawArg::Slice { .. }) => {
+                    Some(arg @ (RawArg::Slice { .. } | RawArg::Pointer { .. })) => {
                         let at = place(arg, table).ok_or(Status(CL_INVALID_ARG_VALUE))? as u64;
                         set(index, size_of::<u64>(), (&raw const at).cast())?;
                     }
                     Some(RawArg::Value { bytes, size, .. }) => set(index, *size, bytes.as_ptr().cast())?,
-                    Some(RawArg::Pointer { .. }) | None => return Err(Status(CL_INVALID_ARG_VALUE)),
+                    None => return Err(Status(CL_INVALID_ARG_VALUE)),
                 },
             }
             index += 1;
@@ -238,7 +238,8 @@ pub(crate) fn place(arg: &RawArg, table: &Table) -> Option<usize> {
         RawArg::Slice { start, device: Some(_), .. } => Some(memory::offset(start)),
         RawArg::Slice { count, size, .. } if count * size == 0 => Some(0),
         RawArg::Slice { start, count, size, .. } => table.offset(start, count * size),
-        _ => None,
+        RawArg::Pointer { address, start, bytes } => table.offset(start, bytes).map(|at| at + (address - start)),
+        RawArg::Value { .. } => None,
     }
 }
 

@@ -2,23 +2,26 @@
 #define UHMM __global uchar *uhmm_memory, __global uint *uhmm_ranges
 #define uhmm_ptr(p) uhmm_find(uhmm_memory, uhmm_ranges, (ulong)(p))
 
-// The table: whether an address was not found, how many ranges there are, that address; from number 2 on, for each range, its beginning and end in the process and its offset in the
-// device's memory, in order. From byte 1024 on a page that stands for what was not found.
+// The table: whether an address was not found, how many ranges there are, that address; from number 16 on 4096 bytes that stand for what was not found; then the beginnings of all
+// ranges in the process, in order, and after them for each its end and its offset in the device's memory.
 inline __global void *uhmm_find(__global uchar *memory, __global uint *table, ulong p)
 {
-    __global ulong *numbers = (__global ulong *)table;
-    uint low = 0, high = table[1];
+    __global ulong *starts = (__global ulong *)table + 528;
+    uint count = table[1], low = 0, high = count;
     while (low < high) {
-        uint middle = (low + high) / 2;
-        if (numbers[3 + 3 * middle] <= p)
+        uint middle = low + (high - low) / 2;
+        if (starts[middle] <= p)
             low = middle + 1;
         else
             high = middle;
     }
-    if (low < table[1] && numbers[2 + 3 * low] <= p)
-        return memory + numbers[4 + 3 * low] + (p - numbers[2 + 3 * low]);
+    if (low > 0) {
+        __global ulong *rest = starts + count + 2 * (low - 1);
+        if (p < rest[0])
+            return memory + rest[1] + (p - starts[low - 1]);
+    }
     if (atomic_cmpxchg((volatile __global uint *)table, 0, 1) == 0)
-        numbers[1] = p;
-    return (__global uchar *)table + 1024;
+        ((__global ulong *)table)[1] = p;
+    return (__global uchar *)table + 128;
 }
 #line 1

@@ -253,7 +253,9 @@ fn overlap(dev: &DeviceRef) {
     for round in 0..20u32 {
         a.fill(round);
         b.fill(round + 1);
-        let [of_a, of_b] = [uhmm::args![uhmm::inout(a)], uhmm::args![uhmm::inout(b)]].map(|list| list.raw().to_vec());
+        let raw = [uhmm::inout(a), uhmm::inout(b)].map(|arg| arg.raw());
+        // SAFETY: nobody uses them while they are leased, but for what is said below.
+        let [of_a, of_b] = raw.map(|raw| uhmm::args![unsafe { uhmm::Arg::from_raw(raw) }]);
         let first = dev.acquire(&of_a).unwrap();
         b.fill(round + 10); // after the snapshot that the lease of its neighbour has
         c.fill(round + 20);
