@@ -227,9 +227,18 @@ impl<'a, T: Pod> Lent<'a, T> {
 
 /// A bare pointer, of which nothing is declared: a device with replayable faults fetches what the kernel touches.
 ///
+/// On any other device it stands for the whole allocation that holds it, as if that were declared with [`inout`]: it is resident while the kernel runs, and may be written. Which
+/// one that is, is looked for when it is launched ([`uhmm_os::allocation`]):
+/// * for a pointer that the C library's malloc has returned (as a `Box`, a `Vec`, and C++'s `new` have it) the block; a pointer into a block is refused, for where that
+///   begins cannot be told, unless it is so large that malloc has mapped it by itself (from 128 KiB on, at first);
+/// * for memory of mmap the mapping, from anywhere in it. Mappings that lie side by side with the same rights are one to the kernel, and so here;
+/// * on stacks and among statics there is none: [`Error::Allocation`](crate::Error::Allocation).
+///
+/// Other allocators' memory is mappings, each with many blocks: declare ranges of it instead.
+///
 /// # Safety
 /// Whatever the kernel reaches through this pointer must be valid for the accesses it makes until the launch has ended, as if the
-/// kernel were a function that this thread calls.
+/// kernel were a function that this thread calls. On a device without replayable faults nobody else may use, free or unmap any byte of the allocation until then.
 pub unsafe fn ptr<'a, T>(address: *const T) -> Arg<'a> {
     Arg { lent: false, raw: RawArg::pointer(address as usize), borrow: PhantomData }
 }
@@ -315,11 +324,18 @@ impl<'a> Args<'a> {
     /// # Panics
     /// If one of them is a value, a bare pointer or memory of a device.
     pub fn reaching(mut self, ranges: impl IntoIterator<Item = Arg<'a>>) -> Self {
-        for arg in ranges {
-            self.lent |= arg.lent;
-            self.reaches.push(Reach::of(&arg.raw));
+        let Args { lent, reaches, .. } = &mut self;
+        reaches.extend(ranges.into_iter().map(|arg| {
+            *lent |= arg.lent;
+            Reach::of(&arg.raw)
+        }));
+        // Nodes that were allocated one after the other are nearly in order: a stable sort makes use of that, and is the slower one for any other.
+        let breaks = reaches.windows(2).filter(|pair| pair[0].start() > pair[1].start()).count();
+        if breaks > reaches.len() / 32 {
+            reaches.sort_unstable_by_key(Reach::start);
+        } else if breaks > 0 {
+            reaches.sort_by_key(Reach::start);
         }
-        self.reaches.sort_unstable();
         self
     }
 

@@ -49,6 +49,9 @@ pub(crate) fn launch(core: &Core, dev: &Device, grid: Grid, args: &[RawArg], rea
         {
             return Err(Error::BarePointer { index, device: info.name });
         }
+        if let RawArg::Pointer { start, bytes, .. } = *arg {
+            range(core, dev, index, start, start + bytes, Access::InOut)?;
+        }
         if let RawArg::Slice { start, count, size, device, access, .. } = *arg {
             let end = count.checked_mul(size).and_then(|bytes| start.checked_add(bytes)).filter(|&end| end <= 1 << 47);
             match device {
@@ -122,6 +125,7 @@ pub fn overlap(args: &[RawArg]) -> Result<(), Error> {
         for (first, a) in args[..second].iter().enumerate() {
             if let (Some(a), Some(b)) = (ranges(a), ranges(b))
                 && (a.2.writes() || b.2.writes())
+                && !one_allocation(&args[first], &args[second])
                 && a.0.max(b.0) < a.1.min(b.1)
             {
                 return Err(Error::Overlap { first, second, address: a.0.max(b.0) });
@@ -129,6 +133,11 @@ pub fn overlap(args: &[RawArg]) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Whether two bare pointers lead into one allocation: it is declared once.
+fn one_allocation(a: &RawArg, b: &RawArg) -> bool {
+    matches!((a, b), (RawArg::Pointer { .. }, RawArg::Pointer { .. })) && a.process_range() == b.process_range()
 }
 
 /// Whether what the launch declares can be resident all at once: blocks that it covers need a unit each, single pages share units.

@@ -452,7 +452,7 @@ impl DeviceRef {
     /// See [`Error`]; those that are found before the kernel starts leave everything as it was.
     pub fn run(&self, entry: Entry, grid: Grid, args: &Args<'_>) -> Result<(), Error> {
         let request = Request::new(self.dev(), entry, grid, args)?;
-        self.ask_launch(move |core, dev, number| launch::run(core, dev, &request, number))
+        self.ask_launch(move |core, dev, number| launch::run(core, dev, request, number))
     }
 
     /// Moves the pages inside a byte range to the device. Pages that cannot move stay.
@@ -579,7 +579,7 @@ impl DeviceRef {
         let request = Request::new(self.dev(), entry, grid, args)?;
         let job = move |seat: &Seat, number| {
             before();
-            then(unless_lost(seat, Kind::Launch, number, |core, dev, number| launch::run(core, dev, &request, number)));
+            then(unless_lost(seat, Kind::Launch, number, |core, dev, number| launch::run(core, dev, request, number)));
         };
         // SAFETY: queues serve with a Seat; the rest by the contract.
         let left = unsafe { self.dev().desk.leave(Kind::Launch, job) };

@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::gather::Stage;
 use crate::launch::Ledger;
 use crate::page::{Span, Va};
-use crate::reach::Shared;
+use crate::reach::{Shared, Spare};
 use crate::sync::*;
 use uhmm_os::{BLOCK, Errno, PAGE};
 
@@ -66,6 +66,7 @@ pub(crate) struct Flights {
     any: AtomicBool,
     /// For the launch whose turn it is.
     pub(crate) stage: Stage,
+    pub(crate) spare: Spare,
     ledgers: [Mutex<Option<Ledger>>; MAX_FLIGHTS],
 }
 
@@ -110,7 +111,13 @@ pub(crate) enum Conflict {
 impl Default for Flights {
     fn default() -> Self {
         let ledgers = [const { Mutex::new(None) }; MAX_FLIGHTS];
-        Flights { list: Mutex::new([None; MAX_FLIGHTS]), any: AtomicBool::new(false), stage: Stage::default(), ledgers }
+        Flights {
+            list: Mutex::new([None; MAX_FLIGHTS]),
+            any: AtomicBool::new(false),
+            stage: Stage::default(),
+            spare: Spare::default(),
+            ledgers,
+        }
     }
 }
 

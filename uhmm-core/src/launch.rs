@@ -30,12 +30,12 @@ use crate::page::{Cause, PageState, Span, Va};
 use crate::place;
 use crate::prepare::{Part, note_ends, prepare, register_ahead};
 use crate::ranges;
-use crate::reach::{Reaches, Shared};
+use crate::reach::{self, Reaches, Shared};
 use crate::snapshot;
 use crate::sync::*;
 use std::time::Instant;
 use uhmm_os::uffd::MoveMode;
-use uhmm_os::{BLOCK, Errno, PAGE, thread};
+use uhmm_os::{BLOCK, Errno, PAGE, allocation, thread};
 
 /// Arguments of at least this many bytes keep their edge pages on the device too: what else lies on such a page is seldom touched (an allocator's header),
 /// and an unchanged relaunch then moves nothing. For smaller ones copying is cheaper than a fault.
@@ -62,7 +62,8 @@ impl Request {
         let count = args.raw().len();
         all[..count].copy_from_slice(args.raw());
         dev.driver.load(&entry, &all[..count]).map_err(|why| Error::NotLoaded { device: dev.driver.info().name, why })?;
-        let reaches = Reaches::new(args.reaches(), &all[..count])?;
+        find_allocations(dev, &mut all[..count])?;
+        let reaches = Reaches::new(args.reaches(), &all[..count], &dev.flights.spare)?;
         Ok(Request { entry, grid, args: all, count, reaches })
     }
 
@@ -78,6 +79,21 @@ impl Request {
             self.reaches.share(dev)
         }
     }
+}
+
+/// Where kernels could not fetch what a bare pointer leads to, it stands for the allocation that holds it.
+fn find_allocations(dev: &Device, args: &mut [RawArg]) -> Result<(), Error> {
+    if !reach::gathers(dev) {
+        return Ok(());
+    }
+    for (index, arg) in args.iter_mut().enumerate() {
+        if let RawArg::Pointer { address, start, bytes } = arg {
+            let unknown = |why| Error::Allocation { index, address: *address, device: dev.driver.info().name, why };
+            let range = allocation::holding(*address).map_err(|why| unknown(why.words()))?;
+            (*start, *bytes) = (range.start, range.len());
+        }
+    }
+    Ok(())
 }
 
 /// What the queue thread remembers, in memory that never migrates.
@@ -154,7 +170,13 @@ impl Ledger {
 }
 
 /// Runs a launch from check to finish. `number` is its number on the device.
-pub(crate) fn run(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<(), Error> {
+pub(crate) fn run(core: &Core, dev: &Device, request: Request, number: u64) -> Result<(), Error> {
+    let result = checked(core, dev, &request, number);
+    dev.flights.spare.give(request.reaches);
+    result
+}
+
+fn checked(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<(), Error> {
     let place = dev.line.place(number);
     let entrance = dev.entrance.place(number);
     let args = request.args();

@@ -173,7 +173,7 @@ impl DeviceRef {
         // Whoever waits does so here, and not on one of the device's threads, which have launches to run meanwhile.
         loop {
             let bell = self.core().flown.count();
-            let reaches = Reaches::new(args.reaches(), args.raw())?;
+            let reaches = Reaches::new(args.reaches(), args.raw(), &self.dev().flights.spare)?;
             if let Some(lease) = self.ask_beside(|core, dev| acquire(core, dev, args.raw(), reaches))? {
                 return Ok(lease);
             }

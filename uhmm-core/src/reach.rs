@@ -2,7 +2,7 @@
 //!
 //! A device with replayable faults follows such pointers by itself. For any other the ranges are gathered (`gather`): copied by bytes into a piece of the device's own memory when
 //! the launch starts, so that a page which holds other bytes too neither moves nor is blocked; and a table says where each of them is. Their order in that piece is the one here: those that
-//! are only read, then those that are written, each at its address modulo [`ALIGN`].
+//! are only read, then those that are written, each at its address modulo 16, and larger ones modulo 32, 64 or 128: no vector loses its alignment.
 //!
 //! Who uses it: programs make such ranges by [`Args::reaching`](crate::args::Args::reaching); a driver whose kernels look pointers up by themselves finds them as [`Reached`] in
 //! [`Bound`](crate::kernel::Bound). What reads the list is the launch that it came with, and what asks whether two flights meet.
@@ -23,20 +23,20 @@ use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::own::{OwnSlice, Zeroed};
 use crate::page::Va;
+use crate::sync::Mutex;
 use uhmm_os::{Errno, PAGE};
 
-/// A range lies in the device's memory at its address modulo this many bytes: the largest alignment that OpenCL C knows, and more than allocators give.
-pub const ALIGN: usize = 128;
+/// A range lies in the device's memory at its address modulo this many bytes at least. Allocators give as much.
+pub const ALIGN: usize = 16;
+/// The largest alignment that OpenCL C knows.
+const MOST_ALIGN: usize = 128;
 
-/// A range that a launch reaches, as its arguments carry it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A range that a launch reaches, as its arguments carry it: there may be millions, so it is small.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reach {
-    /// First byte.
-    pub start: usize,
-    /// One past the last; `usize::MAX` if it is beyond the address space.
-    pub end: usize,
-    /// Whether the kernel writes there.
-    pub write: bool,
+    start: usize,
+    /// Bytes, twice, and whether the kernel writes there.
+    rest: usize,
 }
 
 /// A range that a launch reaches, and where the device has it.
@@ -55,12 +55,33 @@ impl Reach {
     ///
     /// # Panics
     /// If it is none of the process's memory.
+    #[inline]
     pub(crate) fn of(arg: &RawArg) -> Self {
         let &RawArg::Slice { start, count, size, access, device: None, .. } = arg else {
             panic!("a launch reaches ranges of the process's memory: give inp, out or inout, not {arg:?}")
         };
-        let end = count.checked_mul(size).and_then(|bytes| start.checked_add(bytes)).unwrap_or(usize::MAX);
-        Reach { start, end, write: access.writes() }
+        Reach::new(start, count.saturating_mul(size), access.writes())
+    }
+
+    #[inline]
+    fn new(start: usize, bytes: usize, write: bool) -> Self {
+        Reach { start, rest: bytes.min(usize::MAX >> 1) << 1 | usize::from(write) }
+    }
+
+    /// First byte.
+    #[inline]
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    /// One past the last; `usize::MAX` if that is beyond all addresses.
+    pub fn end(&self) -> usize {
+        self.start.saturating_add(self.rest >> 1)
+    }
+
+    /// Whether the kernel writes there.
+    pub fn writes(&self) -> bool {
+        self.rest & 1 != 0
     }
 }
 
@@ -93,29 +114,34 @@ impl Reaches {
     ///
     /// # Errors
     /// [`Error::Reached`] for what cannot be; [`Error::System`] if there is no memory for the list.
-    pub(crate) fn new(ranges: &[Reach], args: &[RawArg]) -> Result<Self, Error> {
+    pub(crate) fn new(ranges: &[Reach], args: &[RawArg], spare: &Spare) -> Result<Self, Error> {
         if ranges.is_empty() {
             return Ok(Reaches::default());
         }
-        let mut spots = OwnSlice::<Spot>::new(c"uhmm reaches", ranges.len()).map_err(|e| Error::System("reserve address space", e))?;
+        let mut spots = spare.take(ranges.len())?;
         let mut declared = [(0, 0, false); MAX_ARGS];
         for (slot, arg) in declared.iter_mut().zip(args) {
             // What is too long is refused where arguments are checked.
             *slot = arg.checked_range().map_or((0, 0, false), |(start, end, access)| (start, end, access.writes()));
         }
         let mut count = 0usize;
-        for range in ranges.iter().filter(|range| range.start < range.end) {
-            if range.start == 0 || range.end > 1 << 47 {
-                return Err(Error::Reached { address: range.start, why: "which is no address of a process" });
+        let declared = &declared[..args.len()];
+        for range in ranges {
+            let (start, end, write) = (range.start, range.end(), range.writes());
+            if start == end {
+                continue;
             }
-            if has_already(range, &declared)? {
+            if start == 0 || end > 1 << 47 {
+                return Err(Error::Reached { address: start, why: "which is no address of a process" });
+            }
+            if has_already((start, end, write), declared)? {
                 continue;
             }
             match count.checked_sub(1).map(|last| &mut spots[last]) {
-                Some(last) if range.start <= last.end && range.write == last.write => last.end = last.end.max(range.end),
-                Some(last) if range.start < last.end => return Err(Error::Reached { address: range.start, why: SHARED }),
+                Some(last) if start <= last.end && write == last.write => last.end = last.end.max(end),
+                Some(last) if start < last.end => return Err(Error::Reached { address: start, why: SHARED }),
                 _ => {
-                    spots[count] = Spot { start: range.start, end: range.end, offset: 0, write: range.write };
+                    spots[count] = Spot { start, end, offset: 0, write };
                     count += 1;
                 }
             }
@@ -130,8 +156,11 @@ impl Reaches {
         let mut end = 0;
         for write in [false, true] {
             for spot in spots[..self.count].iter_mut().filter(|spot| spot.write == write) {
-                spot.offset = end + (spot.start.wrapping_sub(end) % ALIGN);
-                end = spot.offset + (spot.end - spot.start);
+                // What is aligned to more bytes than a range has does not lie in it.
+                let bytes = spot.end - spot.start;
+                let align = (1 << bytes.ilog2()).clamp(ALIGN, MOST_ALIGN);
+                spot.offset = end + (spot.start.wrapping_sub(end) & (align - 1));
+                end = spot.offset + bytes;
             }
             if !write {
                 self.read = end;
@@ -158,13 +187,15 @@ impl Reaches {
     /// # Errors
     /// [`Error::Reached`] with the first address that is not.
     pub(crate) fn check(&self, core: &Core) -> Result<(), Error> {
-        let mut vma = None;
+        // Many ranges lie in one mapping: what is known to be as it should, for reading, and whether for writing as well.
+        let (mut from, mut to, mut writable) = (0, 0, false);
         for spot in self.spots() {
+            if from <= spot.start && spot.end <= to && (writable || !spot.write) {
+                continue;
+            }
             let mut at = spot.start;
             while at < spot.end {
-                // Many ranges lie in one mapping.
-                let known = vma.take().filter(|vma: &uhmm_os::maps::Vma| vma.start <= at && at < vma.end);
-                let Some(found) = known.map_or_else(|| core.space.mapping(at), |vma| Ok(Some(vma))).map_err(no_maps)? else {
+                let Some(found) = core.space.mapping(at).map_err(no_maps)? else {
                     return Err(Error::Reached { address: at, why: "which is not mapped" });
                 };
                 if !found.read {
@@ -174,7 +205,7 @@ impl Reaches {
                     return Err(Error::Reached { address: at, why: "which is read-only, for writing" });
                 }
                 at = found.end;
-                vma = Some(found);
+                (from, to, writable) = (found.start, found.end, found.write);
             }
         }
         Ok(())
@@ -189,14 +220,39 @@ fn no_maps(e: Errno) -> Error {
 ///
 /// # Errors
 /// [`Error::Reached`] if one has it in another way.
-fn has_already(range: &Reach, declared: &[(Va, Va, bool); MAX_ARGS]) -> Result<bool, Error> {
+fn has_already((from, to, writes): (Va, Va, bool), declared: &[(Va, Va, bool)]) -> Result<bool, Error> {
     for &(start, end, write) in declared {
-        if range.start.max(start) < range.end.min(end) {
-            let whole = start <= range.start && range.end <= end && (write || !range.write);
-            return if whole { Ok(true) } else { Err(Error::Reached { address: range.start.max(start), why: PARTLY }) };
+        if from.max(start) < to.min(end) {
+            let whole = start <= from && to <= end && (write || !writes);
+            return if whole { Ok(true) } else { Err(Error::Reached { address: from.max(start), why: PARTLY }) };
         }
     }
     Ok(false)
+}
+
+/// A list that the next launch can have: for so many ranges, new memory would cost as much as all that is done with it.
+#[derive(Debug, Default)]
+pub(crate) struct Spare(Mutex<Option<OwnSlice<Spot>>>);
+
+/// Ranges of the largest list that is kept.
+const KEPT: usize = 1 << 20;
+
+impl Spare {
+    /// Room for so many ranges.
+    fn take(&self, ranges: usize) -> Result<OwnSlice<Spot>, Error> {
+        let spare = self.0.lock().take_if(|spare| spare.len() >= ranges);
+        spare
+            .map_or_else(|| OwnSlice::new(c"uhmm reaches", ranges.next_power_of_two()), Ok)
+            .map_err(|e| Error::System("reserve address space", e))
+    }
+
+    /// A list that is not used any more.
+    pub(crate) fn give(&self, reaches: Reaches) {
+        if let Some(list) = reaches.spots.filter(|list| list.len() <= KEPT) {
+            let old = self.0.lock().replace(list);
+            drop(old); // when the lock is free
+        }
+    }
 }
 
 /// Whether a device's launches get copies of what they reach: its kernels could not fetch it.
@@ -264,15 +320,16 @@ mod tests {
     use crate::args::{inout, inp};
 
     fn reads(start: usize, end: usize) -> Reach {
-        Reach { start, end, write: false }
+        Reach::new(start, end - start, false)
     }
 
     fn writes(start: usize, end: usize) -> Reach {
-        Reach { start, end, write: true }
+        Reach::new(start, end - start, true)
     }
 
     fn merged(ranges: &[Reach], args: &[RawArg]) -> Result<Vec<(usize, usize, bool)>, Error> {
-        Reaches::new(ranges, args).map(|list| list.spots().iter().map(|spot| (spot.start, spot.end, spot.write)).collect())
+        Reaches::new(ranges, args, &Spare::default())
+            .map(|list| list.spots().iter().map(|spot| (spot.start, spot.end, spot.write)).collect())
     }
 
     #[test]
@@ -281,7 +338,7 @@ mod tests {
         assert_eq!(merged(&list, &[]).unwrap(), [(1000, 1024, false), (1024, 1032, true), (1040, 1048, false)]);
         let error = merged(&[reads(1000, 1016), writes(1015, 1020)], &[]).unwrap_err();
         assert!(matches!(error, Error::Reached { address: 1015, .. }), "{error}");
-        for wrong in [reads(0, 8), reads(4096, usize::MAX), writes((1 << 47) - 1, (1 << 47) + 1)] {
+        for wrong in [reads(0, 8), Reach::new(4096, usize::MAX, false), writes((1 << 47) - 1, (1 << 47) + 1)] {
             assert!(matches!(merged(&[wrong], &[]), Err(Error::Reached { .. })), "{wrong:?}");
         }
     }
@@ -303,9 +360,12 @@ mod tests {
     fn they_lie_apart_at_their_own_alignment() {
         let list: Vec<Reach> =
             (0..500).map(|i| Reach { start: 5000 + i * 77 + i % 7, end: 5000 + i * 77 + 60, write: i % 3 == 0 }).collect();
-        let laid = Reaches::new(&list, &[]).unwrap();
+        let laid = Reaches::new(&list, &[], &Spare::default()).unwrap();
         let mut places: Vec<_> = laid.spots().iter().map(|spot| (spot.offset, spot.offset + spot.end - spot.start, spot.write)).collect();
-        assert!(laid.spots().iter().all(|spot| spot.offset % ALIGN == spot.start % ALIGN));
+        for spot in laid.spots() {
+            let align = [128, 64, 32, 16].into_iter().find(|&align| spot.end - spot.start >= align).unwrap_or(16);
+            assert_eq!(spot.offset % align, spot.start % align, "{spot:?}");
+        }
         places.sort_unstable();
         assert!(places.windows(2).all(|pair| pair[0].1 <= pair[1].0), "they do not overlap");
         assert!(places.windows(2).all(|pair| pair[0].2 <= pair[1].2), "those that are written come last");
@@ -315,7 +375,7 @@ mod tests {
 
     #[test]
     fn flights_meet_where_one_writes_or_gathers() {
-        let list = |ranges: &[Reach]| Reaches::new(ranges, &[]).unwrap();
+        let list = |ranges: &[Reach]| Reaches::new(ranges, &[], &Spare::default()).unwrap();
         let (a, b) = (list(&[reads(1000, 1010), writes(1100, 1110), reads(1200, 1210)]), list(&[reads(1005, 1008), reads(1109, 1120)]));
         let of = |list: &Reaches, gathers| Shared { start: list.spots().as_ptr(), count: list.count, gathers };
         let shared = of(&a, false);

@@ -29,9 +29,9 @@
 use core::arch::{asm, global_asm};
 
 /// A copy loop (rdi: to, rsi: from, rdx: bytes) between labels `$name` and `$name_end`: bytes up to a cache line of the destination,
-/// then 128 bytes a turn, then what is left. It uses no stack, so that it can be left from anywhere. Returns 0 in rax.
+/// then 128 bytes a turn, then what is left. It uses no stack, so that it can be left from anywhere. Returns 0 in rax. What is to be done first may return by itself.
 macro_rules! copy_loop {
-    ($name:literal) => {
+    ($name:literal, $first:expr) => {
         concat!(
             ".pushsection .text.",
             $name,
@@ -46,6 +46,7 @@ macro_rules! copy_loop {
             ", @function\n",
             $name,
             ":\n",
+            $first,
             "mov rcx, rdi\n",
             "neg rcx\n",
             "and ecx, 63\n",
@@ -104,9 +105,50 @@ macro_rules! copy_loop {
     };
 }
 
+/// Few bytes, as the nodes of a list have: from 8 on by moves that overlap, through the cache, for string instructions and a fence would cost several times as much. They go upwards,
+/// without gaps, so that a fault tells the first byte of its page that cannot be reached.
+macro_rules! few_bytes {
+    () => {
+        concat!(
+            "cmp rdx, 64\n",
+            "ja 6f\n",
+            "cmp rdx, 16\n",
+            "jb 5f\n",
+            "movdqu xmm0, [rsi]\n",
+            "cmp rdx, 32\n",
+            "jbe 4f\n",
+            "movdqu xmm2, [rsi + 16]\n",
+            "movdqu xmm3, [rsi + rdx - 32]\n",
+            "movdqu xmm1, [rsi + rdx - 16]\n",
+            "movdqu [rdi], xmm0\n",
+            "movdqu [rdi + 16], xmm2\n",
+            "movdqu [rdi + rdx - 32], xmm3\n",
+            "movdqu [rdi + rdx - 16], xmm1\n",
+            "xor eax, eax\n",
+            "ret\n",
+            "4:\n",
+            "movdqu xmm1, [rsi + rdx - 16]\n",
+            "movdqu [rdi], xmm0\n",
+            "movdqu [rdi + rdx - 16], xmm1\n",
+            "xor eax, eax\n",
+            "ret\n",
+            "5:\n",
+            "cmp rdx, 8\n",
+            "jb 6f\n",
+            "mov rax, [rsi]\n",
+            "mov rcx, [rsi + rdx - 8]\n",
+            "mov [rdi], rax\n",
+            "mov [rdi + rdx - 8], rcx\n",
+            "xor eax, eax\n",
+            "ret\n",
+            "6:\n",
+        )
+    };
+}
+
 global_asm!(
-    copy_loop!("uhmm_os_stream"),
-    copy_loop!("uhmm_os_guarded"),
+    copy_loop!("uhmm_os_stream", ""),
+    copy_loop!("uhmm_os_guarded", few_bytes!()),
     // Where the fault handler goes on, the fault's address in rdx: the loop's caller gets 1 in rax and the address.
     ".pushsection .text.uhmm_os_guarded, \"ax\", @progbits",
     ".globl uhmm_os_guarded_fixup",

@@ -9,6 +9,7 @@
 //! | [`uffd`] | userfaultfd: registering, copying, moving and protecting pages, fault and mapping events; waiting for descriptors |
 //! | [`pagemap`] | `/proc/self/pagemap`: one page's state, and `PAGEMAP_SCAN` over a range |
 //! | [`maps`] | `/proc/self/maps`: which mapping holds an address (`PROCMAP_QUERY`, or the text) |
+//! | [`allocation`] | which allocation holds an address |
 //! | [`mem`] | mmap, mremap, madvise and names, with memory that a fork does not inherit |
 //! | [`memfile`] | files in memory: the same pages at several addresses |
 //! | [`copy`] | copies that bypass the cache, and copies that survive a bad address |
@@ -43,6 +44,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("uhmm-os supports Linux on x86-64 only: its system calls, signal frames and copy loops are written for that");
 
+pub mod allocation;
 pub mod copy;
 mod flush;
 pub mod maps;

@@ -3,7 +3,7 @@
 #define uhmm_ptr(p) uhmm_find(uhmm_memory, uhmm_ranges, (ulong)(p))
 
 // The table: whether an address was not found, how many ranges there are, that address; from number 16 on 4096 bytes that stand for what was not found; then the beginnings of all
-// ranges in the process, in order, and after them for each its end and its offset in the device's memory.
+// ranges in the process, in order, and after them for each its bytes (28 bits) and its offset in the device's memory, in 16 bytes: what is left of it is that of the address.
 inline __global void *uhmm_find(__global uchar *memory, __global uint *table, ulong p)
 {
     __global ulong *starts = (__global ulong *)table + 528;
@@ -16,9 +16,9 @@ inline __global void *uhmm_find(__global uchar *memory, __global uint *table, ul
             high = middle;
     }
     if (low > 0) {
-        __global ulong *rest = starts + count + 2 * (low - 1);
-        if (p < rest[0])
-            return memory + rest[1] + (p - starts[low - 1]);
+        ulong start = starts[low - 1], rest = starts[count + low - 1];
+        if (p - start < (rest & 0xfffffff))
+            return memory + ((rest >> 28) * 16 + start % 16 + (p - start));
     }
     if (atomic_cmpxchg((volatile __global uint *)table, 0, 1) == 0)
         ((__global ulong *)table)[1] = p;

@@ -62,7 +62,7 @@ pub(super) fn bad_ranges_are_refused_and_change_nothing(subject: &mut Subject<'_
     if !subject.info().capabilities.replayable_faults {
         // SAFETY: it is refused.
         let bare = unsafe { ptr(start as *const u8) };
-        refused(bare, |e| matches!(e, Error::BarePointer { index: 2, .. }));
+        refused(bare, |e| matches!(e, Error::Allocation { index: 2, .. }));
     }
 }
 

@@ -9,7 +9,7 @@ use uhmm_core::{CoreRef, DeviceConfig};
 
 crate::tests![
     every_kind_opens,
-    a_bare_pointer_is_refused_without_replayable_faults,
+    a_bare_pointer_means_its_allocation_without_replayable_faults,
     an_undeclared_touch_fails_the_launch,
     a_write_to_what_is_declared_as_read_fails_the_launch,
     a_write_to_what_is_read_on_the_tiny_device_fails_the_launch,
@@ -36,16 +36,28 @@ fn every_kind_opens() {
     }
 }
 
-fn a_bare_pointer_is_refused_without_replayable_faults() {
+fn a_bare_pointer_means_its_allocation_without_replayable_faults() {
     let (_hmm, dev) = nofault(16);
     let mut data = vec![1u32; 100_000];
-    let there = pages_present(&data);
-    // SAFETY: no kernel gets it: it is refused.
+    let other = vec![1u32; 100_000];
+    // SAFETY: nobody else uses the vector.
     let bare = unsafe { ptr(data.as_ptr().wrapping_add(5)) };
-    let error = dev.run(&|_: &Ctx<'_>| unreachable!("it must not start"), 1, args![inout(&mut data), bare]).unwrap_err();
-    assert!(matches!(error, Error::BarePointer { index: 1, device: "soft" }));
-    assert!(error.to_string().contains("argument 1 is a bare pointer") && error.to_string().contains("declare"), "{error}");
-    assert_eq!(pages_present(&data), there, "nothing has moved");
+    let kernel = |ctx: &Ctx<'_>| {
+        // SAFETY: the whole vector, of which this is element 5, is there for the kernel alone.
+        unsafe { *ctx.pointer::<u32>(0).add(90_000) += 1 };
+    };
+    dev.run(&kernel, 1, args![bare]).unwrap();
+    assert!(data[90_005] == 2 && data.iter().sum::<u32>() == 100_001);
+    // Nothing else is.
+    // SAFETY: as above.
+    let bare = unsafe { ptr(data.as_mut_ptr()) };
+    let beyond = &raw const other[50_000] as usize;
+    let kernel = |ctx: &Ctx<'_>| {
+        // SAFETY: it is not declared: the device refuses it.
+        unsafe { *ctx.pointer::<u32>(0) += *ctx.ptr(beyond as *const u32) };
+    };
+    let error = dev.run(&kernel, 1, args![bare]).unwrap_err();
+    assert!(matches!(error, Error::Kernel(KernelFault::NotDeclared { .. })), "{error}");
 }
 
 fn an_undeclared_touch_fails_the_launch() {
