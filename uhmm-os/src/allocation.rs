@@ -90,23 +90,58 @@ pub fn holding(p: usize) -> Result<Range<usize>, NoAllocation> {
     let maps = Maps::open()?;
     let vma = maps.covering(p)?.ok_or(NoAllocation::Unmapped)?;
     let local = 0u8;
+    let mapping = mapping(&maps, &vma)?;
     match vma.kind {
         VmaKind::Special => Err(NoAllocation::Special),
         VmaKind::Stack => Err(NoAllocation::Stack),
-        _ if (vma.start..vma.end).contains(&(&raw const local as usize)) => Err(NoAllocation::Stack),
-        VmaKind::Heap => block(p, 0, vma.end).ok_or(NoAllocation::NotTheStart),
-        VmaKind::File if vma.shared => Ok(vma.start..vma.end),
-        VmaKind::File | VmaKind::Anonymous if is_static(&maps, &vma)? => Err(NoAllocation::Static),
-        VmaKind::File => Ok(vma.start..vma.end),
-        VmaKind::Anonymous if vma.shared => Ok(vma.start..vma.end),
-        VmaKind::Anonymous => in_anonymous(p, &vma),
+        _ if mapping.contains(&(&raw const local as usize)) => Err(NoAllocation::Stack),
+        VmaKind::Heap => block(p, 0, mapping.end).ok_or(NoAllocation::NotTheStart),
+        _ if vma.shared => Ok(mapping),
+        VmaKind::File => beside_statics(p, mapping).ok_or(NoAllocation::Static),
+        VmaKind::Anonymous => in_anonymous(p, beside_statics(p, mapping).ok_or(NoAllocation::Static)?),
     }
 }
 
-/// Whether it is a part of a program or a library that is loaded: behind another part of the same file, or, as what has no contents in it, behind one of a file at all.
-fn is_static(maps: &Maps, vma: &Vma) -> Result<bool, Errno> {
-    let before = maps.covering(vma.start - 1)?.filter(|before| before.kind == VmaKind::File && !before.shared);
-    Ok(before.is_some_and(|before| vma.kind == VmaKind::Anonymous || (before.inode, before.dev) == (vma.inode, vma.dev)))
+/// The mapping that `vma` is a part of: watching some of it, say, divides it for the kernel.
+fn mapping(maps: &Maps, vma: &Vma) -> Result<Range<usize>, Errno> {
+    let what = |vma: &Vma| (vma.read, vma.write, vma.exec, vma.shared, vma.kind, vma.inode, vma.dev);
+    let follows = |a: &Vma, b: &Vma| what(a) == what(b) && (vma.kind != VmaKind::File || a.offset + (a.end - a.start) as u64 == b.offset);
+    let (mut first, mut last) = (*vma, *vma);
+    while let Some(before) = maps.covering(first.start - 1)?.filter(|before| follows(before, &first)) {
+        first = before;
+    }
+    while let Some(after) = maps.covering(last.end)?.filter(|after| follows(&last, after)) {
+        last = after;
+    }
+    Ok(first.start..last.end)
+}
+
+/// What is left of a mapping around `p` beside the segments of the program and its libraries; `None` if `p` lies in one of those.
+fn beside_statics(p: usize, mapping: Range<usize>) -> Option<Range<usize>> {
+    struct Look {
+        p: usize,
+        left: Option<Range<usize>>,
+    }
+    unsafe extern "C" fn look(info: *mut libc::dl_phdr_info, _: usize, data: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: libc gives a valid object with its headers, and `data` is what was given to it below.
+        let (look, object) = unsafe { (&mut *data.cast::<Look>(), &*info) };
+        // SAFETY: as above.
+        let headers = unsafe { core::slice::from_raw_parts(object.dlpi_phdr, usize::from(object.dlpi_phnum)) };
+        for header in headers.iter().filter(|header| header.p_type == libc::PT_LOAD) {
+            let start = object.dlpi_addr as usize + header.p_vaddr as usize;
+            let (start, end) = (start & !(PAGE - 1), (start + header.p_memsz as usize).next_multiple_of(PAGE));
+            look.left = look.left.take().and_then(|left| match () {
+                () if end <= look.p => Some(left.start.max(end)..left.end),
+                () if start > look.p => Some(left.start..left.end.min(start)),
+                () => None,
+            });
+        }
+        0
+    }
+    let mut data = Look { p, left: Some(mapping) };
+    // SAFETY: the function is called with what it expects, before this returns.
+    unsafe { libc::dl_iterate_phdr(Some(look), (&raw mut data).cast()) };
+    data.left
 }
 
 /// A number of the program's memory, if it can be read.
@@ -149,12 +184,12 @@ fn of_malloc(at: usize, end: usize) -> Option<(Range<usize>, bool)> {
 }
 
 /// What holds `p` in a mapping that the kernel may have merged of several: malloc's parts of it are known by their marks. Pages without memory have none, and are left as they are.
-fn in_anonymous(p: usize, vma: &Vma) -> Result<Range<usize>, NoAllocation> {
+fn in_anonymous(p: usize, mapping: Range<usize>) -> Result<Range<usize>, NoAllocation> {
     let pagemap = Pagemap::open_entries_only()?;
     let mut entries = [Entry::default(); AT_ONCE];
-    let (mut low, mut at) = (vma.start, vma.start);
-    while at < vma.end {
-        let count = AT_ONCE.min((vma.end - at) / PAGE);
+    let (mut low, mut at) = (mapping.start, mapping.start);
+    while at < mapping.end {
+        let count = AT_ONCE.min((mapping.end - at) / PAGE);
         let count = pagemap.entries(at, &mut entries[..count])?;
         if count == 0 {
             break;
@@ -162,7 +197,7 @@ fn in_anonymous(p: usize, vma: &Vma) -> Result<Range<usize>, NoAllocation> {
         let mut page = 0;
         while page < count {
             let here = at + page * PAGE;
-            let Some((part, arena)) = Some(()).filter(|()| entries[page].present).and_then(|()| of_malloc(here, vma.end)) else {
+            let Some((part, arena)) = Some(()).filter(|()| entries[page].present).and_then(|()| of_malloc(here, mapping.end)) else {
                 page += 1;
                 continue;
             };
@@ -181,7 +216,7 @@ fn in_anonymous(p: usize, vma: &Vma) -> Result<Range<usize>, NoAllocation> {
         }
         at += page * PAGE;
     }
-    Ok(low..vma.end)
+    Ok(low..mapping.end)
 }
 
 #[cfg(test)]

@@ -55,7 +55,7 @@ fn raise(dev: &Device, at: *mut u32, count: usize) -> Result<(), Error> {
 fn a_pointer_stands_for_its_allocation() {
     each_kind(|dev| {
         // Blocks of any size, their neighbours being others'.
-        let mut blocks: Vec<Vec<u32>> = [1, 7, 100, 3000, 30_000, 300_000, 3_000_000].map(|len| vec![1; len]).into();
+        let mut blocks: Vec<Vec<u32>> = [1, 7, 100, 3000, 30_000, 300_000, 11_000_000].map(|len| vec![1; len]).into();
         for i in 0..blocks.len() {
             let (len, at) = (blocks[i].len(), blocks[i].as_mut_ptr());
             raise(dev, at, len).unwrap_or_else(|e| panic!("{}: {len}: {e}", dev.name()));
@@ -64,7 +64,7 @@ fn a_pointer_stands_for_its_allocation() {
         assert!(blocks.iter().flatten().all(|&x| x == 6));
         // From anywhere in a large one, and in a mapping.
         let large = &mut blocks[6];
-        raise(dev, &raw mut large[1_000_001], 1_999_999).unwrap();
+        raise(dev, &raw mut large[1_000_001], 9_999_999).unwrap();
         assert!(large[..1_000_001].iter().all(|&x| x == 6) && large[1_000_001..].iter().all(|&x| x == 11), "{}", dev.name());
         let mut pages = Pages::new(300 * 4096);
         pages.slice::<u32>().fill(1);

@@ -247,7 +247,7 @@ fn neighbours_are_merged() {
             let [a, b] = [1, 2].map(|arg| ctx.ptr(ctx.value::<u64>(arg) as *const Far));
             assert!(a.is_aligned() && b.is_aligned(), "{a:?} {b:?}");
             // SAFETY: both are declared.
-            ctx.out::<u64>(0).chunk(1)[0] = unsafe { (*a).0[..2].iter().sum::<u64>() + (*b).0[..2].iter().sum::<u64>() };
+            ctx.out::<u64>(0).chunk(1)[0] = unsafe { [a, b].map(|far| (*far).0[0] + (*far).0[1]).iter().sum() };
         };
         let vectors = Forms::new(rust).opencl(SOURCE, "vectors", 1);
         let small = [7u8; 3];
