@@ -154,6 +154,31 @@ impl Arg<'_> {
         Arg { raw, lent: false, borrow: PhantomData }
     }
 
+    /// The value at `place`, of any type: for those that no safe argument takes, such as nodes with pointers in them.
+    ///
+    /// ```
+    /// use uhmm_core::args::{Access, Arg};
+    /// use uhmm_core::{args, args::out};
+    ///
+    /// struct Node { next: *const Node, value: u64 }
+    ///
+    /// let tail = Node { next: core::ptr::null(), value: 2 };
+    /// let head = Node { next: &tail, value: 1 };
+    /// let mut sum = [0u64];
+    /// // SAFETY: both live as long as the arguments, and nobody changes them.
+    /// let nodes = [&head, &tail].map(|node| unsafe { Arg::at(node, Access::In) });
+    /// let args = args![out(&mut sum), &raw const head as u64].reaching(nodes);
+    /// # let _ = (args, head.next, head.value, tail.value);
+    /// ```
+    ///
+    /// # Safety
+    /// As [`from_raw`](Self::from_raw); what a kernel leaves there must be a value of the type.
+    pub unsafe fn at<T: 'static>(place: *const T, access: Access) -> Self {
+        let (size, ty, name) = (size_of::<T>(), TypeId::of::<T>(), core::any::type_name::<T>());
+        // SAFETY: by the contract.
+        unsafe { Self::from_raw(RawArg::Slice { start: place as usize, count: 1, size, ty, name, access, device: None }) }
+    }
+
     /// As plain numbers.
     pub fn raw(&self) -> RawArg {
         self.raw
@@ -229,7 +254,7 @@ impl<'a, T: Pod> Lent<'a, T> {
 ///
 /// On any other device it stands for the whole allocation that holds it, as if that were declared with [`inout`]: it is resident while the kernel runs, and may be written. Which
 /// one that is, is looked for when it is launched ([`uhmm_os::allocation`]):
-/// * for a pointer that the C library's malloc has returned (as a `Box`, a `Vec`, and C++'s `new` have it) the block; a pointer into a block is refused, for where that
+/// * for a pointer that the C library's malloc has returned (as a `Box`, a `Vec`, and C++'s `new` have it) the block; a pointer into a block is refused as far as it can be recognised, for where that
 ///   begins cannot be told, unless it is so large that malloc has mapped it by itself (from 128 KiB on, at first);
 /// * for memory of mmap the mapping, from anywhere in it. Mappings that lie side by side with the same rights are one to the kernel, and so here;
 /// * on stacks and among statics there is none: [`Error::Allocation`](crate::Error::Allocation).
@@ -238,7 +263,8 @@ impl<'a, T: Pod> Lent<'a, T> {
 ///
 /// # Safety
 /// Whatever the kernel reaches through this pointer must be valid for the accesses it makes until the launch has ended, as if the
-/// kernel were a function that this thread calls. On a device without replayable faults nobody else may use, free or unmap any byte of the allocation until then.
+/// kernel were a function that this thread calls. On a device without replayable faults it must be one of those above, and nobody else may use, free or unmap any byte of the
+/// allocation until then.
 pub unsafe fn ptr<'a, T>(address: *const T) -> Arg<'a> {
     Arg { lent: false, raw: RawArg::pointer(address as usize), borrow: PhantomData }
 }

@@ -166,7 +166,7 @@ pub enum Error {
         /// What is wrong, and what to do.
         why: &'static str,
     },
-    /// A bare pointer was passed to a device that cannot fetch what its kernel touches.
+    /// A bare pointer was passed to a device that cannot fetch what its kernel touches, and has no memory of its own.
     #[error(
         "argument {index} is a bare pointer, and device {device} has no replayable faults to fetch what its kernel touches: declare the memory with inp, out or inout"
     )]
@@ -341,10 +341,11 @@ fn kernel_fault(fault: &KernelFault) -> String {
         }
         KernelFault::NotDeclared { address, write } => {
             format!(
-                "it {} {address:#x}, which its launch has not declared{}, and the device has no replayable faults to fetch it: declare it with {}",
+                "it {} {address:#x}, which its launch has not declared{}, and the device has no replayable faults to fetch it: declare it with {}{}",
                 if *write { "wrote" } else { "read" },
                 if *write { " as written" } else { "" },
-                if *write { "out or inout" } else { "inp, out or inout" }
+                if *write { "out or inout" } else { "inp, out or inout" },
+                ", as an argument or among what the launch reaches (Args::reaching)"
             )
         }
         KernelFault::PageLost { address } => format!("it touched {address:#x}, whose contents were lost with a device"),

@@ -358,8 +358,7 @@ mod tests {
 
     #[test]
     fn they_lie_apart_at_their_own_alignment() {
-        let list: Vec<Reach> =
-            (0..500).map(|i| Reach { start: 5000 + i * 77 + i % 7, end: 5000 + i * 77 + 60, write: i % 3 == 0 }).collect();
+        let list: Vec<Reach> = (0..500).map(|i| Reach::new(5000 + i * 177 + i % 7, 1 + i % 150, i % 3 == 0)).collect();
         let laid = Reaches::new(&list, &[], &Spare::default()).unwrap();
         let mut places: Vec<_> = laid.spots().iter().map(|spot| (spot.offset, spot.offset + spot.end - spot.start, spot.write)).collect();
         for spot in laid.spots() {

@@ -2,7 +2,7 @@
 //!
 //! | where it lies | its allocation |
 //! |---|---|
-//! | the heap of brk(2), or one of glibc's further arenas | the block, if the pointer is what malloc returned: where blocks begin cannot be told from a pointer into one |
+//! | the heap of brk(2), or one of glibc's further arenas | the block, if the pointer is what malloc returned: where blocks begin cannot be told from a pointer into one, and one is taken for such only if what the block holds looks like marks |
 //! | a large block, which malloc has mapped by itself | the block, from anywhere in it |
 //! | anonymous memory else | the mapping, without blocks of malloc's that the kernel has merged it with; mappings of one program that lie side by side with the same rights are one to the kernel |
 //! | a file, or shared memory | the mapping |
@@ -256,6 +256,24 @@ mod tests {
         blocks_are_known(300);
         // Threads have arenas of their own.
         std::thread::scope(|scope| (0..3).for_each(|_| drop(scope.spawn(|| blocks_are_known(300)))));
+    }
+
+    #[test]
+    fn what_a_block_holds_is_seldom_taken_for_marks() {
+        signal::install(|_| false).unwrap();
+        let mut block = vec![0usize; 16];
+        let at = block.as_ptr() as usize;
+        let arena = number(at - 8).unwrap() & OTHER_ARENA;
+        let mut with = |mark, after| {
+            (block[1], block[5]) = (mark, after);
+            holding(at + 16)
+        };
+        let right = 32 | arena | BEFORE_IN_USE;
+        assert_eq!(with(right ^ OTHER_ARENA, right), Err(NoAllocation::NotTheStart), "of another arena");
+        assert_eq!(with(right, right - BEFORE_IN_USE), Err(NoAllocation::NotTheStart), "not in use");
+        assert_eq!(with(right - 16, right), Err(NoAllocation::NotTheStart), "too small");
+        assert_eq!(with(right, right + (1 << 40)), Err(NoAllocation::NotTheStart), "a neighbour beyond the heap");
+        assert!(with(right, right).is_ok(), "so much cannot be told apart");
     }
 
     #[test]

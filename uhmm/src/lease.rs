@@ -22,7 +22,8 @@ pub struct Lease<'a> {
 impl Device {
     /// Makes what the arguments declare resident, for who uses it on the device by himself: a queue of his own, a vendor's library.
     ///
-    /// A [`run`](Self::run) is such a lease, a launch under it, and its release.
+    /// A [`run`](Self::run) is such a lease, a launch under it, and its release. What the arguments only [reach](Args::reaching) is nobody else's under the lease; a device that
+    /// cannot fetch it gets copies for each [`Lease::run`], and none for who works there by himself.
     ///
     /// ```
     /// # fn main() -> Result<(), uhmm::Error> {

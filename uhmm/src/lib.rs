@@ -85,6 +85,37 @@
 //! # }
 //! ```
 //!
+//! Pointers that are stored in memory, on any device; those that cannot fetch what a kernel touches are told what there is:
+//!
+//! ```no_run
+//! # fn main() -> Result<(), uhmm::Error> {
+//! use uhmm::{Ctx, Forms, Uhmm, args, inp, out};
+//!
+//! #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+//! #[repr(C)]
+//! struct Node {
+//!     next: u64, // the address of another one, or 0
+//!     value: u64,
+//! }
+//! const SOURCE: &str = "
+//! typedef struct { ulong next, value; } node;
+//! __kernel void sum(__global ulong *sum, ulong at, UHMM) {
+//!     for (sum[0] = 0; at; at = ((__global const node *)uhmm_ptr(at))->next)
+//!         sum[0] += ((__global const node *)uhmm_ptr(at))->value;
+//! }";
+//! let rust = |_: &Ctx<'_>| { /* the same with ctx.ptr */ };
+//! let mut nodes: Vec<Box<Node>> = (0..1000).map(|value| Box::new(Node { next: 0, value })).collect();
+//! for i in 1..nodes.len() {
+//!     nodes[i - 1].next = &raw const *nodes[i] as u64;
+//! }
+//! let (head, mut sum) = (&raw const *nodes[0] as u64, [0u64]);
+//! let each = nodes.iter().map(|node| inp(std::slice::from_ref(&**node)));
+//! let dev = Uhmm::new()?.device("opencl")?;
+//! dev.run(&Forms::new(rust).opencl(SOURCE, "sum", 1), 1, args![out(&mut sum), head].reaching(each))?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! An item without an example of its own is shown in one of these, or in that of its type.
 #![deny(unsafe_code)]
 
@@ -385,7 +416,8 @@ impl SoftBuilder<'_> {
     }
 
     /// Whether kernels may touch any address of the process, the device fetching what it does not have yet. Default: yes. Without, a launch must declare
-    /// all that its kernel touches: a bare `ptr` is refused, and a touch of anything else fails the launch.
+    /// all that its kernel touches: a bare `ptr` stands for the allocation that holds it, what stored pointers lead to is declared by [`Args::reaching`], and a touch of
+    /// anything else fails the launch.
     pub fn replayable_faults(mut self, have: bool) -> Self {
         self.config.replayable_faults = have;
         self
@@ -443,7 +475,7 @@ impl Device {
     ///
     /// # Errors
     /// Found before the kernel starts, with everything left as it was: ranges that are null, unmapped, protected, too long, overlapping, or larger than
-    /// the device's memory (a coherent device uses in place what it has no room for); an empty grid. Found by the kernel's running: [`Error::Kernel`]. A byte then reads as before the launch or as the kernel wrote it.
+    /// the device's memory (a coherent device uses in place what it has no room for), be they arguments or what is [reached](Args::reaching); a bare pointer of which no allocation is known; an empty grid. Found by the kernel's running: [`Error::Kernel`]. A byte then reads as before the launch or as the kernel wrote it.
     pub fn run<K: Kernel>(&self, kernel: &K, grid: impl Into<Grid>, args: Args<'_>) -> Result<(), Error> {
         self.dev.run(Entry::new(kernel), grid.into(), &args)
     }

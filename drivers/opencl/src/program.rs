@@ -151,6 +151,13 @@ impl Loaded {
         if args.len() < count || args[count..].iter().any(|arg| matches!(arg, RawArg::Value { .. })) {
             return Err(format!("kernel {name} has {count} parameters, and the launch {} arguments", args.len()));
         }
+        for param in &self.params {
+            if let Param::Length(of) = param
+                && !matches!(args.get(*of), Some(RawArg::Slice { .. }))
+            {
+                return Err(format!("kernel {name} asks for uhmm_len_{of}, and argument {of} of the launch is no range with a length"));
+            }
+        }
         for (index, (param, arg)) in own.zip(args).enumerate() {
             let what = || format!("argument {index} of kernel {name}");
             match (param, arg) {
