@@ -145,8 +145,8 @@ impl Piece<'_> {
         let mut bytes = 0;
         let mut gone = None;
         self.each(|va, stage, len| {
-            // SAFETY: the stage has room for the piece, and is ours; what cannot be read is an error, not a crash.
             if gone.is_none() {
+                // SAFETY: the stage has room for the piece, and is ours; what cannot be read is an error, not a crash.
                 gone = unsafe { copy::guarded(stage, va as *const u8, len) }.err();
             }
             bytes += len;

@@ -261,7 +261,7 @@ mod tests {
     #[test]
     fn what_a_block_holds_is_seldom_taken_for_marks() {
         signal::install(|_| false).unwrap();
-        let mut block = vec![0usize; 16];
+        let mut block = Box::new([0usize; 16]);
         let at = block.as_ptr() as usize;
         let arena = number(at - 8).unwrap() & OTHER_ARENA;
         let mut with = |mark, after| {

@@ -56,10 +56,10 @@ fn a_pointer_stands_for_its_allocation() {
     each_kind(|dev| {
         // Blocks of any size, their neighbours being others'.
         let mut blocks: Vec<Vec<u32>> = [1, 7, 100, 3000, 30_000, 300_000, 11_000_000].map(|len| vec![1; len]).into();
-        for i in 0..blocks.len() {
-            let (len, at) = (blocks[i].len(), blocks[i].as_mut_ptr());
+        for block in &mut blocks {
+            let (len, at) = (block.len(), block.as_mut_ptr());
             raise(dev, at, len).unwrap_or_else(|e| panic!("{}: {len}: {e}", dev.name()));
-            assert!(blocks[i].iter().all(|&x| x == 6), "{}: {len}", dev.name());
+            assert!(block.iter().all(|&x| x == 6), "{}: {len}", dev.name());
         }
         assert!(blocks.iter().flatten().all(|&x| x == 6));
         // From anywhere in a large one, and in a mapping.

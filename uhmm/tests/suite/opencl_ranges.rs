@@ -86,6 +86,7 @@ fn raise() -> impl Kernel {
 }
 
 /// Nodes in boxes of their own, in the order of the list, which is not that of their addresses; with other blocks between them.
+#[allow(clippy::vec_box)] // that each lies somewhere else is the point
 fn boxes(count: u64) -> Vec<Box<Node>> {
     let mut random = fastrand::Rng::with_seed(count);
     let mut between: Vec<Vec<u8>> = vec![];
