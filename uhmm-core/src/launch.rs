@@ -189,6 +189,10 @@ fn checked(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<
         place.wait();
         return bare(core, dev, request, groups); // it holds no data
     }
+    if dev.driver.info().capabilities.linear {
+        // It is not prepared before its turn (`make_ready`): nor may it hold what the one before it has to put out of the way.
+        place.wait();
+    }
     let (_turn, mut flight) = take_off(core, dev, args, request.shared(dev), Purpose::Launch)?;
     let result = fly(core, dev, request, groups, &mut flight, entrance, &place);
     flight::end(core, dev, &flight);
