@@ -98,7 +98,7 @@ pub use buffer::Buffer;
 pub use hints::{AsRange, Place, Prefetch, Residency, Run, To};
 pub use host::Host;
 pub use lease::{Fence, Lease, Signal, fence};
-pub use opencl::OpenClBuilder;
+pub use opencl::{OpenClBuilder, OpenClHandles, OpenClMemory};
 pub use uhmm_core::Error;
 pub use uhmm_core::args;
 pub use uhmm_core::args::{Access, Arg, Args, IntoArg, Lent, MAX_ARGS, inout, inp, out, ptr, val};

@@ -15,6 +15,7 @@ use cl3::platform as pf;
 use cl3::types::{cl_command_queue, cl_context, cl_device_id, cl_event, cl_mem};
 use core::ffi::c_void;
 use core::ptr;
+use uhmm_core::driver::Native;
 
 /// What a call said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +143,11 @@ impl Device {
 
     pub(crate) fn kernels(&self) -> cl_command_queue {
         self.kernels
+    }
+
+    /// Its objects, for a program that uses OpenCL by itself.
+    pub(crate) fn native(&self) -> Native {
+        Native::OpenCl { context: self.context as usize, device: self.id as usize, queue: self.kernels as usize }
     }
 
     /// A queue that does one thing after the other.

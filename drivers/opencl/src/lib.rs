@@ -39,7 +39,9 @@ use memory::Memory;
 use program::Programs;
 use table::Table;
 use uhmm_core::args::RawArg;
-use uhmm_core::driver::{self, Capabilities, Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::{
+    self, Capabilities, Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, Located, MapRun, Native,
+};
 use uhmm_core::kernel::{Entry, Message};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
@@ -133,6 +135,15 @@ unsafe impl Driver for OpenCl {
 
     fn address(&self, frame: Frame) -> usize {
         memory::address(frame)
+    }
+
+    fn native(&self) -> Option<Native> {
+        Some(self.memory.device().native())
+    }
+
+    fn locate(&self, arg: &RawArg) -> Option<Located> {
+        let offset = program::place(arg, &self.table)?;
+        Some(Located { memory: self.memory.buffer().raw() as usize, offset })
     }
 
     fn copy(&self, batch: &[Dma]) -> Fence {

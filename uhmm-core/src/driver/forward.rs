@@ -2,7 +2,7 @@
 //!
 //! Examples: `drivers/faulty`, which forwards what it does not fail.
 
-use super::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use super::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, Located, MapRun, Native};
 use crate::args::RawArg;
 use crate::kernel::Entry;
 use crate::page::Span;
@@ -72,6 +72,8 @@ forward! {
     fn peek(&self, frame: Frame) -> Option<usize>;
     fn take_back(&self, frame: Frame, host: usize, pages: usize) -> usize;
     fn address(&self, frame: Frame) -> usize;
+    fn native(&self) -> Option<Native>;
+    fn locate(&self, arg: &RawArg) -> Option<Located>;
     fn stand_by(&self);
     fn mapped(&self, va: usize) -> Option<usize>;
     fn copy(&self, batch: &[Dma]) -> Fence;

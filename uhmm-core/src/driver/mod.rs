@@ -145,6 +145,30 @@ impl MapRun {
     }
 }
 
+/// What a driver calls a piece of memory that it has: for a program that uses the interface below the driver by itself. See [`Driver::locate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// The handle of the memory: for OpenCL a `cl_mem`.
+    pub memory: usize,
+    /// Bytes from its beginning.
+    pub offset: usize,
+}
+
+/// The interface that a device is driven by, and the driver's own objects of it: for a program that uses it by itself. They are the driver's, and valid as long as the device is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Native {
+    /// OpenCL.
+    OpenCl {
+        /// The `cl_context` that the device's memory is in.
+        context: usize,
+        /// The `cl_device_id`.
+        device: usize,
+        /// The `cl_command_queue` that kernels run in, one after the other.
+        queue: usize,
+    },
+}
+
 /// Runs of pages whose frames hold valid data: what a driver may enter into its page table. Only uhmm makes one, of pages that the directory calls resident, and those it calls
 /// so only once the copy that fills their frames is done. So neither a driver nor a mechanism can map what was not copied.
 ///
@@ -300,6 +324,18 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
 
     /// The device's own address of a frame that is not mapped at any process address, for memory that the program allocated on the device.
     fn address(&self, frame: Frame) -> usize;
+
+    /// The interface that the device is driven by, if a program may use it beside uhmm.
+    fn native(&self) -> Option<Native> {
+        None
+    }
+
+    /// Where in that interface's terms an argument lies whose pages are mapped, or which is memory that the program allocated on the device: all of it, in one piece. `None` if
+    /// there is no such place. It stays there as long as the pages are mapped.
+    fn locate(&self, arg: &RawArg) -> Option<Located> {
+        let _ = arg;
+        None
+    }
 
     /// The calling thread is going to ask for copies and to wait for them: threads of the driver's that copy had better run on other cores.
     fn stand_by(&self) {}

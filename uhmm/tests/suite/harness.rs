@@ -40,7 +40,7 @@ pub fn run(tests: &[Test], lesser: &'static [Test]) {
         eprintln!("tests that need the right to handle the kernel's page faults are ignored: see `uhmm doctor`");
     }
     let opencl = has_opencl();
-    let lacks = |name: &str| !opencl && name.starts_with("opencl::");
+    let lacks = |name: &str| !opencl && name.starts_with("opencl");
     let mut trials = vec![];
     for test in lesser {
         let name = test.name.trim_start_matches("suite::");
