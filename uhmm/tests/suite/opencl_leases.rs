@@ -13,6 +13,7 @@ crate::tests![
     kernels_of_ones_own_on_what_is_leased,
     a_fence_of_ones_own_queue,
     what_is_leased_does_not_move,
+    an_argument_gives_way_to_what_lies_beside_a_lease,
     a_launch_that_would_move_what_is_leased_is_refused,
     only_opencl_devices_have_opencl_handles,
 ];
@@ -237,6 +238,28 @@ fn what_is_leased_does_not_move() {
 }
 
 const TWO: &str = "__kernel void two(__global uint *a, __global uint *b) { a[get_global_id(0)] += 10; b[get_global_id(0)] += 10; }";
+
+/// The first argument has the only place in which the second one can be: it goes elsewhere.
+fn an_argument_gives_way_to_what_lies_beside_a_lease() {
+    let (_hmm, dev) = opened(56);
+    let two = Forms::new(|_: &uhmm::Ctx<'_>| {}).opencl(TWO, "two", 64);
+    let (mut memory, mut first) = (Pages::huge(8 << 20), Pages::huge(4 << 20));
+    let (leased, rest) = memory.slice::<u32>().split_at_mut(5 << 18);
+    let first = &mut first.slice::<u32>()[1 << 18..3 << 18]; // in two blocks
+    let beside = &mut rest[..1 << 19]; // with half of it in a block of its own
+    let lease = dev.acquire(args![inout(leased)]).unwrap();
+    let place = lease.opencl(0).unwrap();
+    let behind = place.offset / (2 << 20) + 3;
+    assert!(behind + 3 <= dev.memory() / (2 << 20), "three units, and room behind them");
+    // Whatever is before the lease is the program's, but for one unit.
+    let taken = dev.alloc::<u8>((behind - 4) * (2 << 20)).unwrap();
+    for round in 1..=2 {
+        dev.run(&two, (1 << 19) / 64, args![inout(first), inout(beside)]).unwrap();
+        assert!(first.iter().chain(&*beside).all(|&x| x == 10 * round));
+        assert_eq!(lease.opencl(0), Some(place));
+    }
+    drop((lease, taken));
+}
 
 /// Two leases that lie apart on the device cannot both have a neighbour between them: that is an error, and everything is as before.
 fn a_launch_that_would_move_what_is_leased_is_refused() {
