@@ -13,9 +13,10 @@ use cl3::event as ev;
 use cl3::memory as mm;
 use cl3::platform as pf;
 use cl3::types::{cl_command_queue, cl_context, cl_device_id, cl_event, cl_mem};
-use core::ffi::c_void;
+use core::ffi::{CStr, c_void};
 use core::ptr;
 use uhmm_core::driver::Native;
+use uhmm_os::{tasks, thread};
 
 /// What a call said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,19 @@ impl core::fmt::Display for Status {
 
 fn status<T>(result: Result<T, i32>) -> Result<T, Status> {
     result.map_err(Status)
+}
+
+/// How threads are called that a runtime in this process makes when uhmm first uses it.
+const RUNTIME: &CStr = c"uhmm:cl-runtime";
+
+/// Calls of OpenCL that may make the runtime start threads: they are known by their name afterwards.
+pub(crate) fn as_runtime<R>(work: impl FnOnce() -> R) -> R {
+    thread::named(RUNTIME, work)
+}
+
+/// Whether a thread is the runtime's. Fault path.
+pub(crate) fn is_runtimes(tid: u32) -> bool {
+    tasks::is_named(tid, RUNTIME)
 }
 
 /// A device that was found.
@@ -66,6 +80,10 @@ pub struct Found {
 /// # Errors
 /// That OpenCL cannot be used at all.
 pub(crate) fn find() -> Result<Vec<Found>, Status> {
+    as_runtime(look)
+}
+
+fn look() -> Result<Vec<Found>, Status> {
     let mut found: Vec<Found> = vec![];
     for platform in status(pf::get_platform_ids())? {
         let text = pf::get_platform_info(platform, pf::CL_PLATFORM_NAME).map(String::from).unwrap_or_default();

@@ -37,6 +37,7 @@ use api::{Found, Status};
 use core::time::Duration;
 use memory::Memory;
 use program::Programs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use table::Table;
 use uhmm_core::args::RawArg;
 use uhmm_core::driver::{
@@ -81,6 +82,8 @@ pub struct OpenCl {
     programs: Programs,
     table: Table,
     memory: Memory,
+    /// What has failed the running launch beside OpenCL.
+    failed: Mutex<Option<KernelFault>>,
 }
 
 /// Opens the device that [`choose`] finds for the configuration's name.
@@ -102,8 +105,9 @@ pub fn open(config: &DeviceConfig, _mode: Mode, _others: &[DeviceInfo]) -> Resul
         return Err(config.refuse(format!("{memory} bytes of memory are more than the {} bytes that it gives one buffer", found.largest)));
     }
     let refuse = |what: &str, status: Status| config.refuse(format!("{what}: {status}"));
-    let device = api::Device::open(&found).map_err(|e| refuse("cannot make a context and queues", e))?;
-    let buffer = Memory::new(device, memory).map_err(|e| refuse("cannot make a buffer for its memory: ask for less", e))?;
+    let device = api::as_runtime(|| api::Device::open(&found)).map_err(|e| refuse("cannot make a context and queues", e))?;
+    let buffer =
+        api::as_runtime(|| Memory::new(device, memory)).map_err(|e| refuse("cannot make a buffer for its memory: ask for less", e))?;
     let opencl = OpenCl {
         info: DeviceInfo {
             name: config.name,
@@ -115,8 +119,15 @@ pub fn open(config: &DeviceConfig, _mode: Mode, _others: &[DeviceInfo]) -> Resul
         programs: Programs::default(),
         table: Table::new(memory / BLOCK).map_err(|e| config.refuse(format!("cannot reserve its page table: {e}")))?,
         memory: buffer,
+        failed: Mutex::new(None),
     };
     driver::boxed(c"uhmm opencl device", opencl).map_err(|e| config.refuse(format!("cannot reserve memory: {e}")))
+}
+
+impl OpenCl {
+    fn failed(&self) -> MutexGuard<'_, Option<KernelFault>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[allow(unsafe_code)]
@@ -182,6 +193,16 @@ unsafe impl Driver for OpenCl {
         let form = unsafe { launch.entry.opencl() };
         let Some(form) = form else { return Err(KernelFault::Refused(Message::new("the kernel has no form in OpenCL C"))) };
         let kernel = self.programs.load(self.memory.device(), form).map_err(|why| KernelFault::Refused(Message::new(&why)))?;
-        kernel.run(&self.memory, &self.table, &launch.bound, form.local)
+        *self.failed() = None;
+        let ran = api::as_runtime(|| kernel.run(&self.memory, &self.table, &launch.bound, form.local));
+        self.failed().take().map_or(ran, Err)
+    }
+
+    fn fail(&self, fault: KernelFault) {
+        self.failed().get_or_insert(fault);
+    }
+
+    fn owns_runtime_thread(&self, tid: u32) -> bool {
+        api::is_runtimes(tid)
     }
 }

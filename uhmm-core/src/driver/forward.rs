@@ -93,6 +93,7 @@ forward! {
     fn fail(&self, fault: KernelFault);
     fn host_touch(&self, tid: u32, address: usize);
     fn owns_thread(&self, tid: u32) -> bool;
+    fn owns_runtime_thread(&self, tid: u32) -> bool;
     fn in_window(&self, address: usize) -> bool;
     fn reaches(&self, va: usize) -> bool;
     fn scratch(&self, address: usize, fault: KernelFault) -> bool;

@@ -448,6 +448,13 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
         false
     }
 
+    /// Whether the thread is one of a runtime below the driver, which runs kernels in this process. Asked when it touches memory that the running launch has declared: that is the
+    /// kernel's touch then ([`host_touch`](Self::host_touch)). What else such a thread does is its own affair, and served as any thread's.
+    fn owns_runtime_thread(&self, tid: u32) -> bool {
+        let _ = tid;
+        false
+    }
+
     /// Whether `address` lies where the device sees the process's memory.
     fn in_window(&self, address: usize) -> bool {
         let _ = address;

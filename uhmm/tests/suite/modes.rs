@@ -68,6 +68,8 @@ const FULL_ONLY: &[&str] = &[
     "kernel_access::",
     "kernel_futex::",
     "opencl::a_written_range",
+    "opencl::a_kernel_that_uses",
+    "opencl::touches_of_the_program",
     "opencl::what_was_prefetched",
     "own_memory::",
     "policies::",
