@@ -8,15 +8,20 @@
 use cl3::command_queue as cq;
 use cl3::context as cx;
 use cl3::device as dv;
-use cl3::error_codes::{DLOPEN_RUNTIME_LOAD_FAILED, error_text};
+use cl3::error_codes::{
+    CL_DEVICE_NOT_AVAILABLE, CL_INVALID_COMMAND_QUEUE, CL_INVALID_CONTEXT, CL_MEM_OBJECT_ALLOCATION_FAILURE, CL_OUT_OF_HOST_MEMORY,
+    CL_OUT_OF_RESOURCES, DLOPEN_RUNTIME_LOAD_FAILED, error_text,
+};
 use cl3::event as ev;
 use cl3::memory as mm;
 use cl3::platform as pf;
 use cl3::types::{cl_command_queue, cl_context, cl_device_id, cl_event, cl_mem};
 use core::ffi::{CStr, c_void};
 use core::ptr;
-use uhmm_core::driver::Native;
-use uhmm_os::{tasks, thread};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
+use uhmm_core::driver::{DmaError, Native};
+use uhmm_os::{Errno, tasks, thread};
 
 /// What a call said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +35,28 @@ impl core::fmt::Display for Status {
             ),
             -1001 => f.write_str("CL_PLATFORM_NOT_FOUND_KHR: install an OpenCL driver (for the CPU, on Debian: pocl-opencl-icd)"),
             code => write!(f, "{} ({code})", error_text(code)),
+        }
+    }
+}
+
+impl Status {
+    /// What OpenCL calls it.
+    pub fn name(self) -> &'static str {
+        error_text(self.0)
+    }
+
+    /// Whether it says that the device is gone, and nothing that is asked of it will be done. Of a queue and a context that were made, that they are none means the same: that is how
+    /// drivers tell of a device that has been reset.
+    pub fn is_loss(self) -> bool {
+        matches!(self.0, CL_DEVICE_NOT_AVAILABLE | CL_INVALID_CONTEXT | CL_INVALID_COMMAND_QUEUE)
+    }
+
+    /// What it means for a batch of copies.
+    pub fn of_copy(self) -> DmaError {
+        match self.0 {
+            _ if self.is_loss() => DmaError::Lost,
+            CL_MEM_OBJECT_ALLOCATION_FAILURE | CL_OUT_OF_RESOURCES | CL_OUT_OF_HOST_MEMORY => DmaError::Failed(Errno::NOMEM),
+            _ => DmaError::Failed(Errno::IO),
         }
     }
 }
@@ -220,6 +247,13 @@ pub struct Event(cl_event);
 // SAFETY: as of `Device`.
 unsafe impl Send for Event {}
 
+impl Event {
+    /// How far it is: negative if it failed, with what status.
+    fn ended(&self) -> Result<i32, Status> {
+        status(ev::get_event_info(self.0, ev::CL_EVENT_COMMAND_EXECUTION_STATUS).map(i32::from))
+    }
+}
+
 impl Drop for Event {
     fn drop(&mut self) {
         // SAFETY: it is this value's own.
@@ -237,6 +271,59 @@ pub(crate) fn wait(events: &[Event]) -> Result<(), Status> {
         return Ok(());
     }
     status(ev::wait_for_events(&raw))
+}
+
+/// Why what was waited for is not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Undone {
+    /// The device did not do it.
+    Failed(Status),
+    /// The time is over. The device may do it still.
+    Late,
+}
+
+/// Tells of the end of an event.
+#[derive(Default)]
+struct Bell {
+    rung: Mutex<bool>,
+    changed: Condvar,
+}
+
+/// Waits for all events of one queue, of which the last one ends last, and no longer than until `end`. clWaitForEvents knows no limit, so the runtime calls back.
+///
+/// # Errors
+/// The first that failed.
+pub(crate) fn wait_until(events: &[Event], end: Instant) -> Result<(), Undone> {
+    extern "C" fn ring(_: cl_event, _: i32, bell: *mut c_void) {
+        // SAFETY: the runtime calls once, with what it was given for that.
+        let bell = unsafe { Arc::from_raw(bell.cast::<Bell>()) };
+        *bell.rung.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        bell.changed.notify_all();
+    }
+    let Some(last) = events.last() else { return Ok(()) };
+    let bell = Arc::new(Bell::default());
+    let given = Arc::into_raw(bell.clone());
+    match ev::set_event_callback(last.0, ev::CL_COMPLETE, ring, given.cast_mut().cast()) {
+        Ok(()) => {
+            let mut rung = bell.rung.lock().unwrap_or_else(PoisonError::into_inner);
+            while !*rung {
+                let left = end.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(Undone::Late);
+                }
+                rung = bell.changed.wait_timeout(rung, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        Err(_) => {
+            // SAFETY: it was not taken.
+            drop(unsafe { Arc::from_raw(given) });
+            let _ = wait(events);
+        }
+    }
+    events.iter().try_for_each(|event| match event.ended() {
+        Ok(0..) => Ok(()),
+        Ok(code) | Err(Status(code)) => Err(Undone::Failed(Status(code))),
+    })
 }
 
 /// A queue that copies.
@@ -275,6 +362,11 @@ impl Queue {
         // SAFETY: queue and buffer are alive; the pattern is read before the call returns.
         status(unsafe { cq::enqueue_fill_buffer(self.0, buffer.0, zeros.as_ptr().cast::<c_void>(), size, at, len, 0, ptr::null()) })
             .map(Event)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn raw(&self) -> cl_command_queue {
+        self.0
     }
 
     /// Sees to it that what was enqueued begins.

@@ -161,8 +161,16 @@ unsafe impl Driver for OpenCl {
         self.memory.copy(batch)
     }
 
-    fn wait(&self, fence: Fence, batch: &[Dma], _: Duration) -> Result<(), DmaError> {
-        self.memory.wait(fence, batch)
+    fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
+        self.memory.wait(fence, batch, limit)
+    }
+
+    fn is_lost(&self) -> bool {
+        self.memory.health().is_lost()
+    }
+
+    fn said(&self) -> Option<&'static str> {
+        self.memory.health().said()
     }
 
     fn reaches(&self, _va: usize) -> bool {

@@ -180,7 +180,10 @@ impl Loaded {
     /// # Errors
     /// The status of OpenCL; an address that its kernel followed and that was not declared.
     pub(crate) fn run(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<(), KernelFault> {
-        let refused = |status: Status| KernelFault::Refused(Message::new(&status.to_string()));
+        let refused = |status: Status| {
+            memory.health().failed(status);
+            if status.is_loss() { KernelFault::Lost } else { KernelFault::Refused(Message::new(&status.to_string())) }
+        };
         let follows = self.params.contains(&Param::Ranges);
         if follows {
             memory.ranges().set(bound.args(), table).map_err(refused)?;

@@ -79,6 +79,7 @@ forward! {
     fn copy(&self, batch: &[Dma]) -> Fence;
     fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError>;
     fn is_lost(&self) -> bool;
+    fn said(&self) -> Option<&'static str>;
     fn open_window(&self, span: Span) -> Result<(), Errno>;
     fn close_window(&self, span: Span);
     fn share(&self, span: Span) -> Result<(), Errno>;

@@ -363,6 +363,11 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
         false
     }
 
+    /// What the device's own interface called the last thing in which it failed, for messages.
+    fn said(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Makes the device able to see the blocks of `span` at all: asked for what a launch declares or advice names, so that a lack of addresses is an error there.
     /// [`map`](Self::map) also comes for blocks that nobody has asked this for (a prefetch, a device fault), and opens them itself.
     ///

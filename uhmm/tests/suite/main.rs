@@ -36,6 +36,7 @@ mod mirror_races;
 mod modes;
 mod nothing_declared;
 mod opencl;
+mod opencl_failing;
 mod opencl_leases;
 mod own_memory;
 mod peer_drivers;
@@ -89,6 +90,7 @@ fn main() {
     tests.extend(mapping_races::TESTS);
     tests.extend(any_memory::TESTS);
     tests.extend(opencl::TESTS);
+    tests.extend(opencl_failing::TESTS);
     tests.extend(opencl_leases::TESTS);
     tests.extend(own_memory::TESTS);
     tests.extend(peer_drivers::TESTS);

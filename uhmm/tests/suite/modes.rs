@@ -43,6 +43,7 @@ const FULL_ONLY: &[&str] = &[
     "basics::two_devices_take_turns",
     "contract::",
     "failing::",
+    "opencl_failing::",
     "halfway::",
     "promises::",
     "faults::twice_the_capacity_by_launches",

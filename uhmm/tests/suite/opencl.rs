@@ -52,7 +52,7 @@ __kernel void follow_list(__global ulong *sum, ulong head, UHMM) {
 }";
 
 /// A kernel that has no form in Rust.
-struct Foreign(OpenCl);
+pub struct Foreign(pub OpenCl);
 
 impl Kernel for Foreign {
     fn run(&self, _: &Ctx<'_>) {
