@@ -202,7 +202,7 @@ impl Uhmm {
 
     /// An OpenCL device with a configuration of its own; names are those of [`device`](Self::device). If a device of that name is open already, it is that one, as it was configured.
     pub fn opencl(&self, name: &str) -> OpenClBuilder<'_> {
-        OpenClBuilder { core: &self.core, config: DeviceConfig::new(opencl::kept(name)) }
+        OpenClBuilder { core: &self.core, config: DeviceConfig::new(opencl::kept(name)), copies: false }
     }
 
     /// Brings everything home that any device has, but for what a [lease](Lease) holds: afterwards all other memory is the CPU's alone, until the next launch. Waits for the running launch.

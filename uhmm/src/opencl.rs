@@ -20,12 +20,33 @@ use uhmm_core::{CoreRef, DeviceConfig, Error};
 pub struct OpenClBuilder<'a> {
     pub(crate) core: &'a CoreRef,
     pub(crate) config: DeviceConfig,
+    pub(crate) copies: bool,
 }
 
 impl OpenClBuilder<'_> {
-    /// Bytes of the device's memory that uhmm may use, rounded down to 2 MiB: one buffer, made when the device is opened. Default: a quarter of what it has.
+    /// Bytes of the device's memory that uhmm may use, rounded down to 2 MiB: one buffer, made when the device is opened. Default: a quarter of what it has. It is left out of account where nothing is copied.
     pub fn memory(mut self, bytes: usize) -> Self {
         self.config.memory = bytes.max(1);
+        self
+    }
+
+    /// Whether what a launch declares is copied to the device in any case. Default: no. Then a device whose kernels may follow any pointer of the process ([`OpenClDevice::system_pointers`](crate::OpenClDevice))
+    /// uses the process's memory in place: nothing moves and nothing is watched, [`Device::memory`] is 0, a bare [`ptr`](crate::ptr) is an argument, and what a kernel writes at a wild address is the program's.
+    /// Other devices are not concerned.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), uhmm::Error> {
+    /// # let hmm = uhmm::Uhmm::new()?;
+    /// let as_it_is = hmm.opencl("opencl:0").open()?;
+    /// println!("it shares the process's pointers: {}", as_it_is.memory() == 0);
+    /// drop(as_it_is);
+    /// let with_copies = hmm.opencl("opencl:0").copies(true).memory(1 << 30).open()?;
+    /// assert_eq!(with_copies.memory(), 1 << 30);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn copies(mut self, copies: bool) -> Self {
+        self.copies = copies;
         self
     }
 
@@ -34,7 +55,7 @@ impl OpenClBuilder<'_> {
     /// # Errors
     /// [`Error::Device`] if there is none of that name, or it cannot be had so; the message has the OpenCL name of the status, and what there is.
     pub fn open(self) -> Result<Device, Error> {
-        Ok(Device { dev: self.core.device(self.config, uhmm_opencl::open)? })
+        Ok(Device { dev: self.core.device(self.config, if self.copies { uhmm_opencl::open_with_copies } else { uhmm_opencl::open })? })
     }
 }
 

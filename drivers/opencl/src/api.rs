@@ -19,7 +19,7 @@ use cl3::types::{cl_command_queue, cl_context, cl_device_id, cl_event, cl_mem};
 use core::ffi::{CStr, c_void};
 use core::ptr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uhmm_core::driver::{DmaError, Native};
 use uhmm_os::{Errno, tasks, thread};
 
@@ -80,6 +80,7 @@ pub(crate) fn is_runtimes(tid: u32) -> bool {
 
 /// A device that was found.
 #[derive(Clone, Debug)]
+#[cfg_attr(test, derive(Default))]
 pub struct Found {
     /// `opencl:N`.
     pub id: String,
@@ -99,7 +100,7 @@ pub struct Found {
     pub units: usize,
     /// Whether its kernels may follow any pointer of the process (CL_DEVICE_SVM_FINE_GRAIN_SYSTEM).
     pub system_pointers: bool,
-    device: usize,
+    pub(crate) device: usize,
 }
 
 /// All devices of all platforms that are ready, with compilers.
@@ -141,12 +142,17 @@ fn look() -> Result<Vec<Found>, Status> {
                 memory: number(dv::CL_DEVICE_GLOBAL_MEM_SIZE),
                 largest: number(dv::CL_DEVICE_MAX_MEM_ALLOC_SIZE),
                 units: count(dv::CL_DEVICE_MAX_COMPUTE_UNITS) as usize,
-                system_pointers: svm & (1 << 2) != 0, // CL_DEVICE_SVM_FINE_GRAIN_SYSTEM
+                system_pointers: has_system_pointers(svm),
                 device: device as usize,
             });
         }
     }
     Ok(found)
+}
+
+/// Whether CL_DEVICE_SVM_CAPABILITIES has CL_DEVICE_SVM_FINE_GRAIN_SYSTEM.
+pub(crate) fn has_system_pointers(svm: u64) -> bool {
+    svm & (1 << 2) != 0
 }
 
 /// A device in a context of its own.
@@ -289,18 +295,37 @@ struct Bell {
     changed: Condvar,
 }
 
-/// Waits for all events of one queue, of which the last one ends last, and no longer than until `end`. clWaitForEvents knows no limit, so the runtime calls back.
+/// How long the end of an event is looked for before a call back is asked for: most copies end in that time, and to look costs less than to sleep and be woken.
+const LOOKED: Duration = Duration::from_micros(50);
+
+/// Waits for all events of one queue, of which the last one ends last, and no longer than until `end`. clWaitForEvents knows no limit: who waits looks for a while, and then the runtime calls back.
 ///
 /// # Errors
 /// The first that failed.
 pub(crate) fn wait_until(events: &[Event], end: Instant) -> Result<(), Undone> {
+    let Some(last) = events.last() else { return Ok(()) };
+    let start = Instant::now();
+    while last.ended().is_ok_and(|code| code > 0) {
+        if start.elapsed() > LOOKED {
+            sleep_until(last, end)?;
+            break;
+        }
+        thread::yield_now();
+    }
+    events.iter().try_for_each(|event| match event.ended() {
+        Ok(0..) => Ok(()),
+        Ok(code) | Err(Status(code)) => Err(Undone::Failed(Status(code))),
+    })
+}
+
+/// Sleeps until an event has ended, or it is time.
+fn sleep_until(last: &Event, end: Instant) -> Result<(), Undone> {
     extern "C" fn ring(_: cl_event, _: i32, bell: *mut c_void) {
         // SAFETY: the runtime calls once, with what it was given for that.
         let bell = unsafe { Arc::from_raw(bell.cast::<Bell>()) };
         *bell.rung.lock().unwrap_or_else(PoisonError::into_inner) = true;
         bell.changed.notify_all();
     }
-    let Some(last) = events.last() else { return Ok(()) };
     let bell = Arc::new(Bell::default());
     let given = Arc::into_raw(bell.clone());
     match ev::set_event_callback(last.0, ev::CL_COMPLETE, ring, given.cast_mut().cast()) {
@@ -317,13 +342,10 @@ pub(crate) fn wait_until(events: &[Event], end: Instant) -> Result<(), Undone> {
         Err(_) => {
             // SAFETY: it was not taken.
             drop(unsafe { Arc::from_raw(given) });
-            let _ = wait(events);
+            status(ev::wait_for_events(&[last.0])).map_err(Undone::Failed)?;
         }
     }
-    events.iter().try_for_each(|event| match event.ended() {
-        Ok(0..) => Ok(()),
-        Ok(code) | Err(Status(code)) => Err(Undone::Failed(Status(code))),
-    })
+    Ok(())
 }
 
 /// A queue that copies.

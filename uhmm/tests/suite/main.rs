@@ -38,6 +38,7 @@ mod nothing_declared;
 mod opencl;
 mod opencl_failing;
 mod opencl_leases;
+mod opencl_native;
 mod own_memory;
 mod peer_drivers;
 mod peers;
@@ -92,6 +93,7 @@ fn main() {
     tests.extend(opencl::TESTS);
     tests.extend(opencl_failing::TESTS);
     tests.extend(opencl_leases::TESTS);
+    tests.extend(opencl_native::TESTS);
     tests.extend(own_memory::TESTS);
     tests.extend(peer_drivers::TESTS);
     tests.extend(peers::TESTS);

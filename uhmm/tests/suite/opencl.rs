@@ -69,7 +69,10 @@ fn foreign(name: &'static str) -> Foreign {
 }
 
 fn conforms() {
-    let dev = CoreRef::get().unwrap().device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("opencl") }, uhmm_opencl::open).unwrap();
+    let dev = CoreRef::get()
+        .unwrap()
+        .device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("opencl") }, uhmm_opencl::open_with_copies)
+        .unwrap();
     let kernels = ["copy", "add_one", "sum", "fill_part", "follow_list"].map(foreign);
     let forms = |named| {
         let at = match named {
@@ -107,7 +110,7 @@ fn add(ctx: &Ctx<'_>) {
 
 fn opened(megabytes: usize) -> (Uhmm, uhmm::Device) {
     let hmm = Uhmm::new().unwrap();
-    let dev = hmm.opencl("opencl").memory(megabytes << 20).open().unwrap();
+    let dev = hmm.opencl("opencl").copies(true).memory(megabytes << 20).open().unwrap();
     (hmm, dev)
 }
 
@@ -265,7 +268,7 @@ fn devices_are_found_by_name() {
     }
     let error = Uhmm::new().unwrap().device("opencl:no such thing").unwrap_err().to_string();
     assert!(error.contains("opencl:0") && error.contains(&first.name), "{error}");
-    let error = Uhmm::new().unwrap().opencl("opencl").memory(first.largest + (4 << 20)).open().unwrap_err().to_string();
+    let error = Uhmm::new().unwrap().opencl("opencl").copies(true).memory(first.largest + (4 << 20)).open().unwrap_err().to_string();
     assert!(error.contains("more than"), "{error}");
 }
 

@@ -29,7 +29,7 @@ fn kernel(name: &'static str) -> Foreign {
 
 fn faulty(mib: usize) -> DeviceRef {
     let config = DeviceConfig { memory: mib << 20, ..DeviceConfig::new("opencl") };
-    CoreRef::get().unwrap().device(config, uhmm_faulty::around(uhmm_opencl::open)).unwrap()
+    CoreRef::get().unwrap().device(config, uhmm_faulty::around(uhmm_opencl::open_with_copies)).unwrap()
 }
 
 fn run(dev: &DeviceRef, name: &'static str, items: usize, args: Args<'_>) -> Result<(), Error> {

@@ -112,7 +112,7 @@ impl Arg for cl_mem {
 
 fn opened(megabytes: usize) -> (Uhmm, Device) {
     let hmm = Uhmm::new().unwrap();
-    let dev = hmm.opencl("opencl").memory(megabytes << 20).open().unwrap();
+    let dev = hmm.opencl("opencl").copies(true).memory(megabytes << 20).open().unwrap();
     (hmm, dev)
 }
 
