@@ -21,7 +21,7 @@ use core::ptr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use uhmm_core::driver::{DmaError, Native};
-use uhmm_os::{Errno, tasks, thread};
+use uhmm_os::{Errno, signal, tasks, thread};
 
 /// What a call said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,9 +68,9 @@ fn status<T>(result: Result<T, i32>) -> Result<T, Status> {
 /// How threads are called that a runtime in this process makes when uhmm first uses it.
 const RUNTIME: &CStr = c"uhmm:cl-runtime";
 
-/// Calls of OpenCL that may make the runtime start threads: they are known by their name afterwards.
+/// Calls of OpenCL that may make the runtime start threads: they are known by their name afterwards. And its compiler may take over the signals of the process.
 pub(crate) fn as_runtime<R>(work: impl FnOnce() -> R) -> R {
-    thread::named(RUNTIME, work)
+    thread::named(RUNTIME, || signal::keep(work))
 }
 
 /// Whether a thread is the runtime's. Fault path.

@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use uhmm_core::args::{Access, RawArg};
 use uhmm_core::driver::KernelFault;
 use uhmm_core::kernel::{Bound, Message, OpenCl};
+use uhmm_os::signal;
 
 /// The programs that a device has compiled.
 #[derive(Debug, Default)]
@@ -117,7 +118,7 @@ impl Programs {
         if let Some(loaded) = programs.iter().find(same) {
             return Ok(loaded.clone());
         }
-        let loaded = Arc::new(Loaded::compile(device, form, self.native)?);
+        let loaded = Arc::new(signal::keep(|| Loaded::compile(device, form, self.native))?);
         programs.push(loaded.clone());
         Ok(loaded)
     }
