@@ -323,7 +323,9 @@ fn kernel_fault(fault: &KernelFault) -> String {
             format!("it {} {address:#x}, where the process has no memory for that", if *write { "wrote" } else { "read" })
         }
         KernelFault::HostAddress { address } => {
-            format!("it touched process address {address:#x} while the page was on the device: follow stored pointers with ctx.ptr(p)")
+            format!(
+                "it touched process address {address:#x} while the page was on the device: follow stored pointers with ctx.ptr(p), in OpenCL C with uhmm_ptr(p)"
+            )
         }
         KernelFault::NoRoom { address } => {
             format!("it touched {address:#x}, and the device's memory is full of what may not leave: open the device with more memory")

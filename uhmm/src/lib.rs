@@ -176,7 +176,7 @@ impl Uhmm {
     /// | `soft` | the reference device in software |
     /// | `soft:nofault` | the same without replayable faults, as most hardware is: kernels reach only what their launch declares |
     /// | `soft:coherent` | the same with memory that the CPU uses in place, as behind CXL: what a launch declares moves there as far as there is room, and neither side's touch moves anything |
-    /// | `opencl`, `opencl:1`, `opencl:gpu`, `opencl:NAME` | a device with OpenCL 1.2 or newer, by number, type (`gpu`, `cpu`, `accelerator`) or words of its name; it runs the form of a kernel that is in OpenCL C ([`Forms`]) |
+    /// | `opencl`, `opencl:1`, `opencl:gpu`, `opencl:NAME` | a device with OpenCL 1.2 or newer, by number, type (`gpu`, `cpu`, `accelerator`) or words of its name; it runs the form of a kernel that is in OpenCL C ([`Forms`]). One that shares the process's pointers uses memory in place ([`OpenClBuilder::copies`]) |
     /// | `null` | accepts every launch, runs nothing, has no memory: what uhmm itself costs |
     ///
     /// # Errors

@@ -49,6 +49,10 @@ __kernel void follow_list(__global ulong *sum, ulong head, UHMM) {
         head = node->next;
     }
     sum[0] = total;
+}
+__kernel void reach(__global ulong *seen, __global uchar *at) {
+    seen[0] = at[0];
+    at[0]++;
 }";
 
 /// A kernel that has no form in Rust.
@@ -64,7 +68,7 @@ impl Kernel for Foreign {
     }
 }
 
-fn foreign(name: &'static str) -> Foreign {
+pub fn foreign(name: &'static str) -> Foreign {
     Foreign(OpenCl { source: CHECKED.into(), name: name.into(), local: [1; 3], options: "".into() })
 }
 

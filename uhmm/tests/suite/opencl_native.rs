@@ -1,10 +1,15 @@
 //! An OpenCL device that shares the process's pointers, where there is one: nothing moves, and nothing is watched.
 
+use crate::conformance::{STAYS, failed};
 use crate::harness::*;
 use crate::opencl::Foreign;
 use uhmm::{Device, OpenCl, Stats, Uhmm, args, inout, inp, out, ptr};
+use uhmm_core::conformance::{Named, Subject};
+use uhmm_core::kernel::Entry;
+use uhmm_core::{CoreRef, DeviceConfig};
 
 crate::tests![
+    conforms,
     pointers_pass_through_untouched,
     stored_and_bare_pointers_are_followed,
     it_can_be_driven_with_copies_all_the_same,
@@ -39,6 +44,32 @@ __kernel void bare(__global ulong *sum, __global const ulong *words, ulong count
 
 fn kernel(name: &'static str, local: usize) -> Foreign {
     Foreign(OpenCl { source: SOURCE.into(), name: name.into(), local: [local, 1, 1], options: "".into() })
+}
+
+/// Checks of a device's memory, of which this one has none.
+const MEMORY: &[&str] = &["too_much_at_once_is_refused", "memory_of_the_devices_own", "a_full_device_makes_room"];
+
+/// It does what every device must, but for what is about data that stays on one.
+fn conforms() {
+    let name = Box::leak(device().expect("such a device").into_boxed_str());
+    let dev = CoreRef::get().unwrap().device(DeviceConfig::new(name), uhmm_opencl::open).unwrap();
+    let kernels = ["copy", "add_one", "sum", "fill_part", "follow_list", "reach"].map(crate::opencl::foreign);
+    let forms = |named| {
+        let at = match named {
+            Named::Copy => 0,
+            Named::AddOne => 1,
+            Named::Sum => 2,
+            Named::FillPart => 3,
+            Named::FollowList => 4,
+            Named::Reach => 5,
+            Named::Fail => return None,
+        };
+        Some(Entry::new(&kernels[at]))
+    };
+    assert_eq!(
+        failed(&mut Subject::new(&dev).with_forms(&forms), |name| STAYS.contains(&name) || MEMORY.contains(&name)),
+        Vec::<&str>::new()
+    );
 }
 
 fn opened() -> (Uhmm, Device) {
