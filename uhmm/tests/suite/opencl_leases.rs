@@ -207,7 +207,9 @@ fn what_is_leased_does_not_move() {
     let (right, _) = rest.split_at_mut(1 << 20);
     let mut elsewhere: Vec<Vec<u32>> = (0..4).map(|i| words(i, 1 << 20)).collect();
     let far: Vec<Vec<u32>> = elsewhere.clone();
-    (left.fill(1), leased.fill(2), right.fill(3));
+    left.fill(1);
+    leased.fill(2);
+    right.fill(3);
     for round in 1..=4u32 {
         let lease = dev.acquire(args![inout(leased)]).unwrap();
         let place = lease.opencl(0).unwrap();
@@ -273,7 +275,9 @@ fn a_launch_that_would_move_what_is_leased_is_refused() {
     let (left, rest) = rest.split_at_mut(1 << 20);
     let (between, rest) = rest.split_at_mut(1 << 20);
     let (right, _) = rest.split_at_mut(1 << 20);
-    (left.fill(1), between.fill(2), right.fill(3));
+    left.fill(1);
+    between.fill(2);
+    right.fill(3);
     {
         let leases = [dev.acquire(args![inout(left)]).unwrap(), dev.acquire(args![inout(right)]).unwrap()];
         let places = [0, 1].map(|i| leases[i].opencl(0).unwrap());
