@@ -108,6 +108,9 @@ pub struct Found {
 /// # Errors
 /// That OpenCL cannot be used at all.
 pub(crate) fn find() -> Result<Vec<Found>, Status> {
+    // PoCL makes its devices when it is first asked for them, and gives a second thread what is only half made.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     as_runtime(look)
 }
 

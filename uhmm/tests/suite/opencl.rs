@@ -16,6 +16,7 @@ crate::tests![
     touches_of_the_program_are_not_the_kernels,
     wrong_kernels_are_refused_in_words,
     devices_are_found_by_name,
+    devices_are_found_by_several_threads_at_once,
     the_runtimes_threads_allocate_beside_what_is_away,
     arrays_beyond_the_devices_memory_take_turns,
     what_was_prefetched_is_in_one_piece,
@@ -274,6 +275,21 @@ fn devices_are_found_by_name() {
     assert!(error.contains("opencl:0") && error.contains(&first.name), "{error}");
     let error = Uhmm::new().unwrap().opencl("opencl").copies(true).memory(first.largest + (4 << 20)).open().unwrap_err().to_string();
     assert!(error.contains("more than"), "{error}");
+}
+
+/// PoCL makes its devices when they are first asked for, and ended the process if two threads did so.
+fn devices_are_found_by_several_threads_at_once() {
+    let start = std::sync::Barrier::new(4);
+    std::thread::scope(|scope| {
+        let names = [0; 4].map(|_| {
+            scope.spawn(|| {
+                start.wait();
+                uhmm_opencl::devices().into_iter().map(|device| device.name).collect::<Vec<_>>()
+            })
+        });
+        let [first, rest @ ..] = names.map(|thread| thread.join().unwrap());
+        assert!(!first.is_empty() && rest.iter().all(|names| *names == first));
+    });
 }
 
 /// The runtime lives in this process and allocates from the heap that the nodes of a list lie in.
