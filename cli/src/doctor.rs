@@ -46,6 +46,8 @@ struct FoundDevice {
     replayable_faults: bool,
     /// The CPU touches the device's memory in place.
     coherent: bool,
+    /// Kernels use the program's memory in place, by its pointers: nothing moves.
+    shares_pointers: bool,
 }
 
 #[derive(Serialize)]
@@ -107,7 +109,13 @@ impl Found {
             text += " none";
         }
         for device in &self.devices {
-            let memory = if device.memory == 0 { "no memory".into() } else { format!("{} of memory", report::bytes(device.memory as u64)) };
+            let memory = if device.shares_pointers {
+                "shares the program's pointers".into()
+            } else if device.memory == 0 {
+                "no memory".into()
+            } else {
+                format!("{} of memory", report::bytes(device.memory as u64))
+            };
             let faults = if device.replayable_faults { "may touch any address" } else { "touches only what a launch declares" };
             text += &format!(
                 "\n  {}  {memory}, {} threads, {faults}{}{}",
@@ -189,15 +197,16 @@ fn devices(missing: &mut Vec<Missing>) -> Vec<FoundDevice> {
         }
     };
     let opencl = uhmm::opencl_devices();
-    let mut names: Vec<(&str, Option<String>)> = uhmm::KINDS.iter().map(|kind| (*kind, None)).collect();
+    let mut names: Vec<(&str, Option<String>, bool)> = uhmm::KINDS.iter().map(|kind| (*kind, None, false)).collect();
     if !opencl.is_empty() {
-        names.retain(|(name, _)| *name != "opencl");
-        names.extend(
-            opencl.iter().map(|device| (device.id.as_str(), Some(format!("{}, {}, {}", device.name, device.kind, device.version)))),
-        );
+        names.retain(|(name, ..)| *name != "opencl");
+        names.extend(opencl.iter().map(|device| {
+            let hardware = format!("{}, {}, {}", device.name, device.kind, device.version);
+            (device.id.as_str(), Some(hardware), device.system_pointers)
+        }));
     }
     let mut devices = vec![];
-    for (kind, hardware) in names {
+    for (kind, hardware, shares_pointers) in names {
         match hmm.device(kind) {
             Ok(device) => devices.push(FoundDevice {
                 name: device.name().into(),
@@ -206,6 +215,7 @@ fn devices(missing: &mut Vec<Missing>) -> Vec<FoundDevice> {
                 threads: device.threads(),
                 replayable_faults: device.info().capabilities.replayable_faults,
                 coherent: device.info().capabilities.coherent,
+                shares_pointers,
             }),
             Err(error) => missing.push(Missing::new(kind, "this device cannot be used", error.to_string())),
         }

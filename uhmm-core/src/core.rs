@@ -332,7 +332,7 @@ impl Device {
     }
 
     pub(crate) fn failed(&self, source: Errno) -> Error {
-        Error::Driver { device: self.driver.info().name, source }
+        Error::Driver { device: self.driver.info().name, source, said: self.driver.said() }
     }
 }
 

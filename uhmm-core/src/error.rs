@@ -283,20 +283,24 @@ pub enum Error {
     #[error("kernel failed: {}", kernel_fault(.0))]
     Kernel(KernelFault),
     /// The device failed.
-    #[error("device {device} failed: {source}")]
+    #[error("device {device} failed: {source}{}", in_its_words(.said))]
     Driver {
         /// The device.
         device: &'static str,
         /// The system's error.
         source: Errno,
+        /// What the device's own interface calls it: for OpenCL the name of the status.
+        said: Option<&'static str>,
     },
     /// The device is lost: it was unplugged, fell off its bus, or hangs. What only it had is gone: a touch of such a page raises SIGBUS.
     #[error(
-        "device {device} is lost, and {pages} pages whose only copy it had: drop all its handles and open it again; unmap the lost pages, or drop them with MADV_DONTNEED"
+        "device {device} is lost{}, and {pages} pages whose only copy it had: drop all its handles and open it again; unmap the lost pages, or drop them with MADV_DONTNEED", in_its_words(.said)
     )]
     DeviceLost {
         /// The device.
         device: &'static str,
+        /// What the device's own interface said when it last failed.
+        said: Option<&'static str>,
         /// Pages that were lost with it.
         pages: u64,
     },
@@ -327,6 +331,11 @@ pub enum Error {
     System(&'static str, #[source] Errno),
 }
 
+/// What a device said, as a part of a message.
+fn in_its_words(name: &Option<&'static str>) -> String {
+    name.map(|name| format!(" ({name})")).unwrap_or_default()
+}
+
 fn kernel_fault(fault: &KernelFault) -> String {
     match fault {
         KernelFault::Panic(message) => format!("it panicked: {}", message.as_str()),
@@ -334,7 +343,9 @@ fn kernel_fault(fault: &KernelFault) -> String {
             format!("it {} {address:#x}, where the process has no memory for that", if *write { "wrote" } else { "read" })
         }
         KernelFault::HostAddress { address } => {
-            format!("it touched process address {address:#x} while the page was on the device: follow stored pointers with ctx.ptr(p)")
+            format!(
+                "it touched process address {address:#x} while the page was on the device: follow stored pointers with ctx.ptr(p), in OpenCL C with uhmm_ptr(p)"
+            )
         }
         KernelFault::NoRoom { address } => {
             format!("it touched {address:#x}, and the device's memory is full of what may not leave: open the device with more memory")

@@ -136,24 +136,27 @@ impl Flights {
 
     /// Pages of the block at `va`, which the caller has locked, that a flight holds.
     pub(crate) fn held(&self, va: Va) -> Bits {
-        if !self.any.load(Ordering::Acquire) {
-            return Bits::EMPTY;
-        }
-        let block = Span::block(va);
-        let list = self.list.lock();
-        let holding = list.iter().flatten().filter(|brief| brief.holds).flat_map(Brief::ranges);
-        holding.fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::inside(start, end).and(block).bits())
+        self.held_by(va, |_| true)
     }
 
     /// Likewise, that a lease holds.
     pub(crate) fn leased(&self, va: Va) -> Bits {
+        self.held_by(va, |purpose| purpose != Purpose::Launch)
+    }
+
+    /// Likewise, that a launch holds.
+    pub(crate) fn launched(&self, va: Va) -> Bits {
+        self.held_by(va, |purpose| purpose == Purpose::Launch)
+    }
+
+    fn held_by(&self, va: Va, which: impl Fn(Purpose) -> bool) -> Bits {
         if !self.any.load(Ordering::Acquire) {
             return Bits::EMPTY;
         }
         let block = Span::block(va);
         let list = self.list.lock();
-        let leases = list.iter().flatten().filter(|brief| brief.holds && brief.purpose != Purpose::Launch).flat_map(Brief::ranges);
-        leases.fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::inside(start, end).and(block).bits())
+        let holding = list.iter().flatten().filter(|brief| brief.holds && which(brief.purpose)).flat_map(Brief::ranges);
+        holding.fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::inside(start, end).and(block).bits())
     }
 
     /// Pages of the block at `va` that other flights than `flight` declare, in whole or in part.

@@ -23,6 +23,7 @@ use crate::args::{Args, MAX_ARGS, RawArg};
 use crate::beside;
 use crate::check;
 use crate::core::{Core, Device, DeviceRef};
+use crate::driver::{Located, Native};
 use crate::error::Error;
 use crate::flight::{self, Flight, MAX_FLIGHTS, Purpose};
 use crate::kernel::{Entry, Grid};
@@ -179,6 +180,16 @@ impl DeviceRef {
             }
             self.core().flown.wait(bell);
         }
+    }
+
+    /// Where an argument that is leased lies, in the terms of the interface that the device is driven by ([`native`](Self::native)), if it has any.
+    pub fn locate(&self, arg: &RawArg) -> Option<Located> {
+        self.dev().driver.locate(arg)
+    }
+
+    /// The interface that the device is driven by, if a program may use it beside uhmm.
+    pub fn native(&self) -> Option<Native> {
+        self.dev().driver.native()
     }
 
     /// The lease will end by itself soon: who needs its memory waits for that.

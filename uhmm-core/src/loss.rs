@@ -70,7 +70,11 @@ impl Device {
     }
 
     fn lost_error(&self) -> Error {
-        Error::DeviceLost { device: self.driver.info().name, pages: self.counters.pages_lost.load(Ordering::Relaxed) }
+        Error::DeviceLost {
+            device: self.driver.info().name,
+            said: self.driver.said(),
+            pages: self.counters.pages_lost.load(Ordering::Relaxed),
+        }
     }
 
     /// What a failed launch means for who asked.

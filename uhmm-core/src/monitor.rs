@@ -351,7 +351,9 @@ impl Monitor {
         }
         if state.gone().has(page) {
             core.for_each_device(|dev| {
-                if dev.driver.owns_thread(fault.tid) {
+                // A runtime in this process does other things, too: its touch is the kernel's only where the kernel has something.
+                let runs_kernel = || dev.flights.launched(va).has(page) && dev.driver.owns_runtime_thread(fault.tid);
+                if dev.driver.owns_thread(fault.tid) || runs_kernel() {
                     fault.worker = true;
                     // Another worker may have taken the page while this one was making it the program's own.
                     if !core.populates(fault.tid) {

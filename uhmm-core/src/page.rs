@@ -63,6 +63,11 @@ impl Span {
         Span { start, end: self.end.min(other.end).max(start) }
     }
 
+    /// The smallest span that has all of both, which are not empty.
+    pub fn with(self, other: Span) -> Span {
+        Span { start: self.start.min(other.start), end: self.end.max(other.end) }
+    }
+
     /// The blocks that it touches, each with the part of the span that lies in it.
     pub fn blocks(self) -> impl Iterator<Item = Span> {
         let mut at = self.start;

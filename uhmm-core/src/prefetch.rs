@@ -74,7 +74,7 @@ enum Failure {
     Removed { device: &'static str },
     TooLarge { device: &'static str, needed: usize, capacity: usize },
     NoRoom { device: &'static str, needed: usize, capacity: usize },
-    Driver { device: &'static str, source: Errno },
+    Driver { device: &'static str, source: Errno, said: Option<&'static str> },
     System(&'static str, Errno),
 }
 
@@ -85,7 +85,7 @@ impl From<Error> for Failure {
             Error::DeviceRemoved { device } => Failure::Removed { device },
             Error::TooLarge { device, needed, capacity } => Failure::TooLarge { device, needed, capacity },
             Error::NoRoom { device, needed, capacity } => Failure::NoRoom { device, needed, capacity },
-            Error::Driver { device, source } => Failure::Driver { device, source },
+            Error::Driver { device, source, said } => Failure::Driver { device, source, said },
             Error::System(what, source) => Failure::System(what, source),
             _ => Failure::System("move the range", Errno::IO),
         }
@@ -99,7 +99,7 @@ impl From<Failure> for Error {
             Failure::Removed { device } => Error::DeviceRemoved { device },
             Failure::TooLarge { device, needed, capacity } => Error::TooLarge { device, needed, capacity },
             Failure::NoRoom { device, needed, capacity } => Error::NoRoom { device, needed, capacity },
-            Failure::Driver { device, source } => Error::Driver { device, source },
+            Failure::Driver { device, source, said } => Error::Driver { device, source, said },
             Failure::System(what, source) => Error::System(what, source),
         }
     }

@@ -243,10 +243,13 @@ pub(crate) fn map(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bi
     result
 }
 
-/// Takes pages out of the device's page table. A block that is one huge page there goes whole, for taking a part would split it.
+/// Takes pages out of the device's page table. A block that is one huge page there goes whole, for taking a part would split it; but not where the rest could not be fetched again: on a device
+/// that has no page table to split, and under a lease.
 pub(crate) fn unmap(core: &Core, dev: &Device, state: &mut State, va: Va, bits: Bits) {
     dev.changed();
-    let gone = if state.whole && state.win == Bits::ALL && !bits.is_empty() { Bits::ALL } else { bits & state.win };
+    let is_huge = state.whole && state.win == Bits::ALL && !bits.is_empty();
+    let goes_whole = is_huge && !dev.driver.info().capabilities.linear && dev.flights.leased(Span::block(va).start).is_empty();
+    let gone = if goes_whole { Bits::ALL } else { bits & state.win };
     with_runs(core, state, va, gone, true, |runs| dev.driver.unmap(runs));
     state.win -= gone;
 }

@@ -155,6 +155,35 @@ pub fn install(handler: FaultHandler) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Does something that may put other actions over ours, as compilers do for their own crashes, and do not hand on what they do not know: afterwards ours are in place again, and theirs are gone. Where
+/// ours were not the current ones before, everything is left as it is.
+///
+/// ```
+/// use uhmm_os::signal;
+///
+/// signal::install(|_| false)?;
+/// let version = signal::keep(|| "a call of a library that installs handlers");
+/// assert!(version.len() > 5);
+/// # signal::uninstall();
+/// # Ok::<(), uhmm_os::Errno>(())
+/// ```
+pub fn keep<R>(work: impl FnOnce() -> R) -> R {
+    let ours = |now: &libc::sigaction| now.sa_sigaction == on_fault as *const () as usize;
+    let before = SIGNALS.map(|signal| action(signal, None).ok().filter(ours));
+    let result = work();
+    let _changing = Changing::begin();
+    for ((signal, previous), before) in SIGNALS.into_iter().zip(&STATE.previous).zip(before) {
+        // Not if ours have been taken away in order meanwhile.
+        if let Some(before) = before
+            && previous.installed.load(Ordering::Relaxed) == OURS
+            && action(signal, None).is_ok_and(|now| !ours(&now))
+        {
+            let _ = action(signal, Some(&before));
+        }
+    }
+    result
+}
+
 /// Puts the earlier actions back where ours are still the current ones. Where the program has put another over ours, ours stays
 /// below it and only chains.
 pub fn uninstall() {

@@ -20,6 +20,7 @@
 use crate::syscall::{abi, call};
 use crate::thread::getpid;
 use crate::{Errno, system};
+use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use rustix::fd::{BorrowedFd, RawFd};
 
@@ -177,7 +178,21 @@ pub fn read_words(at: usize, words: &mut [usize]) -> bool {
 
 /// The core on which a thread of this process ran last (proc_pid_stat(5), field 39).
 pub fn last_core(tid: u32) -> Option<usize> {
-    // "/proc/self/task/" and a number and "/stat", without formatting machinery.
+    let mut text = [0u8; 512];
+    core_field(read_of(tid, b"/stat", &mut text)?)
+}
+
+/// Whether a thread of this process is called `name`, of which [`NAME`](crate::thread::NAME) bytes count (proc_pid_comm(5)).
+pub fn is_named(tid: u32, name: &CStr) -> bool {
+    let mut text = [0u8; 32];
+    let name = name.to_bytes();
+    let name = &name[..name.len().min(crate::thread::NAME)];
+    read_of(tid, b"/comm", &mut text).and_then(|text| text.strip_suffix(b"\n")) == Some(name)
+}
+
+/// Reads the beginning of a file of a thread's.
+fn read_of<'a>(tid: u32, file: &[u8], text: &'a mut [u8]) -> Option<&'a [u8]> {
+    // "/proc/self/task/", a number and the file, without formatting machinery.
     let mut path = [0u8; 48];
     let mut digits = [0u8; 10];
     let (mut count, mut rest) = (0, tid);
@@ -185,9 +200,8 @@ pub fn last_core(tid: u32) -> Option<usize> {
         digits[count] = b'0' + (rest % 10) as u8;
         (count, rest) = (count + 1, rest / 10);
     }
-    let parts = b"/proc/self/task/".iter().chain(digits[..count].iter().rev()).chain(b"/stat");
+    let parts = b"/proc/self/task/".iter().chain(digits[..count].iter().rev()).chain(file);
     path.iter_mut().zip(parts).for_each(|(to, from)| *to = *from);
-    let mut text = [0u8; 512];
     // SAFETY: the path ends with a zero, for it is shorter than its array; the buffer is valid for writes of its length; what was opened is closed.
     let len = unsafe {
         let flags = abi::O_RDONLY | abi::O_CLOEXEC;
@@ -196,7 +210,7 @@ pub fn last_core(tid: u32) -> Option<usize> {
         let _ = call(abi::__NR_close, [fd]);
         read.ok()?
     };
-    core_field(&text[..len])
+    Some(&text[..len])
 }
 
 /// Field 39 of a stat line. The second field is a name in parentheses that may hold anything, so fields are counted from its end.
@@ -251,6 +265,26 @@ mod tests {
             .join()
             .unwrap();
         assert_eq!(last_core(u32::MAX), None);
+    }
+
+    #[test]
+    fn threads_that_are_made_have_the_name_of_who_makes_them() {
+        use crate::thread::{gettid, named};
+        let tid = || {
+            let (tell, told) = std::sync::mpsc::channel();
+            let (end, ended) = std::sync::mpsc::channel::<()>();
+            std::thread::spawn(move || {
+                tell.send(gettid()).unwrap();
+                ended.recv().unwrap_err();
+            });
+            (told.recv().unwrap(), end)
+        };
+        let (other, _end) = tid();
+        let (made, end) = named(c"a library's threads", tid);
+        assert!(is_named(made, c"a library's thr") && is_named(made, c"a library's threads") && !is_named(made, c"a library's th"));
+        assert!(!is_named(other, c"a library's threads") && !is_named(gettid(), c"a library's threads"));
+        drop(end);
+        assert!(!is_named(u32::MAX, c"") && !is_named(0, c"a"));
     }
 
     #[test]

@@ -241,6 +241,37 @@ pub fn getpid() -> u32 {
     unsafe { call(abi::__NR_getpid, []) }.unwrap_or(0) as u32
 }
 
+/// The most bytes of a thread's name, its end not counted.
+pub const NAME: usize = 15;
+
+/// Does something with the calling thread named `name`, of which [`NAME`] bytes count. Threads that are made meanwhile have that name from then on, unless they choose another: so the threads that a
+/// library makes can be known ([`tasks::is_named`](crate::tasks::is_named)).
+///
+/// ```
+/// use uhmm_os::{tasks, thread};
+///
+/// let tid = thread::named(c"library", || {
+///     std::thread::spawn(|| thread::gettid()).join().unwrap();
+///     assert!(tasks::is_named(thread::gettid(), c"library"));
+///     thread::gettid()
+/// });
+/// assert!(!tasks::is_named(tid, c"library"));
+/// ```
+pub fn named<R>(name: &CStr, work: impl FnOnce() -> R) -> R {
+    let mut before = [0u8; NAME + 1];
+    let ask = |option: u32, at: usize| {
+        // SAFETY: the kernel reads a name up to its end, or writes 16 bytes where there is room for them.
+        unsafe { call(abi::__NR_prctl, [option as usize, at]) }.is_ok()
+    };
+    let known = ask(linux_raw_sys::prctl::PR_GET_NAME, before.as_mut_ptr() as usize);
+    ask(linux_raw_sys::prctl::PR_SET_NAME, name.as_ptr() as usize);
+    let result = work();
+    if known {
+        ask(linux_raw_sys::prctl::PR_SET_NAME, before.as_ptr() as usize);
+    }
+    result
+}
+
 /// Lets another thread run. *Fault path.*
 pub fn yield_now() {
     // SAFETY: no arguments; it cannot fail.

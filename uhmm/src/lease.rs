@@ -14,7 +14,7 @@ use uhmm_core::{DeviceRef, Error};
 /// lease has. Forgetting a lease keeps its memory from the CPU until the device is closed.
 #[derive(Debug)]
 pub struct Lease<'a> {
-    dev: &'a Device,
+    pub(crate) dev: &'a Device,
     id: LeaseId,
     args: Args<'a>,
 }
@@ -55,15 +55,25 @@ impl Device {
 
 impl Lease<'_> {
     /// Where the device has argument `index`: valid there until the lease ends. A device whose kernels know no addresses of the process (OpenCL) has it somewhere in a buffer of its own: there this is
-    /// the process's address, and [`run`](Self::run) is the way to use the lease.
+    /// the process's address, [`opencl`](Self::opencl) says where in which buffer it is, and [`run`](Self::run) runs one of uhmm's kernels there.
     ///
     /// # Panics
     /// If there is no such argument, or it is a value.
     pub fn addr(&self, index: usize) -> usize {
-        let mask = self.dev.info().mask;
+        match *self.range(index).0 {
+            RawArg::Slice { start, device: None, .. } => start ^ self.dev.info().mask,
+            RawArg::Slice { start, .. } => start,
+            RawArg::Value { .. } | RawArg::Pointer { .. } => unreachable!("it is a range"),
+        }
+    }
+
+    /// An argument that has an address, and its bytes.
+    ///
+    /// # Panics
+    /// If there is no such argument, or it is a value.
+    pub(crate) fn range(&self, index: usize) -> (&RawArg, usize) {
         match self.args.raw().get(index) {
-            Some(RawArg::Slice { start, device: None, .. }) => start ^ mask,
-            Some(RawArg::Slice { start, .. }) => *start,
+            Some(arg @ &RawArg::Slice { count, size, .. }) => (arg, count * size),
             Some(_) => panic!("argument {index} is a value: it has no address"),
             None => panic!("there is no argument {index}: the lease has {}", self.args.raw().len()),
         }

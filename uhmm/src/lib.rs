@@ -129,7 +129,7 @@ pub use buffer::Buffer;
 pub use hints::{AsRange, Place, Prefetch, Residency, Run, To};
 pub use host::Host;
 pub use lease::{Fence, Lease, Signal, fence};
-pub use opencl::OpenClBuilder;
+pub use opencl::{OpenClBuilder, OpenClHandles, OpenClMemory};
 pub use uhmm_core::Error;
 pub use uhmm_core::args;
 pub use uhmm_core::args::{Access, Arg, Args, IntoArg, Lent, MAX_ARGS, inout, inp, out, ptr, val};
@@ -207,7 +207,7 @@ impl Uhmm {
     /// | `soft` | the reference device in software |
     /// | `soft:nofault` | the same without replayable faults, as most hardware is: kernels reach only what their launch declares |
     /// | `soft:coherent` | the same with memory that the CPU uses in place, as behind CXL: what a launch declares moves there as far as there is room, and neither side's touch moves anything |
-    /// | `opencl`, `opencl:1`, `opencl:gpu`, `opencl:NAME` | a device with OpenCL 1.2 or newer, by number, type (`gpu`, `cpu`, `accelerator`) or words of its name; it runs the form of a kernel that is in OpenCL C ([`Forms`]) |
+    /// | `opencl`, `opencl:1`, `opencl:gpu`, `opencl:NAME` | a device with OpenCL 1.2 or newer, by number, type (`gpu`, `cpu`, `accelerator`) or words of its name; it runs the form of a kernel that is in OpenCL C ([`Forms`]). One that shares the process's pointers uses memory in place ([`OpenClBuilder::copies`]) |
     /// | `null` | accepts every launch, runs nothing, has no memory: what uhmm itself costs |
     ///
     /// # Errors
@@ -233,7 +233,7 @@ impl Uhmm {
 
     /// An OpenCL device with a configuration of its own; names are those of [`device`](Self::device). If a device of that name is open already, it is that one, as it was configured.
     pub fn opencl(&self, name: &str) -> OpenClBuilder<'_> {
-        OpenClBuilder { core: &self.core, config: DeviceConfig::new(opencl::kept(name)) }
+        OpenClBuilder { core: &self.core, config: DeviceConfig::new(opencl::kept(name)), copies: false }
     }
 
     /// Brings everything home that any device has, but for what a [lease](Lease) holds: afterwards all other memory is the CPU's alone, until the next launch. Waits for the running launch.

@@ -19,7 +19,11 @@ use uhmm::Uhmm;
 pub(crate) fn run(args: &options::MulMat, json: bool) -> Result<()> {
     let sides = Sides::from_args(args)?;
     let hmm = Uhmm::new()?;
-    let device = hmm.device(&args.device)?;
+    // Explicit copies need a device with memory of its own.
+    let device = match args.device.starts_with("opencl") {
+        true => hmm.opencl(&args.device).copies(true).open()?,
+        false => hmm.device(&args.device)?,
+    };
     let problem = Problem::new(sides, device.threads())?;
     // The product by the very pointers of the matrices, mapped files or not; it is what -o writes.
     let mut r = vec![f32::NAN; problem.shape.m * problem.shape.n];

@@ -70,13 +70,29 @@ struct Orders {
     of: [Order; 5],
     /// The driver that is wrapped next: an [`OpenDriver`]. Not 0, for a static of zeroes lies elsewhere.
     inner: AtomicUsize,
+    /// The name of failures on order: where, and its length.
+    name: [AtomicUsize; 2],
 }
 
 #[unsafe(link_section = ".data")]
 static ORDERS: Orders = Orders {
     of: [const { Order { good: AtomicU32::new(0), bad: AtomicU32::new(0), fault: AtomicU32::new(0) } }; 5],
     inner: AtomicUsize::new(1),
+    name: [const { AtomicUsize::new(0) }; 2],
 };
+
+/// What failures on order are called, as a device's own interface calls them ([`Driver::said`]); of a device that has failed so.
+pub fn called(name: &'static str) {
+    ORDERS.name[1].store(0, Ordering::SeqCst);
+    ORDERS.name[0].store(name.as_ptr() as usize, Ordering::SeqCst);
+    ORDERS.name[1].store(name.len(), Ordering::SeqCst);
+}
+
+fn name() -> Option<&'static str> {
+    let [at, len] = [0, 1].map(|i| ORDERS.name[i].load(Ordering::SeqCst));
+    // SAFETY: the parts of a string that lives for ever; `called` and failures come one after the other.
+    (len > 0).then(|| unsafe { core::str::from_utf8_unchecked(core::slice::from_raw_parts(at as *const u8, len)) })
+}
 
 /// From now on the `nth` call (the first is number 1) fails, and those after it: `times` in all. It replaces an earlier order for that call.
 pub fn order(call: Call, fault: Fault, nth: u32, times: u32) {
@@ -131,7 +147,7 @@ pub fn around(open: OpenDriver) -> OpenDriver {
 fn open_around(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
     // SAFETY: a function that `around`, which alone gives this one out, has left there.
     let open = unsafe { core::mem::transmute::<usize, OpenDriver>(ORDERS.inner.load(Ordering::SeqCst)) };
-    let faulty = Faulty { inner: open(config, mode, others)?, lost: AtomicBool::new(false) };
+    let faulty = Faulty { inner: open(config, mode, others)?, lost: AtomicBool::new(false), failed: AtomicBool::new(false) };
     driver::boxed(c"uhmm faulty device", faulty).map_err(|e| config.refuse(format!("cannot reserve address space: {e}")))
 }
 
@@ -140,6 +156,8 @@ fn open_around(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Resu
 struct Faulty {
     inner: OwnBox<dyn Driver>,
     lost: AtomicBool,
+    /// It has failed on order.
+    failed: AtomicBool,
 }
 
 /// Fences of batches that the other device has not seen.
@@ -158,6 +176,7 @@ impl Faulty {
             return Some(Fault::Lost);
         }
         let fault = strike(call)?;
+        self.failed.store(true, Ordering::SeqCst);
         if fault == Fault::Lost || (fault == Fault::Never && !matches!(call, Call::ToDevice | Call::ToHost)) {
             self.lost.store(true, Ordering::SeqCst);
         }
@@ -231,6 +250,10 @@ unsafe impl Forward for Faulty {
 
     fn is_lost(&self) -> bool {
         self.lost()
+    }
+
+    fn said(&self) -> Option<&'static str> {
+        if self.failed.load(Ordering::SeqCst) { name() } else { self.inner.said() }
     }
 
     fn map(&self, batch: Committed<'_>) -> Result<(), Errno> {

@@ -8,13 +8,20 @@
 use cl3::command_queue as cq;
 use cl3::context as cx;
 use cl3::device as dv;
-use cl3::error_codes::{DLOPEN_RUNTIME_LOAD_FAILED, error_text};
+use cl3::error_codes::{
+    CL_DEVICE_NOT_AVAILABLE, CL_INVALID_COMMAND_QUEUE, CL_INVALID_CONTEXT, CL_MEM_OBJECT_ALLOCATION_FAILURE, CL_OUT_OF_HOST_MEMORY,
+    CL_OUT_OF_RESOURCES, DLOPEN_RUNTIME_LOAD_FAILED, error_text,
+};
 use cl3::event as ev;
 use cl3::memory as mm;
 use cl3::platform as pf;
 use cl3::types::{cl_command_queue, cl_context, cl_device_id, cl_event, cl_mem};
-use core::ffi::c_void;
+use core::ffi::{CStr, c_void};
 use core::ptr;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use uhmm_core::driver::{DmaError, Native};
+use uhmm_os::{Errno, signal, tasks, thread};
 
 /// What a call said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,12 +39,48 @@ impl core::fmt::Display for Status {
     }
 }
 
+impl Status {
+    /// What OpenCL calls it.
+    pub fn name(self) -> &'static str {
+        error_text(self.0)
+    }
+
+    /// Whether it says that the device is gone, and nothing that is asked of it will be done. Of a queue and a context that were made, that they are none means the same: that is how
+    /// drivers tell of a device that has been reset.
+    pub fn is_loss(self) -> bool {
+        matches!(self.0, CL_DEVICE_NOT_AVAILABLE | CL_INVALID_CONTEXT | CL_INVALID_COMMAND_QUEUE)
+    }
+
+    /// What it means for a batch of copies.
+    pub fn of_copy(self) -> DmaError {
+        match self.0 {
+            _ if self.is_loss() => DmaError::Lost,
+            CL_MEM_OBJECT_ALLOCATION_FAILURE | CL_OUT_OF_RESOURCES | CL_OUT_OF_HOST_MEMORY => DmaError::Failed(Errno::NOMEM),
+            _ => DmaError::Failed(Errno::IO),
+        }
+    }
+}
+
 fn status<T>(result: Result<T, i32>) -> Result<T, Status> {
     result.map_err(Status)
 }
 
+/// How threads are called that a runtime in this process makes when uhmm first uses it.
+const RUNTIME: &CStr = c"uhmm:cl-runtime";
+
+/// Calls of OpenCL that may make the runtime start threads: they are known by their name afterwards. And its compiler may take over the signals of the process.
+pub(crate) fn as_runtime<R>(work: impl FnOnce() -> R) -> R {
+    thread::named(RUNTIME, || signal::keep(work))
+}
+
+/// Whether a thread is the runtime's. Fault path.
+pub(crate) fn is_runtimes(tid: u32) -> bool {
+    tasks::is_named(tid, RUNTIME)
+}
+
 /// A device that was found.
 #[derive(Clone, Debug)]
+#[cfg_attr(test, derive(Default))]
 pub struct Found {
     /// `opencl:N`.
     pub id: String,
@@ -57,7 +100,7 @@ pub struct Found {
     pub units: usize,
     /// Whether its kernels may follow any pointer of the process (CL_DEVICE_SVM_FINE_GRAIN_SYSTEM).
     pub system_pointers: bool,
-    device: usize,
+    pub(crate) device: usize,
 }
 
 /// All devices of all platforms that are ready, with compilers.
@@ -65,6 +108,13 @@ pub struct Found {
 /// # Errors
 /// That OpenCL cannot be used at all.
 pub(crate) fn find() -> Result<Vec<Found>, Status> {
+    // PoCL makes its devices when it is first asked for them, and gives a second thread what is only half made.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    as_runtime(look)
+}
+
+fn look() -> Result<Vec<Found>, Status> {
     let mut found: Vec<Found> = vec![];
     for platform in status(pf::get_platform_ids())? {
         let text = pf::get_platform_info(platform, pf::CL_PLATFORM_NAME).map(String::from).unwrap_or_default();
@@ -95,12 +145,17 @@ pub(crate) fn find() -> Result<Vec<Found>, Status> {
                 memory: number(dv::CL_DEVICE_GLOBAL_MEM_SIZE),
                 largest: number(dv::CL_DEVICE_MAX_MEM_ALLOC_SIZE),
                 units: count(dv::CL_DEVICE_MAX_COMPUTE_UNITS) as usize,
-                system_pointers: svm & (1 << 2) != 0, // CL_DEVICE_SVM_FINE_GRAIN_SYSTEM
+                system_pointers: has_system_pointers(svm),
                 device: device as usize,
             });
         }
     }
     Ok(found)
+}
+
+/// Whether CL_DEVICE_SVM_CAPABILITIES has CL_DEVICE_SVM_FINE_GRAIN_SYSTEM.
+pub(crate) fn has_system_pointers(svm: u64) -> bool {
+    svm & (1 << 2) != 0
 }
 
 /// A device in a context of its own.
@@ -142,6 +197,11 @@ impl Device {
 
     pub(crate) fn kernels(&self) -> cl_command_queue {
         self.kernels
+    }
+
+    /// Its objects, for a program that uses OpenCL by itself.
+    pub(crate) fn native(&self) -> Native {
+        Native::OpenCl { context: self.context as usize, device: self.id as usize, queue: self.kernels as usize }
     }
 
     /// A queue that does one thing after the other.
@@ -196,6 +256,13 @@ pub struct Event(cl_event);
 // SAFETY: as of `Device`.
 unsafe impl Send for Event {}
 
+impl Event {
+    /// How far it is: negative if it failed, with what status.
+    fn ended(&self) -> Result<i32, Status> {
+        status(ev::get_event_info(self.0, ev::CL_EVENT_COMMAND_EXECUTION_STATUS).map(i32::from))
+    }
+}
+
 impl Drop for Event {
     fn drop(&mut self) {
         // SAFETY: it is this value's own.
@@ -213,6 +280,75 @@ pub(crate) fn wait(events: &[Event]) -> Result<(), Status> {
         return Ok(());
     }
     status(ev::wait_for_events(&raw))
+}
+
+/// Why what was waited for is not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Undone {
+    /// The device did not do it.
+    Failed(Status),
+    /// The time is over. The device may do it still.
+    Late,
+}
+
+/// Tells of the end of an event.
+#[derive(Default)]
+struct Bell {
+    rung: Mutex<bool>,
+    changed: Condvar,
+}
+
+/// How long the end of an event is looked for before a call back is asked for: most copies end in that time, and to look costs less than to sleep and be woken.
+const LOOKED: Duration = Duration::from_micros(50);
+
+/// Waits for all events of one queue, of which the last one ends last, and no longer than until `end`. clWaitForEvents knows no limit: who waits looks for a while, and then the runtime calls back.
+///
+/// # Errors
+/// The first that failed.
+pub(crate) fn wait_until(events: &[Event], end: Instant) -> Result<(), Undone> {
+    let Some(last) = events.last() else { return Ok(()) };
+    let start = Instant::now();
+    while last.ended().is_ok_and(|code| code > 0) {
+        if start.elapsed() > LOOKED {
+            sleep_until(last, end)?;
+            break;
+        }
+        thread::yield_now();
+    }
+    events.iter().try_for_each(|event| match event.ended() {
+        Ok(0..) => Ok(()),
+        Ok(code) | Err(Status(code)) => Err(Undone::Failed(Status(code))),
+    })
+}
+
+/// Sleeps until an event has ended, or it is time.
+fn sleep_until(last: &Event, end: Instant) -> Result<(), Undone> {
+    extern "C" fn ring(_: cl_event, _: i32, bell: *mut c_void) {
+        // SAFETY: the runtime calls once, with what it was given for that.
+        let bell = unsafe { Arc::from_raw(bell.cast::<Bell>()) };
+        *bell.rung.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        bell.changed.notify_all();
+    }
+    let bell = Arc::new(Bell::default());
+    let given = Arc::into_raw(bell.clone());
+    match ev::set_event_callback(last.0, ev::CL_COMPLETE, ring, given.cast_mut().cast()) {
+        Ok(()) => {
+            let mut rung = bell.rung.lock().unwrap_or_else(PoisonError::into_inner);
+            while !*rung {
+                let left = end.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(Undone::Late);
+                }
+                rung = bell.changed.wait_timeout(rung, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        Err(_) => {
+            // SAFETY: it was not taken.
+            drop(unsafe { Arc::from_raw(given) });
+            status(ev::wait_for_events(&[last.0])).map_err(Undone::Failed)?;
+        }
+    }
+    Ok(())
 }
 
 /// A queue that copies.
@@ -251,6 +387,11 @@ impl Queue {
         // SAFETY: queue and buffer are alive; the pattern is read before the call returns.
         status(unsafe { cq::enqueue_fill_buffer(self.0, buffer.0, zeros.as_ptr().cast::<c_void>(), size, at, len, 0, ptr::null()) })
             .map(Event)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn raw(&self) -> cl_command_queue {
+        self.0
     }
 
     /// Sees to it that what was enqueued begins.

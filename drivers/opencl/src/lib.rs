@@ -6,6 +6,7 @@
 //! | [`memory`] | one buffer that is the device's memory, and its queue as copy engine |
 //! | [`table`] | where in it the blocks of the process are |
 //! | [`ranges`] | the table by which kernels follow stored pointers |
+//! | [`native`] | a device that shares the process's pointers: there none of the above is needed |
 //! | [`program`] | kernels: compiling them, and calling them with addresses inside that buffer |
 //!
 //! The device never sees the process's own pages. What a launch declares is copied into its buffer by the device's queue before the kernel starts, and the kernel gets addresses in there; a
@@ -29,6 +30,7 @@
 
 pub mod api;
 pub mod memory;
+pub mod native;
 pub mod program;
 pub mod ranges;
 pub mod table;
@@ -37,9 +39,12 @@ use api::{Found, Status};
 use core::time::Duration;
 use memory::Memory;
 use program::Programs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use table::Table;
 use uhmm_core::args::RawArg;
-use uhmm_core::driver::{self, Capabilities, Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use uhmm_core::driver::{
+    self, Capabilities, Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, Located, MapRun, Native,
+};
 use uhmm_core::kernel::{Entry, Message};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
@@ -79,16 +84,36 @@ pub struct OpenCl {
     programs: Programs,
     table: Table,
     memory: Memory,
+    /// What has failed the running launch beside OpenCL.
+    failed: Mutex<Option<KernelFault>>,
 }
 
-/// Opens the device that [`choose`] finds for the configuration's name.
+/// Why a kernel cannot run here.
+const NO_FORM: &str = "it has no form in OpenCL C: make one with `Forms::new(kernel).opencl(source, name, local)`";
+
+/// Whether a device is opened as one that shares the process's pointers.
+fn shares_pointers(found: &Found, copies: bool) -> bool {
+    found.system_pointers && !copies
+}
+
+/// Opens the device that [`choose`] finds for the configuration's name. One that shares the process's pointers ([`Found::system_pointers`]) uses the process's memory in place: it has no memory, whatever is
+/// asked for, and nothing moves. Any other one is opened as [`open_with_copies`] does it.
+///
+/// # Errors
+/// [`Error::Device`] if there is none, or it cannot be had as asked.
+pub fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
+    let found = choose(config.name).map_err(|why| config.refuse(why))?;
+    if shares_pointers(&found, false) { native::open(config, &found) } else { open_with_copies(config, mode, others) }
+}
+
+/// As [`open`], as a device with memory of its own in any case: what a launch declares moves there.
 ///
 /// `memory` 0 means a quarter of the device's memory, or of the machine's if that is less (a CPU device has no other). OpenCL gives one buffer so much at most as it says
 /// (CL_DEVICE_MAX_MEM_ALLOC_SIZE).
 ///
 /// # Errors
 /// [`Error::Device`] if there is none, or it cannot be had as asked.
-pub fn open(config: &DeviceConfig, _mode: Mode, _others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
+pub fn open_with_copies(config: &DeviceConfig, _: Mode, _: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
     let found = choose(config.name).map_err(|why| config.refuse(why))?;
     let asked =
         if config.memory == 0 { (found.memory / 4).min(system::total_memory() as usize / 4).min(found.largest) } else { config.memory };
@@ -100,8 +125,9 @@ pub fn open(config: &DeviceConfig, _mode: Mode, _others: &[DeviceInfo]) -> Resul
         return Err(config.refuse(format!("{memory} bytes of memory are more than the {} bytes that it gives one buffer", found.largest)));
     }
     let refuse = |what: &str, status: Status| config.refuse(format!("{what}: {status}"));
-    let device = api::Device::open(&found).map_err(|e| refuse("cannot make a context and queues", e))?;
-    let buffer = Memory::new(device, memory).map_err(|e| refuse("cannot make a buffer for its memory: ask for less", e))?;
+    let device = api::as_runtime(|| api::Device::open(&found)).map_err(|e| refuse("cannot make a context and queues", e))?;
+    let buffer =
+        api::as_runtime(|| Memory::new(device, memory)).map_err(|e| refuse("cannot make a buffer for its memory: ask for less", e))?;
     let opencl = OpenCl {
         info: DeviceInfo {
             name: config.name,
@@ -113,8 +139,15 @@ pub fn open(config: &DeviceConfig, _mode: Mode, _others: &[DeviceInfo]) -> Resul
         programs: Programs::default(),
         table: Table::new(memory / BLOCK).map_err(|e| config.refuse(format!("cannot reserve its page table: {e}")))?,
         memory: buffer,
+        failed: Mutex::new(None),
     };
     driver::boxed(c"uhmm opencl device", opencl).map_err(|e| config.refuse(format!("cannot reserve memory: {e}")))
+}
+
+impl OpenCl {
+    fn failed(&self) -> MutexGuard<'_, Option<KernelFault>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[allow(unsafe_code)]
@@ -135,12 +168,29 @@ unsafe impl Driver for OpenCl {
         memory::address(frame)
     }
 
+    fn native(&self) -> Option<Native> {
+        Some(self.memory.device().native())
+    }
+
+    fn locate(&self, arg: &RawArg) -> Option<Located> {
+        let offset = program::place(arg, &self.table)?;
+        Some(Located { memory: self.memory.buffer().raw() as usize, offset })
+    }
+
     fn copy(&self, batch: &[Dma]) -> Fence {
         self.memory.copy(batch)
     }
 
-    fn wait(&self, fence: Fence, batch: &[Dma], _: Duration) -> Result<(), DmaError> {
-        self.memory.wait(fence, batch)
+    fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
+        self.memory.wait(fence, batch, limit)
+    }
+
+    fn is_lost(&self) -> bool {
+        self.memory.health().is_lost()
+    }
+
+    fn said(&self) -> Option<&'static str> {
+        self.memory.health().said()
     }
 
     fn reaches(&self, _va: usize) -> bool {
@@ -160,17 +210,41 @@ unsafe impl Driver for OpenCl {
 
     fn load(&self, entry: &Entry, args: &[RawArg]) -> Result<(), String> {
         // SAFETY: the kernel is alive while it is loaded (the contract of `Driver::load`).
-        let Some(form) = (unsafe { entry.opencl() }) else {
-            return Err("it has no form in OpenCL C: make one with `Forms::new(kernel).opencl(source, name, local)`".into());
-        };
+        let form = unsafe { entry.opencl() }.ok_or(NO_FORM)?;
         self.programs.load(self.memory.device(), form)?.check(args)
     }
 
     fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
         // SAFETY: who launches waits for this, and so keeps the kernel alive.
-        let form = unsafe { launch.entry.opencl() };
-        let Some(form) = form else { return Err(KernelFault::Refused(Message::new("the kernel has no form in OpenCL C"))) };
+        let form = unsafe { launch.entry.opencl() }.ok_or_else(|| KernelFault::Refused(Message::new(NO_FORM)))?;
         let kernel = self.programs.load(self.memory.device(), form).map_err(|why| KernelFault::Refused(Message::new(&why)))?;
-        kernel.run(&self.memory, &self.table, &launch.bound, form.local)
+        *self.failed() = None;
+        let ran = api::as_runtime(|| kernel.run(&self.memory, &self.table, &launch.bound, form.local));
+        self.failed().take().map_or(ran, Err)
+    }
+
+    fn fail(&self, fault: KernelFault) {
+        self.failed().get_or_insert(fault);
+    }
+
+    fn owns_runtime_thread(&self, tid: u32) -> bool {
+        api::is_runtimes(tid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pointers_are_shared_where_the_device_says_so_and_nobody_wants_copies() {
+        let found = |system_pointers| Found { system_pointers, ..Found::default() };
+        assert!(shares_pointers(&found(true), false));
+        assert!(!shares_pointers(&found(true), true) && !shares_pointers(&found(false), false) && !shares_pointers(&found(false), true));
+        // As CL_DEVICE_SVM_CAPABILITIES tells it: coarse-grain and fine-grain buffers, the whole system, atomics.
+        assert_eq!(
+            [0b0000, 0b0001, 0b0011, 0b1011, 0b0111, 0b1111, 0b0100].map(api::has_system_pointers),
+            [false, false, false, false, true, true, true]
+        );
     }
 }

@@ -6,10 +6,13 @@
 //! No example: a part of the device; outside, only [`crate::open`] is used.
 #![allow(unsafe_code)] // copies by way of raw addresses
 
-use crate::api::{self, Buffer, Device, Queue, Status};
+use crate::api::{self, Buffer, Device, Queue, Status, Undone};
 use crate::ranges::Ranges;
+use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use core::time::Duration;
+use std::time::Instant;
 use uhmm_core::driver::{Dma, DmaError, DmaKind, Fence, Frame};
-use uhmm_os::{Errno, PAGE, copy};
+use uhmm_os::{PAGE, copy};
 
 /// Where the device's addresses begin, so that none is that of nothing.
 const BASE: usize = 1 << 46;
@@ -33,6 +36,49 @@ pub struct Memory {
     copies: Queue,
     ranges: Ranges,
     device: Device,
+    health: Health,
+}
+
+/// How the device is.
+#[derive(Debug, Default)]
+pub(crate) struct Health {
+    lost: AtomicBool,
+    /// The status of the last failure, if there was one.
+    last: AtomicI32,
+}
+
+impl Health {
+    /// Notes a failure.
+    pub(crate) fn failed(&self, status: Status) {
+        self.last.store(status.0, Ordering::Relaxed);
+        if status.is_loss() {
+            self.lost.store(true, Ordering::Release);
+        }
+    }
+
+    /// What a copy's end means.
+    fn of_copy(&self, undone: Undone) -> DmaError {
+        match undone {
+            Undone::Failed(status) => {
+                self.failed(status);
+                status.of_copy()
+            }
+            Undone::Late => {
+                self.lost.store(true, Ordering::Release);
+                DmaError::Lost
+            }
+        }
+    }
+
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// What OpenCL calls the last failure.
+    pub(crate) fn said(&self) -> Option<&'static str> {
+        let last = Status(self.last.load(Ordering::Relaxed));
+        (last.0 != 0).then(|| last.name())
+    }
 }
 
 /// What a fence stands for.
@@ -47,7 +93,13 @@ impl Memory {
     /// # Errors
     /// The status of OpenCL.
     pub fn new(device: Device, bytes: usize) -> Result<Self, Status> {
-        Ok(Memory { buffer: device.buffer(bytes)?, copies: device.queue()?, ranges: Ranges::new(&device)?, device })
+        Ok(Memory {
+            buffer: device.buffer(bytes)?,
+            copies: device.queue()?,
+            ranges: Ranges::new(&device)?,
+            device,
+            health: Health::default(),
+        })
     }
 
     /// The device whose memory it is.
@@ -58,6 +110,11 @@ impl Memory {
     /// What kernels follow stored pointers by.
     pub(crate) fn ranges(&self) -> &Ranges {
         &self.ranges
+    }
+
+    /// How the device is.
+    pub(crate) fn health(&self) -> &Health {
+        &self.health
     }
 
     /// The buffer.
@@ -92,14 +149,19 @@ impl Memory {
     ///
     /// # Errors
     /// As the contract says.
-    pub(crate) fn wait(&self, fence: Fence, batch: &[Dma]) -> Result<(), DmaError> {
+    pub(crate) fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
+        let end = Instant::now() + limit;
         // SAFETY: `copy` made it, and every fence is waited for once.
         let started = unsafe { Box::from_raw(fence.0 as *mut Batch) };
-        let mut result = api::wait(&started.events).and(started.result).map_err(|_| DmaError::Failed(Errno::IO));
+        let done = api::wait_until(&started.events, end).and(started.result.map_err(Undone::Failed));
+        let mut result = done.map_err(|undone| self.health.of_copy(undone));
         for dma in batch.iter().filter(|dma| matches!(dma.kind, DmaKind::GuardedToDevice | DmaKind::GuardedToHost)) {
             // That the device failed counts for more than that something is gone.
-            result = match (result, self.by_stage(dma)) {
-                (Ok(()) | Err(DmaError::Gone { .. }), Err(failed @ DmaError::Failed(_))) => Err(failed),
+            if result == Err(DmaError::Lost) {
+                break;
+            }
+            result = match (result, self.by_stage(dma, limit)) {
+                (Ok(()) | Err(DmaError::Gone { .. }), Err(failed @ (DmaError::Failed(_) | DmaError::Lost))) => Err(failed),
                 (Ok(()), other) => other,
                 (result, _) => result,
             };
@@ -108,27 +170,116 @@ impl Memory {
     }
 
     /// From or to memory of the program, which may be gone, by way of a stage.
-    fn by_stage(&self, dma: &Dma) -> Result<(), DmaError> {
+    fn by_stage(&self, dma: &Dma, limit: Duration) -> Result<(), DmaError> {
         let mut stage = vec![0u8; STAGE.min(dma.len)];
         let mut result = Ok(());
         for done in (0..dma.len).step_by(STAGE) {
             let (at, host, len) = (dma.frame as usize * PAGE + dma.offset + done, dma.host + done, STAGE.min(dma.len - done));
-            let failed = |_: Status| DmaError::Failed(Errno::IO);
+            let done = |started: Result<api::Event, Status>| {
+                api::wait_until(&[started.map_err(Undone::Failed)?], Instant::now() + limit) // the program's memory may take its time
+            };
             // SAFETY: the stage is long enough, and lives until what uses it has been waited for; the program's memory may be anything.
             let reached = unsafe {
                 if dma.kind == DmaKind::GuardedToDevice {
                     let read = copy::guarded(stage.as_mut_ptr(), host as *const u8, len);
                     if read.is_ok() {
-                        self.copies.write(&self.buffer, at, stage.as_ptr(), len).and_then(|event| api::wait(&[event])).map_err(failed)?;
+                        done(self.copies.write(&self.buffer, at, stage.as_ptr(), len))
+                            .map_err(|undone| self.unfinished(undone, &mut stage))?;
                     }
                     read
                 } else {
-                    self.copies.read(&self.buffer, at, stage.as_mut_ptr(), len).and_then(|event| api::wait(&[event])).map_err(failed)?;
+                    done(self.copies.read(&self.buffer, at, stage.as_mut_ptr(), len))
+                        .map_err(|undone| self.unfinished(undone, &mut stage))?;
                     copy::guarded(host as *mut u8, stage.as_ptr(), len)
                 }
             };
             result = result.and(reached.map_err(|address| DmaError::Gone { address }));
         }
         result
+    }
+
+    /// A copy by way of a stage that is not done: what the device may use still stays where it is.
+    fn unfinished(&self, undone: Undone, stage: &mut Vec<u8>) -> DmaError {
+        if undone == Undone::Late {
+            core::mem::forget(core::mem::take(stage));
+        }
+        self.health.of_copy(undone)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cl3::{command_queue as cq, event as ev};
+    use uhmm_os::{BLOCK, Errno};
+
+    fn opened() -> Option<Memory> {
+        let Some(found) = crate::devices().into_iter().next() else {
+            eprintln!("left out: there is no OpenCL device");
+            return None;
+        };
+        Some(Memory::new(Device::open(&found).unwrap(), 4 * BLOCK).unwrap())
+    }
+
+    fn dma(kind: DmaKind, host: &mut [u8], frame: Frame) -> [Dma; 1] {
+        [Dma { kind, host: host.as_mut_ptr() as usize, frame, offset: 0, len: host.len() }]
+    }
+
+    fn done(memory: &Memory, batch: &[Dma]) -> Result<(), DmaError> {
+        memory.wait(memory.copy(batch), batch, Duration::from_secs(30))
+    }
+
+    #[test]
+    fn a_failure_keeps_its_name() {
+        let Some(memory) = opened() else { return };
+        let mut host = vec![7u8; PAGE];
+        assert_eq!((done(&memory, &dma(DmaKind::ToDevice, &mut host, 3)), memory.health.said()), (Ok(()), None));
+        let beyond = (4 * BLOCK / PAGE) as Frame;
+        for kind in [DmaKind::ToDevice, DmaKind::GuardedToDevice, DmaKind::ToHost, DmaKind::Zero] {
+            assert_eq!(done(&memory, &dma(kind, &mut host, beyond)), Err(DmaError::Failed(Errno::IO)), "{kind:?}");
+        }
+        assert_eq!(memory.health.said(), Some("CL_INVALID_VALUE"));
+        let mut back = vec![0; PAGE];
+        assert_eq!(done(&memory, &dma(DmaKind::ToHost, &mut back, 3)), Ok(()));
+        assert!(back == host && !memory.health.is_lost());
+    }
+
+    #[test]
+    fn what_a_status_means() {
+        let of = |code: i32| Status(code).of_copy();
+        assert_eq!([-2, -34, -36].map(of), [DmaError::Lost; 3]);
+        assert_eq!([-4, -5, -6].map(of), [DmaError::Failed(Errno::NOMEM); 3]);
+        assert_eq!(of(-30), DmaError::Failed(Errno::IO));
+        let health = Health::default();
+        assert_eq!(health.of_copy(Undone::Failed(Status(-5))), DmaError::Failed(Errno::NOMEM));
+        assert_eq!((health.is_lost(), health.said()), (false, Some("CL_OUT_OF_RESOURCES")));
+        assert_eq!(health.of_copy(Undone::Failed(Status(-2))), DmaError::Lost);
+        assert_eq!((health.is_lost(), health.said()), (true, Some("CL_DEVICE_NOT_AVAILABLE")));
+    }
+
+    /// A queue that does not get on, since what stands before in it waits for an event of the program's.
+    #[test]
+    fn a_device_that_hangs_is_lost_when_the_time_is_over() {
+        for kind in [DmaKind::ToDevice, DmaKind::GuardedToDevice] {
+            let Some(memory) = opened() else { return };
+            let mut host = vec![7u8; PAGE];
+            assert_eq!(done(&memory, &dma(kind, &mut host, 0)), Ok(()));
+            let never = ev::create_user_event(memory.device.context()).unwrap();
+            let before = [never];
+            // SAFETY: queue and event are alive.
+            let barrier = unsafe { cq::enqueue_barrier_with_wait_list(memory.copies.raw(), 1, before.as_ptr()) }.unwrap();
+            let (limit, start) = (Duration::from_millis(200), Instant::now());
+            let batch = dma(kind, &mut host, 1);
+            assert_eq!(memory.wait(memory.copy(&batch), &batch, limit), Err(DmaError::Lost), "{kind:?}");
+            assert!(start.elapsed() >= limit && start.elapsed() < 10 * limit, "{:?}", start.elapsed());
+            assert!(memory.health.is_lost());
+            ev::set_user_event_status(never, 0).unwrap();
+            cq::finish(memory.copies.raw()).unwrap(); // what it was given is used until then
+            // SAFETY: they are the test's own.
+            unsafe {
+                ev::release_event(barrier).unwrap();
+                ev::release_event(never).unwrap();
+            }
+        }
     }
 }

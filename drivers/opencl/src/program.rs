@@ -23,16 +23,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 use uhmm_core::args::{Access, RawArg};
 use uhmm_core::driver::KernelFault;
 use uhmm_core::kernel::{Bound, Message, OpenCl};
+use uhmm_os::signal;
 
 /// The programs that a device has compiled.
 #[derive(Debug, Default)]
-pub struct Programs(Mutex<Vec<Arc<Loaded>>>);
+pub struct Programs {
+    list: Mutex<Vec<Arc<Loaded>>>,
+    /// Their kernels get the process's pointers.
+    native: bool,
+}
 
 /// A kernel that is ready.
 #[derive(Debug)]
 pub struct Loaded {
     form: OpenCl,
     params: Vec<Param>,
+    /// It gets the process's pointers.
+    native: bool,
     /// What the kernel is of.
     _program: Program,
     /// Its arguments are set by one thread at a time.
@@ -93,12 +100,17 @@ impl Drop for Kernel {
 }
 
 impl Programs {
+    /// Those of a device that shares the process's pointers.
+    pub(crate) fn native() -> Self {
+        Programs { native: true, ..Programs::default() }
+    }
+
     /// The kernel of a form: compiled now, if no equal one was before.
     ///
     /// # Errors
     /// What is wrong with it, with the compiler's words.
     pub fn load(&self, device: &Device, form: &OpenCl) -> Result<Arc<Loaded>, String> {
-        let mut programs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut programs = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         let same = |loaded: &&Arc<Loaded>| {
             let known = &loaded.form;
             known.name == form.name && known.options == form.options && known.source == form.source
@@ -106,7 +118,7 @@ impl Programs {
         if let Some(loaded) = programs.iter().find(same) {
             return Ok(loaded.clone());
         }
-        let loaded = Arc::new(Loaded::compile(device, form)?);
+        let loaded = Arc::new(signal::keep(|| Loaded::compile(device, form, self.native))?);
         programs.push(loaded.clone());
         Ok(loaded)
     }
@@ -130,13 +142,18 @@ fn kernel(program: &Program, name: &str) -> Result<Kernel, String> {
 }
 
 impl Loaded {
-    fn compile(device: &Device, form: &OpenCl) -> Result<Self, String> {
-        let options = format!("{} -cl-kernel-arg-info", form.options);
+    fn compile(device: &Device, form: &OpenCl, native: bool) -> Result<Self, String> {
+        let options = format!("{} -cl-kernel-arg-info{}", form.options, if native { " -D UHMM_NATIVE" } else { "" });
         let alone = build(device, &format!("{HEADER}{}", form.source), &options)?;
-        let params = params(&kernel(&alone, &form.name)?, &form.name)?;
+        let written = kernel(&alone, &form.name)?;
+        let params = params(&written, &form.name)?;
+        if native {
+            share_pointers(&written).map_err(|status| format!("clSetKernelExecInfo: {status}"))?;
+            return Ok(Loaded { form: form.clone(), params, native, _program: alone, kernel: Mutex::new(written) });
+        }
         let program = build(device, &format!("{HEADER}{}\n{}", form.source, caller(&form.name, &params)), &form.options)?;
         let kernel = kernel(&program, &format!("uhmm_call_{}", form.name))?;
-        Ok(Loaded { form: form.clone(), params, _program: program, kernel: Mutex::new(kernel) })
+        Ok(Loaded { form: form.clone(), params, native, _program: program, kernel: Mutex::new(kernel) })
     }
 
     /// Whether a launch's arguments are what the kernel takes.
@@ -175,6 +192,7 @@ impl Loaded {
                     }
                 }
                 (Param::Global { .. }, RawArg::Pointer { .. }) | (Param::Length(_) | Param::Memory | Param::Ranges, _) => {}
+                (Param::Value { of }, RawArg::Pointer { .. }) if self.native && size_of_type(of) == Some(size_of::<usize>()) => {}
                 (Param::Global { to, .. }, _) => return Err(format!("{} is a pointer to {to}: give it with inp, out or inout", what())),
                 (Param::Value { of }, _) => return Err(format!("{} is a value of type {of}: give it as a value", what())),
             }
@@ -187,7 +205,10 @@ impl Loaded {
     /// # Errors
     /// The status of OpenCL; an address that its kernel followed and that was not declared.
     pub(crate) fn run(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<(), KernelFault> {
-        let refused = |status: Status| KernelFault::Refused(Message::new(&status.to_string()));
+        let refused = |status: Status| {
+            memory.health().failed(status);
+            if status.is_loss() { KernelFault::Lost } else { KernelFault::Refused(Message::new(&status.to_string())) }
+        };
         let follows = self.params.contains(&Param::Ranges);
         if follows {
             memory.ranges().set(memory.device(), bound, table).map_err(refused)?;
@@ -226,17 +247,62 @@ impl Loaded {
             }
             index += 1;
         }
-        let grid = bound.grid().size;
-        let global = [0, 1, 2].map(|side| grid[side] * local[side]);
-        let queue = memory.device().kernels();
-        // SAFETY: queue and kernel are alive, and its arguments are set; both arrays have three sides.
-        let done = unsafe { cq::enqueue_nd_range_kernel(queue, kernel.0, 3, ptr::null(), global.as_ptr(), local.as_ptr(), 0, ptr::null()) }
-            .map_err(Status)?;
-        let ended = ev::wait_for_events(&[done]).map_err(Status);
-        // SAFETY: the event is ours.
-        let _ = unsafe { ev::release_event(done) };
-        ended
+        enqueue(memory.device(), &kernel, bound, local)
     }
+
+    /// Runs it to its end, with the process's pointers.
+    ///
+    /// # Errors
+    /// The status of OpenCL.
+    pub(crate) fn run_native(&self, device: &Device, bound: &Bound, local: [usize; 3]) -> Result<(), Status> {
+        let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = |index: usize, size: usize, value: *const c_void| {
+            // SAFETY: `size` bytes are valid at `value`, and are copied before the call returns; null stands for no memory.
+            unsafe { kn::set_kernel_arg(kernel.0, index as u32, size, value) }.map_err(Status)
+        };
+        let mut args = bound.args().iter();
+        for (index, param) in self.params.iter().enumerate() {
+            match param {
+                Param::Memory | Param::Ranges => set(index, size_of::<cl_mem>(), ptr::null())?,
+                Param::Length(of) => {
+                    let Some(&RawArg::Slice { count, .. }) = bound.args().get(*of) else { return Err(Status(CL_INVALID_ARG_INDEX)) };
+                    set(index, size_of::<u64>(), (&raw const count).cast())?;
+                }
+                Param::Global { .. } | Param::Value { .. } => match (param, args.next()) {
+                    (Param::Global { .. }, Some(&(RawArg::Slice { start: at, .. } | RawArg::Pointer { address: at, .. }))) => {
+                        // SAFETY: what a kernel does with a pointer is its launch's promise.
+                        unsafe { kn::set_kernel_arg_svm_pointer(kernel.0, index as u32, at as *const c_void) }.map_err(Status)?;
+                    }
+                    (_, Some(RawArg::Value { bytes, size, .. })) => set(index, *size, bytes.as_ptr().cast())?,
+                    (_, Some(RawArg::Pointer { address, .. })) => set(index, size_of::<usize>(), core::ptr::from_ref(address).cast())?,
+                    _ => return Err(Status(CL_INVALID_ARG_VALUE)),
+                },
+            }
+        }
+        enqueue(device, &kernel, bound, local)
+    }
+}
+
+/// Tells OpenCL that the kernel may follow any pointer of the process.
+fn share_pointers(kernel: &Kernel) -> Result<(), Status> {
+    const FINE_GRAIN_SYSTEM: u32 = 0x11b7; // CL_KERNEL_EXEC_INFO_SVM_FINE_GRAIN_SYSTEM
+    let yes = 1u32;
+    // SAFETY: the kernel is alive, and a flag of that size is read before the call returns.
+    unsafe { kn::set_kernel_exec_info(kernel.0, FINE_GRAIN_SYSTEM, size_of::<u32>(), (&raw const yes).cast()) }.map_err(Status)
+}
+
+/// Runs a kernel whose arguments are set, to its end.
+fn enqueue(device: &Device, kernel: &Kernel, bound: &Bound, local: [usize; 3]) -> Result<(), Status> {
+    let grid = bound.grid().size;
+    let global = [0, 1, 2].map(|side| grid[side] * local[side]);
+    let queue = device.kernels();
+    // SAFETY: queue and kernel are alive, and its arguments are set; both arrays have three sides.
+    let done = unsafe { cq::enqueue_nd_range_kernel(queue, kernel.0, 3, ptr::null(), global.as_ptr(), local.as_ptr(), 0, ptr::null()) }
+        .map_err(Status)?;
+    let ended = ev::wait_for_events(&[done]).map_err(Status);
+    // SAFETY: the event is ours.
+    let _ = unsafe { ev::release_event(done) };
+    ended
 }
 
 /// Where a range lies in the device's memory.

@@ -1,6 +1,12 @@
 // What uhmm puts before every program. A kernel that follows pointers which are stored in memory has the parameter UHMM, and turns each into one of the device with uhmm_ptr.
 #define UHMM __global uchar *uhmm_memory, __global uint *uhmm_ranges
+
+// A device that shares the process's pointers has nothing to look up: a stored pointer is itself one of the device, and the parameter is null.
+#ifdef UHMM_NATIVE
+#define uhmm_ptr(p) ((__global void *)(p))
+#else
 #define uhmm_ptr(p) uhmm_find(uhmm_memory, uhmm_ranges, (ulong)(p))
+#endif
 
 // The table: whether an address was not found, how many ranges there are, that address; from number 16 on 4096 bytes that stand for what was not found; then the beginnings of all
 // ranges in the process, in order, and after them for each its bytes (28 bits) and its offset in the device's memory, in 16 bytes: what is left of it is that of the address.

@@ -2,7 +2,7 @@
 //!
 //! Examples: `drivers/faulty`, which forwards what it does not fail.
 
-use super::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, MapRun};
+use super::{Committed, DeviceInfo, Dma, DmaError, Driver, Fence, Frame, KernelFault, Launch, Located, MapRun, Native};
 use crate::args::RawArg;
 use crate::kernel::Entry;
 use crate::page::Span;
@@ -72,11 +72,14 @@ forward! {
     fn peek(&self, frame: Frame) -> Option<usize>;
     fn take_back(&self, frame: Frame, host: usize, pages: usize) -> usize;
     fn address(&self, frame: Frame) -> usize;
+    fn native(&self) -> Option<Native>;
+    fn locate(&self, arg: &RawArg) -> Option<Located>;
     fn stand_by(&self);
     fn mapped(&self, va: usize) -> Option<usize>;
     fn copy(&self, batch: &[Dma]) -> Fence;
     fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError>;
     fn is_lost(&self) -> bool;
+    fn said(&self) -> Option<&'static str>;
     fn open_window(&self, span: Span) -> Result<(), Errno>;
     fn close_window(&self, span: Span);
     fn share(&self, span: Span) -> Result<(), Errno>;
@@ -91,6 +94,7 @@ forward! {
     fn fail(&self, fault: KernelFault);
     fn host_touch(&self, tid: u32, address: usize);
     fn owns_thread(&self, tid: u32) -> bool;
+    fn owns_runtime_thread(&self, tid: u32) -> bool;
     fn in_window(&self, address: usize) -> bool;
     fn reaches(&self, va: usize) -> bool;
     fn scratch(&self, address: usize, fault: KernelFault) -> bool;

@@ -145,6 +145,30 @@ impl MapRun {
     }
 }
 
+/// What a driver calls a piece of memory that it has: for a program that uses the interface below the driver by itself. See [`Driver::locate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// The handle of the memory: for OpenCL a `cl_mem`.
+    pub memory: usize,
+    /// Bytes from its beginning.
+    pub offset: usize,
+}
+
+/// The interface that a device is driven by, and the driver's own objects of it: for a program that uses it by itself. They are the driver's, and valid as long as the device is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Native {
+    /// OpenCL.
+    OpenCl {
+        /// The `cl_context` that the device's memory is in.
+        context: usize,
+        /// The `cl_device_id`.
+        device: usize,
+        /// The `cl_command_queue` that kernels run in, one after the other.
+        queue: usize,
+    },
+}
+
 /// Runs of pages whose frames hold valid data: what a driver may enter into its page table. Only uhmm makes one, of pages that the directory calls resident, and those it calls
 /// so only once the copy that fills their frames is done. So neither a driver nor a mechanism can map what was not copied.
 ///
@@ -301,6 +325,18 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// The device's own address of a frame that is not mapped at any process address, for memory that the program allocated on the device.
     fn address(&self, frame: Frame) -> usize;
 
+    /// The interface that the device is driven by, if a program may use it beside uhmm.
+    fn native(&self) -> Option<Native> {
+        None
+    }
+
+    /// Where in that interface's terms an argument lies whose pages are mapped, or which is memory that the program allocated on the device: all of it, in one piece. `None` if
+    /// there is no such place. It stays there as long as the pages are mapped.
+    fn locate(&self, arg: &RawArg) -> Option<Located> {
+        let _ = arg;
+        None
+    }
+
     /// The calling thread is going to ask for copies and to wait for them: threads of the driver's that copy had better run on other cores.
     fn stand_by(&self) {}
 
@@ -325,6 +361,11 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     /// Whether the device is lost, for good: it was unplugged, fell off its bus, or hangs.
     fn is_lost(&self) -> bool {
         false
+    }
+
+    /// What the device's own interface called the last thing in which it failed, for messages.
+    fn said(&self) -> Option<&'static str> {
+        None
     }
 
     /// Makes the device able to see the blocks of `span` at all: asked for what a launch declares or advice names, so that a lack of addresses is an error there.
@@ -408,6 +449,13 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
 
     /// Whether the thread is one of the device's workers.
     fn owns_thread(&self, tid: u32) -> bool {
+        let _ = tid;
+        false
+    }
+
+    /// Whether the thread is one of a runtime below the driver, which runs kernels in this process. Asked when it touches memory that the running launch has declared: that is the
+    /// kernel's touch then ([`host_touch`](Self::host_touch)). What else such a thread does is its own affair, and served as any thread's.
+    fn owns_runtime_thread(&self, tid: u32) -> bool {
         let _ = tid;
         false
     }

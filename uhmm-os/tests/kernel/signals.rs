@@ -7,7 +7,7 @@ use core::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use uhmm_os::copy::guarded;
 use uhmm_os::mem::{Prot, mprotect};
-use uhmm_os::signal::{FaultInfo, block_all_but_faults, install, uninstall};
+use uhmm_os::signal::{FaultInfo, block_all_but_faults, install, keep, uninstall};
 use uhmm_os::uffd::{CopyMode, Features, RegisterMode, Userfaultfd};
 use uhmm_os::{BLOCK, PAGE, thread};
 
@@ -31,6 +31,7 @@ pub(crate) const ALONE: &[Alone] = &[
     Alone("earlier_handler_repairs", Needs::Nothing, End::Well, earlier_handler_repairs),
     Alone("earlier_plain_handler_once", Needs::Nothing, End::Signal(libc::SIGSEGV), earlier_plain_handler_once),
     Alone("uninstall_puts_back", Needs::Nothing, End::Well, uninstall_puts_back),
+    Alone("what_is_put_over_ours_meanwhile_goes", Needs::Nothing, End::Well, what_is_put_over_ours_meanwhile_goes),
     Alone("install_again_exchanges", Needs::Nothing, End::Well, install_again_exchanges),
     Alone("threads_serve_themselves", Needs::Uffd(SIGBUS), End::Well, threads_serve_themselves),
     Alone("fork_in_the_main_thread", Needs::Nothing, End::Well, fork_in_the_main_thread),
@@ -297,6 +298,31 @@ fn uninstall_puts_back() {
     uninstall();
     assert_eq!(current(libc::SIGSEGV).0, before[0].0, "the program's newer handler stays");
     assert_eq!(current(libc::SIGBUS), before[1]);
+}
+
+/// As a compiler's crash handler, which knows nothing of guarded copies. What the program has put there itself stays.
+fn what_is_put_over_ours_meanwhile_goes() {
+    install(never).unwrap();
+    let ours = current(libc::SIGSEGV);
+    let (from, to) = (area(BLOCK), area(BLOCK));
+    set_prot(from.start(), BLOCK, Prot::None);
+    let result = keep(|| {
+        set_plain(libc::SIGSEGV, plain as *const () as usize);
+        7
+    });
+    assert_eq!((result, current(libc::SIGSEGV)), (7, ours));
+    assert_eq!(copy_guarded(to.start(), from.start(), PAGE), Err(from.start()));
+    set_plain(libc::SIGSEGV, plain as *const () as usize);
+    let theirs = current(libc::SIGSEGV);
+    keep(|| set_plain(libc::SIGSEGV, libc::SIG_DFL));
+    assert_eq!(current(libc::SIGSEGV).0, libc::SIG_DFL, "it was not ours before");
+    assert_ne!(theirs, ours);
+    assert_eq!(current(libc::SIGBUS).0, ours.0);
+    // Nor is ours put back where it has been taken away in order.
+    uninstall();
+    install(never).unwrap();
+    keep(uninstall);
+    assert_ne!(current(libc::SIGBUS).0, ours.0);
 }
 
 fn install_again_exchanges() {

@@ -56,7 +56,7 @@ fn is(data: &[u32], first: u32) -> bool {
 }
 
 /// How a child ends that touches this.
-fn touch(at: *const u32) -> Option<i32> {
+pub fn touch(at: *const u32) -> Option<i32> {
     // SAFETY: a page of ours; what it raises is the question.
     let child = fork(false, || unsafe { at.read_volatile() } != 12_345);
     let status = wait(child);
@@ -233,12 +233,12 @@ fn a_lost_device_keeps_nothing_back_that_the_program_has() {
     order(Call::ToDevice, Fault::Lost, 1, ALWAYS);
     let error = add_one(&dev, other).unwrap_err();
     let lost = (away.len() / 1024 - home) as u64;
-    assert!(matches!(error, Error::DeviceLost { device: "faulty", pages } if pages == lost), "{error}, {lost} pages");
+    assert!(matches!(error, Error::DeviceLost { device: "faulty", pages, .. } if pages == lost), "{error}, {lost} pages");
     assert!(is(read, 0) && is(other, 0) && away[0] == 1);
     assert_eq!(touch(&away[away.len() - 1]), Some(libc::SIGBUS));
     let more = [add_one(&dev, other).unwrap_err(), dev.prefetch(0, 1 << 20).unwrap_err(), dev.allocate(5).unwrap_err()];
     for error in more.into_iter().chain(dev.evict(0, 5).err()) {
-        assert!(matches!(error, Error::DeviceLost { device: "faulty", pages } if pages == lost), "{error}");
+        assert!(matches!(error, Error::DeviceLost { device: "faulty", pages, .. } if pages == lost), "{error}");
     }
     drop(dev);
     all_well();

@@ -1,6 +1,6 @@
 //! Runs each test in a child process, and tells tests what they need to know of the kernel.
 
-use crate::modes;
+use crate::{modes, opencl_native};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::fs::File;
 use std::io::Read;
@@ -40,7 +40,13 @@ pub fn run(tests: &[Test], lesser: &'static [Test]) {
         eprintln!("tests that need the right to handle the kernel's page faults are ignored: see `uhmm doctor`");
     }
     let opencl = has_opencl();
-    let lacks = |name: &str| !opencl && name.starts_with("opencl");
+    let shares = opencl_native::device().is_some();
+    if opencl && !shares {
+        eprintln!(
+            "tests of OpenCL devices that share the process's pointers are ignored: there is none (for the CPU there is Intel's runtime, which does)"
+        );
+    }
+    let lacks = |name: &str| (!opencl && name.starts_with("opencl")) || (!shares && name.starts_with("opencl_native"));
     let mut trials = vec![];
     for test in lesser {
         let name = test.name.trim_start_matches("suite::");

@@ -19,6 +19,7 @@ crate::tests![
     a_large_launch_beside_a_lease,
     a_write_to_what_is_leased_for_reading_waits,
     nothing_but_its_end_makes_a_lease_leave,
+    a_lease_of_a_part_of_a_huge_page,
     a_fork_under_a_lease,
     a_forgotten_lease_ends_with_its_device,
     as_many_leases_as_there_can_be,
@@ -474,5 +475,21 @@ fn one_of_them(hmm: &uhmm::Uhmm, dev: &Device, thread: u64, end: Instant, turns:
     }
     for (data, value) in &arrays {
         assert!(data.iter().all(|x| x == value));
+    }
+}
+
+/// A device's huge page that a lease has a part of was taken out of the page table as a whole, and who worked there by himself got a signal.
+fn a_lease_of_a_part_of_a_huge_page() {
+    let (_hmm, dev) = device(16);
+    let mut memory = Pages::huge(2 << 20);
+    for round in 1..=3u32 {
+        dev.prefetch(memory.slice::<u32>()).unwrap(); // as one unit
+        let (mine, other) = memory.slice::<u32>().split_at_mut(1 << 18);
+        let lease = dev.acquire(args![inout(mine)]).unwrap();
+        add_there(lease.addr(0), 1 << 18, 1);
+        other.iter_mut().for_each(|x| *x += 1); // which comes home for it
+        add_there(lease.addr(0), 1 << 18, 1);
+        drop(lease);
+        assert!(mine.iter().all(|&x| x == 2 * round) && other.iter().all(|&x| x == round));
     }
 }

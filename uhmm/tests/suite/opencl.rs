@@ -1,6 +1,7 @@
 //! Devices with OpenCL. Where there is none these tests say so, and are left out; UHMM_OPENCL=required makes that a failure.
 
 use crate::conformance::failed;
+use crate::harness::Pages;
 use uhmm::{Ctx, Error, Forms, KernelFault, OpenCl, To, Uhmm, args, inout, inp, out};
 use uhmm_core::conformance::{Named, Subject};
 use uhmm_core::kernel::{Entry, Kernel};
@@ -11,8 +12,11 @@ crate::tests![
     conforms,
     one_kernel_on_every_device,
     a_written_range_is_not_the_cpus_while_the_kernel_runs,
+    a_kernel_that_uses_the_processs_memory_is_found_out,
+    touches_of_the_program_are_not_the_kernels,
     wrong_kernels_are_refused_in_words,
     devices_are_found_by_name,
+    devices_are_found_by_several_threads_at_once,
     the_runtimes_threads_allocate_beside_what_is_away,
     arrays_beyond_the_devices_memory_take_turns,
     what_was_prefetched_is_in_one_piece,
@@ -46,10 +50,14 @@ __kernel void follow_list(__global ulong *sum, ulong head, UHMM) {
         head = node->next;
     }
     sum[0] = total;
+}
+__kernel void reach(__global ulong *seen, __global uchar *at) {
+    seen[0] = at[0];
+    at[0]++;
 }";
 
 /// A kernel that has no form in Rust.
-struct Foreign(OpenCl);
+pub struct Foreign(pub OpenCl);
 
 impl Kernel for Foreign {
     fn run(&self, _: &Ctx<'_>) {
@@ -61,12 +69,15 @@ impl Kernel for Foreign {
     }
 }
 
-fn foreign(name: &'static str) -> Foreign {
+pub fn foreign(name: &'static str) -> Foreign {
     Foreign(OpenCl { source: CHECKED.into(), name: name.into(), local: [1; 3], options: "".into() })
 }
 
 fn conforms() {
-    let dev = CoreRef::get().unwrap().device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("opencl") }, uhmm_opencl::open).unwrap();
+    let dev = CoreRef::get()
+        .unwrap()
+        .device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("opencl") }, uhmm_opencl::open_with_copies)
+        .unwrap();
     let kernels = ["copy", "add_one", "sum", "fill_part", "follow_list"].map(foreign);
     let forms = |named| {
         let at = match named {
@@ -104,7 +115,7 @@ fn add(ctx: &Ctx<'_>) {
 
 fn opened(megabytes: usize) -> (Uhmm, uhmm::Device) {
     let hmm = Uhmm::new().unwrap();
-    let dev = hmm.opencl("opencl").memory(megabytes << 20).open().unwrap();
+    let dev = hmm.opencl("opencl").copies(true).memory(megabytes << 20).open().unwrap();
     (hmm, dev)
 }
 
@@ -158,6 +169,66 @@ fn a_written_range_is_not_the_cpus_while_the_kernel_runs() {
     assert!(data.iter().all(|&x| x == wanted));
 }
 
+/// PoCL's kernels could use any address of the process, if they had one. So every test of this device shows that they have none: a driver that gave them one would fail here.
+fn a_kernel_that_uses_the_processs_memory_is_found_out() {
+    let (_hmm, dev) = opened(64);
+    // One worker of the runtime's will wait for a page, and another one has to bring it.
+    if uhmm_opencl::choose("opencl").unwrap().kind != "cpu" || dev.threads() < 2 {
+        println!("left out: kernels of this device have no address of the process, or it has one thread only");
+        return;
+    }
+    let mut data = vec![7u32; 1 << 20];
+    let mut seen = [0u32; 4];
+    let cheat = Foreign(OpenCl { source: CHEAT.into(), name: "cheat".into(), local: [1; 3], options: "".into() });
+    for round in 0..3u32 {
+        let at = &raw const data[500_000] as u64;
+        let error = dev.run(&cheat, 1, args![inout(&mut data), out(&mut seen), at]).unwrap_err();
+        assert!(matches!(error, Error::Kernel(KernelFault::HostAddress { address }) if address as u64 == at), "{error}");
+        assert!(data.iter().enumerate().all(|(i, &x)| x == 7 || (i < 10 && x == 8)), "as before or as written");
+        assert_eq!(dev.stats().launches_failed, u64::from(round) + 1);
+        data.fill(7);
+        let kernel = Foreign(OpenCl { source: ADD.into(), name: "slow".into(), local: [64, 1, 1], options: "".into() });
+        dev.run(&kernel, data.len() / 64, args![inout(&mut data), 1u32]).unwrap();
+        assert!(data.iter().all(|&x| x == 7u32.wrapping_mul(1_664_525).wrapping_add(1_013_904_223)), "the next one runs");
+        data.fill(7);
+    }
+}
+
+const CHEAT: &str = "
+__kernel void cheat(__global uint *data, __global uint *seen, ulong address) {
+    for (uint i = 0; i < 10; i++) data[i] += 1;
+    seen[0] = *(volatile __global uint *)address;
+}";
+
+/// Nor does a touch of the program's own threads fail a launch.
+fn touches_of_the_program_are_not_the_kernels() {
+    let (_hmm, dev) = opened(64);
+    let mut data = Pages::new(4 << 20);
+    let words = (data.start() as usize, data.len() / 4);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut random = fastrand::Rng::with_seed(5);
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    // SAFETY: the mapping outlives the thread; who touches it while a launch has it waits.
+                    let word = unsafe { ((words.0 + 4 * random.usize(..words.1)) as *const u32).read_volatile() };
+                    assert!(word <= 20);
+                }
+            });
+        }
+        let kernel = Foreign(OpenCl { source: LITTLE.into(), name: "little".into(), local: [64, 1, 1], options: "".into() });
+        for _ in 0..20 {
+            let all = data.slice::<u32>();
+            dev.run(&kernel, all.len() / 64, args![inout(all)]).unwrap();
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert!(data.slice::<u32>().iter().all(|&x| x == 20) && dev.stats().cpu_faults > 0);
+}
+
+const LITTLE: &str = "__kernel void little(__global uint *data) { data[get_global_id(0)]++; }";
+
 /// Everything that can be wrong with a kernel is said before anything moves, in the compiler's words where they are its own.
 fn wrong_kernels_are_refused_in_words() {
     let (_hmm, dev) = opened(16);
@@ -202,8 +273,23 @@ fn devices_are_found_by_name() {
     }
     let error = Uhmm::new().unwrap().device("opencl:no such thing").unwrap_err().to_string();
     assert!(error.contains("opencl:0") && error.contains(&first.name), "{error}");
-    let error = Uhmm::new().unwrap().opencl("opencl").memory(first.largest + (4 << 20)).open().unwrap_err().to_string();
+    let error = Uhmm::new().unwrap().opencl("opencl").copies(true).memory(first.largest + (4 << 20)).open().unwrap_err().to_string();
     assert!(error.contains("more than"), "{error}");
+}
+
+/// PoCL makes its devices when they are first asked for, and ended the process if two threads did so.
+fn devices_are_found_by_several_threads_at_once() {
+    let start = std::sync::Barrier::new(4);
+    std::thread::scope(|scope| {
+        let names = [0; 4].map(|_| {
+            scope.spawn(|| {
+                start.wait();
+                uhmm_opencl::devices().into_iter().map(|device| device.name).collect::<Vec<_>>()
+            })
+        });
+        let [first, rest @ ..] = names.map(|thread| thread.join().unwrap());
+        assert!(!first.is_empty() && rest.iter().all(|names| *names == first));
+    });
 }
 
 /// The runtime lives in this process and allocates from the heap that the nodes of a list lie in.
