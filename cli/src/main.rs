@@ -7,12 +7,15 @@ mod bench;
 mod demo;
 mod digits;
 mod doctor;
+mod k_means;
 mod matmul;
 mod mul_mat;
 mod npy;
 mod options;
 mod report;
 mod run;
+mod series;
+mod stencil;
 
 use clap::Parser;
 use options::{Cli, Command};
@@ -25,6 +28,8 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Doctor => doctor::run(cli.json),
         Command::MulMat(args) => mul_mat::run(&args, cli.json),
+        Command::Stencil(args) => stencil::run(&args, cli.json),
+        Command::KMeans(args) => k_means::run(&args, cli.json),
         Command::Demo(args) => demo::run(&args, cli.json),
         Command::Bench(args) => bench::run(&args, cli.json),
         Command::Run(args) => run::run(&args),
