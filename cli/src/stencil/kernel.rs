@@ -7,10 +7,10 @@ use uhmm::{Ctx, Device, Forms, Kernel, args, inp, out};
 pub(crate) const SOURCE: &str = include_str!("stencil.cl");
 /// The kernel's name in it.
 pub(crate) const NAME: &str = "stencil";
-/// Work items of a group: 64 times eight pixels, side by side.
-pub(crate) const LOCAL: usize = 64;
-/// Rows of a group.
-const ROWS: usize = 4;
+/// Work items of a group: 256 times eight pixels, side by side.
+pub(crate) const LOCAL: usize = 256;
+/// Rows of a group. With more of them a CPU walks down more columns at a time than its nearest cache has room for, if rows are a power of two long.
+const ROWS: usize = 2;
 /// Which part of a difference flows in one step. A quarter is the most with which nothing oscillates.
 pub(crate) const RATE: f32 = 0.2;
 
