@@ -4,6 +4,7 @@
 //! "error:". Colours are for terminals only.
 
 mod bench;
+mod bfs;
 mod demo;
 mod digits;
 mod doctor;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         Command::MulMat(args) => mul_mat::run(&args, cli.json),
         Command::Stencil(args) => stencil::run(&args, cli.json),
         Command::KMeans(args) => k_means::run(&args, cli.json),
+        Command::Bfs(args) => bfs::run(&args, cli.json),
         Command::Demo(args) => demo::run(&args, cli.json),
         Command::Bench(args) => bench::run(&args, cli.json),
         Command::Run(args) => run::run(&args),

@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Stencil(Stencil),
     /// Find clusters of handwritten digits, round after round over the same points, and check every label.
     KMeans(KMeans),
+    /// Search a graph breadth first, a launch for each level, and check every distance.
+    Bfs(Bfs),
     /// Show what uhmm is for, in a few seconds.
     Demo(Demo),
     /// Measure uhmm against the fewest system calls that could do each job.
@@ -88,6 +90,26 @@ pub(crate) struct KMeans {
     /// The most rounds; it ends with the first that changes no label.
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(crate) rounds: u32,
+    /// The device.
+    #[arg(long, value_name = "NAME", default_value = "soft")]
+    pub(crate) device: String,
+}
+
+/// Arguments of `uhmm bfs`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A line of a graph's file has a node and, behind it, the nodes that edges lead to from it, with blanks between them; what follows a # is a comment.
+The file may be compressed with gzip.")]
+pub(crate) struct Bfs {
+    /// The graph, an adjacency list. Without one: the packages of Debian 12 and what they depend on.
+    #[arg(value_name = "GRAPH")]
+    pub(crate) graph: Option<PathBuf>,
+    /// Begin at this node. Without it: at the file's first; of Debian's packages at libc6, backwards, to all that needs it.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) from: Option<String>,
+    /// Follow edges backwards.
+    #[arg(long)]
+    pub(crate) reverse: bool,
     /// The device.
     #[arg(long, value_name = "NAME", default_value = "soft")]
     pub(crate) device: String,
