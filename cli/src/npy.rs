@@ -3,7 +3,7 @@
 //! A file is checked whole before any of it is used. Rules: f32, little-endian, row after row (C order), two dimensions, each from
 //! 1 to `u32::MAX`, and not a byte too few or too many; everything else is refused with what it is and what to do.
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use memmap2::Mmap;
 use ndarray::{Array2, ArrayView2};
 use ndarray_npy::{ReadNpyExt, ViewNpyError, ViewNpyExt, WriteNpyExt};
@@ -36,15 +36,7 @@ impl Matrix {
     }
 
     fn map(path: &Path) -> Result<Matrix> {
-        // Without waiting for the other end, if it is a pipe.
-        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            bail!("not a regular file");
-        }
-        if metadata.len() == 0 {
-            bail!("the file is empty");
-        }
+        let file = open_file(path)?;
         let mapping = map_file(&file)?;
         match check(&mapping)? {
             Checked::InPlace(rows, columns) => Ok(Matrix { rows, columns, data: Data::Mapped(mapping) }),
@@ -190,6 +182,16 @@ fn explain(error: ViewNpyError) -> anyhow::Error {
         }
         other => anyhow!("the file cannot be read: {other}"),
     }
+}
+
+/// Opens a regular file that is not empty.
+pub(crate) fn open_file(path: &Path) -> Result<File> {
+    // Without waiting for the other end, if it is a pipe.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    ensure!(metadata.is_file(), "not a regular file");
+    ensure!(metadata.len() > 0, "the file is empty");
+    Ok(file)
 }
 
 /// Maps a file for reading.

@@ -3,9 +3,9 @@
 //! A file is text, as it is or compressed with gzip. A line has a node and, behind it, the nodes that edges lead to from it, with white space between them; what follows a `#` is a comment.
 //! networkx.read_adjlist reads the same, and so do others. A file is checked whole before any of it is used.
 
+use crate::npy;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
@@ -36,8 +36,7 @@ impl Graph {
 
     fn read(path: &Path) -> Result<Graph> {
         let mut bytes = vec![];
-        File::open(path)?.read_to_end(&mut bytes)?;
-        ensure!(!bytes.is_empty(), "the file is empty");
+        npy::open_file(path)?.read_to_end(&mut bytes)?;
         Self::parse(&bytes)
     }
 

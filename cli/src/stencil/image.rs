@@ -2,6 +2,7 @@
 
 use super::kernel::Shape;
 use crate::digits::{self, SIDE};
+use crate::npy;
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
@@ -40,9 +41,7 @@ impl Image {
     }
 
     fn read(path: &Path) -> Result<Image> {
-        let file = File::open(path)?;
-        ensure!(file.metadata()?.is_file(), "not a regular file");
-        let mut decoder = png::Decoder::new(BufReader::new(file));
+        let mut decoder = png::Decoder::new(BufReader::new(npy::open_file(path)?));
         decoder.set_transformations(png::Transformations::normalize_to_color8());
         let mut reader = decoder.read_info().map_err(explain)?;
         let (width, height) = (reader.info().width as usize, reader.info().height as usize);
