@@ -184,9 +184,9 @@ fn wrong_kernels_are_refused_in_words() {
     refused(dev.run(&form("__kernel void f(__global float *r, __local float *l) {}", "f"), 1, args![inout(&mut r), 1u32]), &["__local"]);
     refused(
         dev.run(
-            &form("#define P __global float *r\n__kernel void f(P) { __local float l[8]; l[0] = r[0]; }", "f"),
+            &form("#define P __global float *r, uint n\n__kernel void f(P) { __local float l[8]; l[n] = r[0]; r[0] = l[n]; }", "f"),
             1,
-            args![inout(&mut r)],
+            args![inout(&mut r), 1u32],
         ),
         &["local memory", "without macros"],
     );
