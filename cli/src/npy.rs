@@ -96,18 +96,24 @@ impl Matrix {
 /// Writes `rows` rows to the file `path`. A file that is there already is replaced as a whole, never overwritten: it may be one of
 /// the matrices that are mapped.
 pub(crate) fn write(path: &Path, rows: usize, columns: usize, data: &[f32]) -> Result<()> {
-    write_whole(path, ArrayView2::from_shape((rows, columns), data)?).with_context(|| format!("writing {}", path.display()))
+    let matrix = ArrayView2::from_shape((rows, columns), data)?;
+    replace(path, |to| Ok(matrix.write_npy(to)?))
 }
 
-fn write_whole(path: &Path, matrix: ArrayView2<'_, f32>) -> Result<()> {
+/// Makes the file `path` anew, by what `write` writes. One that is there already is replaced when all of it is written.
+pub(crate) fn replace(path: &Path, write: impl FnOnce(BufWriter<&mut File>) -> Result<()>) -> Result<()> {
+    replace_whole(path, write).with_context(|| format!("writing {}", path.display()))
+}
+
+fn replace_whole(path: &Path, write: impl FnOnce(BufWriter<&mut File>) -> Result<()>) -> Result<()> {
     if std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
         // A pipe or a device: nothing to replace.
-        return Ok(matrix.write_npy(BufWriter::new(File::options().write(true).open(path)?))?);
+        return write(BufWriter::new(&mut File::options().write(true).open(path)?));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let permissions = Permissions::from_mode(0o666); // less the umask, as for any new file
     let mut file = tempfile::Builder::new().permissions(permissions).tempfile_in(folder)?;
-    matrix.write_npy(BufWriter::new(file.as_file_mut()))?;
+    write(BufWriter::new(file.as_file_mut()))?;
     file.persist(path)?;
     Ok(())
 }

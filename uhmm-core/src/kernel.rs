@@ -60,6 +60,7 @@ pub trait Kernel: Sync {
 /// A kernel as a function of an OpenCL C program.
 ///
 /// Its parameters are the launch's arguments, in their order: a pointer to global memory for each range, `const` where the launch declares it with `inp`, and a value for each value.
+/// Local memory is declared in the kernel itself, not as a parameter.
 #[derive(Clone, Debug)]
 pub struct OpenCl {
     /// The program.

@@ -166,3 +166,31 @@ fn nearest(point: &[f32; DIM], centroids: &[f32], halves: &[f32]) -> usize {
     }
     best.1
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn means_are_rounded_to_sixteenths_and_empty_clusters_stay() {
+        let shape = Shape { points: 5, clusters: 2, part: 3 };
+        let mut centroids = Centroids::from_sixteenths(&[[5; DIM], [7; DIM]].concat());
+        assert_eq!((centroids.all[0], centroids.halves[1]), (5.0 / 16.0, 64.0 * 49.0 / 512.0));
+        // Two groups: five points of cluster 1, whose first pixels add up to 3 and 4.
+        let mut round = Round::new(shape);
+        (round.sums[DIM], round.sums[3 * DIM]) = (3.0, 4.0);
+        round.counts = vec![0, 3, 3, 0, 2, 1];
+        centroids.update(shape, &round);
+        assert_eq!((centroids.all[0], centroids.all[DIM], centroids.all[DIM + 1]), (5.0 / 16.0, 22.0 / 16.0, 0.0)); // 22.4 sixteenths
+        assert_eq!(round.changed(shape), 4);
+    }
+
+    /// The local memory that every OpenCL device has is 32 KiB: sums of all clusters four times over, the labels of a tile and the changes of all items.
+    #[test]
+    fn the_most_clusters_fit_local_memory() {
+        const { assert!(4 * 4 * MOST_CLUSTERS * DIM + 4 * TILE + 4 * LOCAL <= 32 << 10) };
+        for define in [format!("DIM {DIM}"), format!("ITEMS {LOCAL}"), format!("TILE {TILE}")] {
+            assert!(SOURCE.contains(&format!("#define {define}\n")), "{define}");
+        }
+    }
+}

@@ -4,8 +4,7 @@ use super::kernel::Shape;
 use crate::digits::{self, SIDE};
 use crate::npy;
 use anyhow::{Context, Result, ensure};
-use std::fs::File;
-use std::io::{BufReader, BufWriter};
+use std::io::{BufReader, Write as _};
 use std::path::Path;
 
 /// How many times a digit is enlarged, both ways.
@@ -62,18 +61,16 @@ impl Image {
 
     /// Writes it as a grey PNG file; one that is there already is replaced.
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
-        self.write_png(path).with_context(|| format!("writing {}", path.display()))
-    }
-
-    fn write_png(&self, path: &Path) -> Result<()> {
-        let file = BufWriter::new(File::create(path)?);
-        let mut encoder = png::Encoder::new(file, self.shape.width as u32, self.shape.height as u32);
-        encoder.set_color(png::ColorType::Grayscale);
-        encoder.set_depth(png::BitDepth::Eight);
-        let bytes: Vec<u8> = self.pixels.iter().map(|x| (x * 255.0).round() as u8).collect();
-        let mut writer = encoder.write_header()?;
-        writer.write_image_data(&bytes)?;
-        Ok(writer.finish()?)
+        npy::replace(path, |mut to| {
+            let mut encoder = png::Encoder::new(&mut to, self.shape.width as u32, self.shape.height as u32);
+            encoder.set_color(png::ColorType::Grayscale);
+            encoder.set_depth(png::BitDepth::Eight);
+            let bytes: Vec<u8> = self.pixels.iter().map(|x| (x * 255.0).round() as u8).collect();
+            let mut writer = encoder.write_header()?;
+            writer.write_image_data(&bytes)?;
+            writer.finish()?;
+            Ok(to.flush()?)
+        })
     }
 
     /// The corner at the top left, of `rows` times two characters for each line, each the mean of some pixels.
