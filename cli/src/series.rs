@@ -11,6 +11,7 @@ pub(crate) struct Series<'d> {
     device: &'d Device,
     before: Stats,
     times: Vec<Duration>,
+    kernels: Vec<Duration>,
     /// What explicit copies of every launch's arguments, there and back, would have moved.
     copied: u64,
 }
@@ -19,14 +20,17 @@ impl<'d> Series<'d> {
     /// Begins one of at most so many launches.
     pub(crate) fn new(device: &'d Device, most: usize) -> Self {
         // Room for all, so that noting a time allocates nothing between two launches.
-        Series { device, before: device.stats(), times: Vec::with_capacity(most), copied: 0 }
+        let [times, kernels] = [(); 2].map(|()| Vec::with_capacity(most));
+        Series { device, before: device.stats(), times, kernels, copied: 0 }
     }
 
     /// Runs a launch whose arguments have so many bytes, each range counted once for each direction in which its contents matter.
     pub(crate) fn launch(&mut self, bytes: usize, launch: impl FnOnce() -> Result<()>) -> Result<()> {
+        let before = self.device.stats();
         let start = Instant::now();
         launch()?;
         self.times.push(start.elapsed());
+        self.kernels.push((self.device.stats() - before).kernel_time());
         self.copied += bytes as u64;
         Ok(())
     }
@@ -34,12 +38,15 @@ impl<'d> Series<'d> {
     /// Ends it, when the CPU has read what it wants.
     pub(crate) fn end(self) -> Measured {
         let moved = self.device.stats() - self.before;
-        let [first, later @ ..] = &self.times[..] else { return Measured::default() };
+        let ([first, later @ ..], [first_kernel, later_kernels @ ..]) = (&self.times[..], &self.kernels[..]) else {
+            return Measured::default();
+        };
         Measured {
             launches: self.times.len(),
             first_s: first.as_secs_f64(),
+            first_kernel_s: first_kernel.as_secs_f64(),
             later_s: (!later.is_empty()).then(|| Figure::of_times(later)),
-            kernel_s: moved.kernel_time().as_secs_f64(),
+            later_kernel_s: (!later.is_empty()).then(|| Figure::of_times(later_kernels)),
             bytes_to_device: moved.bytes_to_device,
             bytes_to_cpu: moved.bytes_to_cpu,
             cpu_faults: moved.cpu_faults,
@@ -54,12 +61,13 @@ impl<'d> Series<'d> {
 pub(crate) struct Measured {
     /// Launches.
     pub(crate) launches: usize,
-    /// The first, which brings the data.
+    /// The first, which brings the data, and for which the kernel may be compiled.
     first_s: f64,
+    /// The kernel's own time in it.
+    first_kernel_s: f64,
     /// The others.
     later_s: Option<Figure>,
-    /// The kernel's own time, in all of them together.
-    kernel_s: f64,
+    later_kernel_s: Option<Figure>,
     bytes_to_device: u64,
     bytes_to_cpu: u64,
     cpu_faults: u64,
@@ -70,16 +78,18 @@ pub(crate) struct Measured {
 
 impl Measured {
     pub(crate) fn text(&self) -> String {
-        let later = self.later_s.map_or(String::new(), |figure| {
-            format!(", the others in {} ({} to {})", time(figure.median), time(figure.low), time(figure.high))
-        });
+        let figure = |figure: Figure| format!("{} ({} to {})", time(figure.median), time(figure.low), time(figure.high));
+        let later = self
+            .later_s
+            .zip(self.later_kernel_s)
+            .map_or(String::new(), |(whole, kernel)| format!("; the others in {}, the kernel in {}", figure(whole), figure(kernel)));
         let launches = if self.launches == 1 { "launch" } else { "launches" };
         format!(
-            "  {} {launches}: the first in {}{later}; the kernel took {} of them\n  \
+            "  {} {launches}: the first in {}, the kernel in {}{later}\n  \
              uhmm moved {} to the device and {} to the CPU, with {} CPU faults and {} device faults; copies around every launch: {}\n",
             self.launches,
             time(self.first_s),
-            time(self.kernel_s),
+            time(self.first_kernel_s),
             bytes(self.bytes_to_device),
             bytes(self.bytes_to_cpu),
             self.cpu_faults,

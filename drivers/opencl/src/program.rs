@@ -1,6 +1,6 @@
 //! Kernels in OpenCL C. A kernel is written as always, with pointers to global memory; what uhmm calls is a small kernel of its own that is added to the program. It gets the device's one buffer
 //! and an offset for each range, and calls the written one with pointers into that buffer. So a range may begin at any byte, where a sub-buffer could not. A kernel with local memory of its own
-//! must not be called so; its parameters are exchanged in its text instead ([`signature`](crate::signature)).
+//! must not be called so; its parameters are exchanged in its text instead (in `signature`).
 //!
 //! What the parameters are is asked of the compiler (clGetKernelArgInfo), so that a launch whose arguments are others is refused before anything moves.
 //!
