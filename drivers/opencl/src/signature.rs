@@ -24,7 +24,7 @@ impl<'t> Signature<'t> {
         let tokens = tokens(text);
         // From the last word that makes a kernel, up to its name and what opens the parameters.
         let named = (2..tokens.len()).find(|&at| {
-            let head = tokens[..at - 1].rsplit(|token| matches!(token.text, ";" | "}")).next().unwrap_or_default();
+            let head = tokens[..at - 1].rsplit(|token| matches!(token.text, ";" | "{" | "}")).next().unwrap_or_default();
             tokens[at].text == "(" && tokens[at - 1].text == name && head.iter().any(|token| matches!(token.text, "__kernel" | "kernel"))
         })?;
         let close = closing(&tokens, named)?;
@@ -146,6 +146,7 @@ mod tests {
         ] {
             assert_eq!(Signature::find(text, "f"), None, "{text}");
         }
+        assert_eq!(Signature::find("__kernel void g(int n) { f(n); } __kernel void f(char c) {}", "f").unwrap().params, ["char c"]);
         assert_eq!(Signature::find("__kernel void g() {} kernel void f() {}", "f").unwrap().params, [""]);
     }
 }
