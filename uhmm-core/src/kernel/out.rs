@@ -78,7 +78,8 @@ impl<'a, T: Pod> Out<'a, T> {
     /// # Panics
     /// If another group of the launch asked for another `len`, for the parts would overlap.
     pub fn chunk(self, len: usize) -> &'a mut [T] {
-        assert!(len > 0 && len < SHARED, "a part has at least one element, and fewer than can be counted");
+        assert!(len > 0, "a part has at least one element");
+        let len = len.min(SHARED - 1); // as good as any that is longer than the argument
         if let Err(other) = self.part.compare_exchange(0, len, Ordering::Relaxed, Ordering::Relaxed) {
             assert!(other != SHARED, "another group shares this argument as atomics");
             assert!(other == len, "all groups must take parts of one length: {other} and {len}");
@@ -138,6 +139,11 @@ mod tests {
     #[should_panic(expected = "parts of one length: 3 and 4")]
     fn groups_cannot_take_parts_of_unequal_length() {
         each_group(2, args![out(&mut [0u32; 10])], |ctx| assert!(ctx.out::<u32>(0).chunk(3 + ctx.group()).len() > 2));
+    }
+
+    #[test]
+    fn the_first_group_can_take_everything() {
+        each_group(2, args![out(&mut [0u8; 10])], |ctx| assert_eq!(ctx.out::<u8>(0).chunk(usize::MAX).len(), [10, 0][ctx.group()]));
     }
 
     #[test]
