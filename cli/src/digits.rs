@@ -25,12 +25,12 @@ pub(crate) fn labels() -> Result<Vec<u8>> {
     Ok(ndarray::Array1::<u8>::read_npy(LABELS)?.to_vec())
 }
 
-/// One image as lines of text, two characters a pixel.
-pub(crate) fn draw(image: &[f32]) -> Vec<String> {
+/// An image of rows of `width` pixels as lines of text, two characters a pixel.
+pub(crate) fn draw(image: &[f32], width: usize) -> Vec<String> {
     const SHADES: [char; 5] = [' ', '░', '▒', '▓', '█'];
     let shade = |&value: &f32| SHADES[((value / 16.0 * 4.0).round() as usize).min(4)];
     let line = |row: &[f32]| row.iter().map(shade).flat_map(|shade| [shade, shade]).collect();
-    image.chunks(SIDE).map(line).collect()
+    image.chunks(width).map(line).collect()
 }
 
 #[cfg(test)]
@@ -53,7 +53,7 @@ mod tests {
     #[test]
     fn a_drawing_has_a_line_for_each_row() {
         let images = images().unwrap();
-        let lines = draw(&images.as_slice()[..SIDE * SIDE]);
+        let lines = draw(&images.as_slice()[..SIDE * SIDE], SIDE);
         assert_eq!(lines.len(), SIDE);
         assert!(lines.iter().all(|line| line.chars().count() == 2 * SIDE));
         assert_eq!(lines[0], "    ░░▓▓▒▒      ");

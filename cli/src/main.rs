@@ -4,15 +4,19 @@
 //! "error:". Colours are for terminals only.
 
 mod bench;
+mod bfs;
 mod demo;
 mod digits;
 mod doctor;
+mod k_means;
 mod matmul;
 mod mul_mat;
 mod npy;
 mod options;
 mod report;
 mod run;
+mod series;
+mod stencil;
 
 use clap::Parser;
 use options::{Cli, Command};
@@ -25,6 +29,9 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Doctor => doctor::run(cli.json),
         Command::MulMat(args) => mul_mat::run(&args, cli.json),
+        Command::Stencil(args) => stencil::run(&args, cli.json),
+        Command::KMeans(args) => k_means::run(&args, cli.json),
+        Command::Bfs(args) => bfs::run(&args, cli.json),
         Command::Demo(args) => demo::run(&args, cli.json),
         Command::Bench(args) => bench::run(&args, cli.json),
         Command::Run(args) => run::run(&args),

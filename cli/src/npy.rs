@@ -3,7 +3,7 @@
 //! A file is checked whole before any of it is used. Rules: f32, little-endian, row after row (C order), two dimensions, each from
 //! 1 to `u32::MAX`, and not a byte too few or too many; everything else is refused with what it is and what to do.
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use memmap2::Mmap;
 use ndarray::{Array2, ArrayView2};
 use ndarray_npy::{ReadNpyExt, ViewNpyError, ViewNpyExt, WriteNpyExt};
@@ -36,15 +36,7 @@ impl Matrix {
     }
 
     fn map(path: &Path) -> Result<Matrix> {
-        // Without waiting for the other end, if it is a pipe.
-        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            bail!("not a regular file");
-        }
-        if metadata.len() == 0 {
-            bail!("the file is empty");
-        }
+        let file = open_file(path)?;
         let mapping = map_file(&file)?;
         match check(&mapping)? {
             Checked::InPlace(rows, columns) => Ok(Matrix { rows, columns, data: Data::Mapped(mapping) }),
@@ -104,18 +96,24 @@ impl Matrix {
 /// Writes `rows` rows to the file `path`. A file that is there already is replaced as a whole, never overwritten: it may be one of
 /// the matrices that are mapped.
 pub(crate) fn write(path: &Path, rows: usize, columns: usize, data: &[f32]) -> Result<()> {
-    write_whole(path, ArrayView2::from_shape((rows, columns), data)?).with_context(|| format!("writing {}", path.display()))
+    let matrix = ArrayView2::from_shape((rows, columns), data)?;
+    replace(path, |to| Ok(matrix.write_npy(to)?))
 }
 
-fn write_whole(path: &Path, matrix: ArrayView2<'_, f32>) -> Result<()> {
+/// Makes the file `path` anew, by what `write` writes. One that is there already is replaced when all of it is written.
+pub(crate) fn replace(path: &Path, write: impl FnOnce(BufWriter<&mut File>) -> Result<()>) -> Result<()> {
+    replace_whole(path, write).with_context(|| format!("writing {}", path.display()))
+}
+
+fn replace_whole(path: &Path, write: impl FnOnce(BufWriter<&mut File>) -> Result<()>) -> Result<()> {
     if std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
         // A pipe or a device: nothing to replace.
-        return Ok(matrix.write_npy(BufWriter::new(File::options().write(true).open(path)?))?);
+        return write(BufWriter::new(&mut File::options().write(true).open(path)?));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let permissions = Permissions::from_mode(0o666); // less the umask, as for any new file
     let mut file = tempfile::Builder::new().permissions(permissions).tempfile_in(folder)?;
-    matrix.write_npy(BufWriter::new(file.as_file_mut()))?;
+    write(BufWriter::new(file.as_file_mut()))?;
     file.persist(path)?;
     Ok(())
 }
@@ -190,6 +188,16 @@ fn explain(error: ViewNpyError) -> anyhow::Error {
         }
         other => anyhow!("the file cannot be read: {other}"),
     }
+}
+
+/// Opens a regular file that is not empty.
+pub(crate) fn open_file(path: &Path) -> Result<File> {
+    // Without waiting for the other end, if it is a pipe.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    ensure!(metadata.is_file(), "not a regular file");
+    ensure!(metadata.len() > 0, "the file is empty");
+    Ok(file)
 }
 
 /// Maps a file for reading.

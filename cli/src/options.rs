@@ -23,6 +23,12 @@ pub(crate) enum Command {
     Doctor,
     /// Multiply two matrices on a device by their ordinary pointers, check the product, and time it against explicit copies.
     MulMat(MulMat),
+    /// Let heat flow over an image, launch after launch over the same two arrays, and check every pixel.
+    Stencil(Stencil),
+    /// Find clusters of handwritten digits, round after round over the same points, and check every label.
+    KMeans(KMeans),
+    /// Search a graph breadth first, a launch for each level, and check every distance.
+    Bfs(Bfs),
     /// Show what uhmm is for, in a few seconds.
     Demo(Demo),
     /// Measure uhmm against the fewest system calls that could do each job.
@@ -47,6 +53,63 @@ pub(crate) struct MulMat {
     /// Multiply two random matrices of N rows and N columns.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32768))]
     pub(crate) size: Option<u32>,
+    /// The device.
+    #[arg(long, value_name = "NAME", default_value = "soft")]
+    pub(crate) device: String,
+}
+
+/// Arguments of `uhmm stencil`.
+#[derive(Debug, Args)]
+pub(crate) struct Stencil {
+    /// The image, a PNG file; colours become grey. Without one: handwritten digits, tiled.
+    #[arg(value_name = "IMAGE.png", conflicts_with = "size")]
+    pub(crate) image: Option<PathBuf>,
+    /// Pixels of a row, and of a column, of the tiled digits.
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=32768))]
+    pub(crate) size: u32,
+    /// Steps: launches over the whole image.
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) steps: u32,
+    /// Write the result to this file; one that is there already is replaced.
+    #[arg(short, long, value_name = "RESULT.png")]
+    pub(crate) output: Option<PathBuf>,
+    /// The device.
+    #[arg(long, value_name = "NAME", default_value = "soft")]
+    pub(crate) device: String,
+}
+
+/// Arguments of `uhmm k-means`.
+#[derive(Debug, Args)]
+pub(crate) struct KMeans {
+    /// How many points: the 1797 handwritten digits, then all of them over and over with noise.
+    #[arg(long, value_name = "N", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..=16_000_000))]
+    pub(crate) points: u32,
+    /// How many clusters.
+    #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=crate::k_means::kernel::MOST_CLUSTERS as i64))]
+    pub(crate) clusters: u32,
+    /// The most rounds; it ends with the first that changes no label.
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) rounds: u32,
+    /// The device.
+    #[arg(long, value_name = "NAME", default_value = "soft")]
+    pub(crate) device: String,
+}
+
+/// Arguments of `uhmm bfs`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A line of a graph's file has a node and, behind it, the nodes that edges lead to from it, with blanks between them; what follows a # is a comment.
+The file may be compressed with gzip.")]
+pub(crate) struct Bfs {
+    /// The graph, an adjacency list. Without one: the packages of Debian 12 and what they depend on.
+    #[arg(value_name = "GRAPH")]
+    pub(crate) graph: Option<PathBuf>,
+    /// Begin at this node. Without it: at the file's first; of Debian's packages at libc6, backwards, to all that needs it.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) from: Option<String>,
+    /// Follow edges backwards.
+    #[arg(long)]
+    pub(crate) reverse: bool,
     /// The device.
     #[arg(long, value_name = "NAME", default_value = "soft")]
     pub(crate) device: String,

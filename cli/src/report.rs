@@ -103,6 +103,14 @@ pub(crate) fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
+/// Drawings of some lines each beside each other, two spaces before and between them.
+pub(crate) fn beside(drawings: &[Vec<String>]) -> String {
+    let lines = drawings.iter().map(Vec::len).max().unwrap_or(0);
+    let line =
+        |line| drawings.iter().filter_map(|drawing: &Vec<String>| drawing.get(line)).map(String::as_str).collect::<Vec<_>>().join("  ");
+    (0..lines).map(|at| format!("  {}\n", line(at).trim_end())).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

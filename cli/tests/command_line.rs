@@ -1,6 +1,9 @@
 //! The `uhmm` command from outside: what it prints, and how it ends. What needs the right to handle page faults is reported as
 //! ignored where this user has not got it.
 
+#[path = "command_line/work.rs"]
+mod work;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use serde_json::Value;
 use std::fs;
@@ -40,6 +43,7 @@ fn main() {
     for bad in bad_files() {
         trials.push(Trial::test(format!("bad_file_{}", bad.name), move || bad.is_refused()));
     }
+    trials.extend(work::trials(full));
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
 

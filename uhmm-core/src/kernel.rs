@@ -29,13 +29,15 @@
 //! ```
 #![allow(unsafe_code)] // the slices a kernel sees are made here, from addresses that the launch has checked
 
+mod out;
+
 use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::reach::{Reached, Shared};
-use crate::sync::{AtomicUsize, Ordering};
+use crate::sync::AtomicUsize;
 use bytemuck::Pod;
 use core::any::TypeId;
 use core::cell::Cell;
-use core::marker::PhantomData;
+pub use out::{Atomic, Out};
 use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -59,6 +61,7 @@ pub trait Kernel: Sync {
 /// A kernel as a function of an OpenCL C program.
 ///
 /// Its parameters are the launch's arguments, in their order: a pointer to global memory for each range, `const` where the launch declares it with `inp`, and a value for each value.
+/// Local memory is declared in the kernel itself, not as a parameter.
 #[derive(Clone, Debug)]
 pub struct OpenCl {
     /// The program.
@@ -298,7 +301,7 @@ impl<'a> Ctx<'a> {
         let bit = 1 << index;
         assert!(self.taken.get() & bit == 0, "group {} has taken argument {index} before", self.group);
         self.taken.set(self.taken.get() | bit);
-        Out { start: start as *mut T, count, group: self.group, part: &self.bound.parts[index], data: PhantomData }
+        Out::new(start as *mut T, count, self.group, &self.bound.parts[index])
     }
 
     /// Argument `index`, which was given as a value.
@@ -359,57 +362,6 @@ impl<'a> Ctx<'a> {
         // SAFETY: `from..end` lies in the group's own scratch memory and was handed to nobody else, because `local_used` only grows;
         // it is aligned (64 divides `from`), initialised by the contract of `new`, and T is plain data.
         unsafe { core::slice::from_raw_parts_mut(self.local.0.add(from).cast(), count) }
-    }
-}
-
-/// A written argument in the hands of one group.
-#[derive(Debug)]
-pub struct Out<'a, T> {
-    start: *mut T,
-    count: usize,
-    group: usize,
-    part: &'a AtomicUsize,
-    data: PhantomData<&'a mut [T]>,
-}
-
-impl<'a, T: Pod> Out<'a, T> {
-    /// Elements of the whole argument.
-    pub fn len(&self) -> usize {
-        self.count
-    }
-
-    /// Whether it has no element.
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
-    /// The address of the first element on the device.
-    pub fn as_ptr(&self) -> *const T {
-        self.start
-    }
-
-    /// This group's own part: elements `group * len` up to `(group + 1) * len`, cut at the end of the argument (so possibly empty).
-    ///
-    /// # Panics
-    /// If another group of the launch asked for another `len`, for the parts would overlap.
-    pub fn chunk(self, len: usize) -> &'a mut [T] {
-        assert!(len > 0, "a part has at least one element");
-        if let Err(other) = self.part.compare_exchange(0, len, Ordering::Relaxed, Ordering::Relaxed) {
-            assert!(other == len, "all groups must take parts of one length: {other} and {len}");
-        }
-        let from = self.group.saturating_mul(len).min(self.count);
-        let to = from.saturating_add(len).min(self.count);
-        if from == to {
-            return &mut [];
-        }
-        // SAFETY: in bounds. No other group gets an element of it: group numbers differ and the length is one for all. This group
-        // gets it once: `Ctx::out` hands the argument out once and `chunk` consumes it.
-        unsafe { core::slice::from_raw_parts_mut(self.start.add(from), to - from) }
-    }
-
-    /// The whole argument as a raw pointer, for kernels that divide it in another way.
-    pub fn into_raw(self) -> (*mut T, usize) {
-        (self.start, self.count)
     }
 }
 
@@ -534,19 +486,6 @@ mod tests {
             let _first = ctx.out::<u32>(0).chunk(3);
             let _second = ctx.out::<u32>(0).chunk(3);
         });
-    }
-
-    #[test]
-    #[should_panic(expected = "parts of one length: 3 and 4")]
-    fn groups_cannot_take_parts_of_unequal_length() {
-        let mut r = [0u32; 10];
-        let args = args![out(&mut r)];
-        let bound = Bound::new(args.raw(), 2.into(), 0);
-        for group in 0..2 {
-            // SAFETY: as in `with_ctx`; no scratch memory.
-            let ctx = unsafe { Ctx::new(&bound, group, core::ptr::null_mut(), 0) };
-            ctx.out::<u32>(0).chunk(3 + group);
-        }
     }
 
     #[test]

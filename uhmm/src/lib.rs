@@ -135,7 +135,7 @@ pub use uhmm_core::args;
 pub use uhmm_core::args::{Access, Arg, Args, IntoArg, Lent, MAX_ARGS, inout, inp, out, ptr, val};
 pub use uhmm_core::counters::Stats;
 pub use uhmm_core::driver::{DeviceInfo, KernelFault};
-pub use uhmm_core::kernel::{Ctx, Forms, Grid, Kernel, LOCAL_BYTES, OpenCl, Out};
+pub use uhmm_core::kernel::{Atomic, Ctx, Forms, Grid, Kernel, LOCAL_BYTES, OpenCl, Out};
 pub use uhmm_core::mirror::{self, Mirror, Notifier};
 pub use uhmm_core::mode::Mode;
 pub use uhmm_core::policy::{Advice, Location};

@@ -1,7 +1,7 @@
 //! What the product of the images with their transpose is good for: each is named like the one that is nearest to it.
 
-use crate::digits;
 use crate::mul_mat::{Problem, launch};
+use crate::{digits, report};
 use anyhow::Result;
 use owo_colors::OwoColorize;
 use uhmm::Device;
@@ -57,12 +57,9 @@ impl Neighbours {
 /// Some images beside each other, each with the digit that it shows below.
 pub(super) fn side_by_side(problem: &Problem, images: &[usize], labels: &[u8]) -> String {
     let pixels = problem.shape.k;
-    let drawings: Vec<Vec<String>> = images.iter().map(|&image| digits::draw(&problem.a.as_slice()[image * pixels..][..pixels])).collect();
-    let mut text = String::new();
-    for line in 0..digits::SIDE {
-        let parts: Vec<&str> = drawings.iter().map(|drawing| drawing[line].as_str()).collect();
-        text += &format!("  {}\n", parts.join("  ").trim_end());
-    }
+    let drawings: Vec<Vec<String>> =
+        images.iter().map(|&image| digits::draw(&problem.a.as_slice()[image * pixels..][..pixels], digits::SIDE)).collect();
+    let mut text = report::beside(&drawings);
     let names: Vec<String> = images.iter().map(|&image| format!("{:^16}", labels[image])).collect();
     text += &format!("  {}\n", names.join("  ").trim_end());
     text

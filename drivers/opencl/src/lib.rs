@@ -8,6 +8,7 @@
 //! | [`ranges`] | the table by which kernels follow stored pointers |
 //! | [`native`] | a device that shares the process's pointers: there none of the above is needed |
 //! | [`program`] | kernels: compiling them, and calling them with addresses inside that buffer |
+//! | `signature` | a kernel's parameters exchanged in its text |
 //!
 //! The device never sees the process's own pages. What a launch declares is copied into its buffer by the device's queue before the kernel starts, and the kernel gets addresses in there; a
 //! range that is declared lies there in one piece ([`Capabilities::linear`]), so that arithmetic on its pointers stays native, at whatever alignment it begins.
@@ -33,6 +34,7 @@ pub mod memory;
 pub mod native;
 pub mod program;
 pub mod ranges;
+mod signature;
 pub mod table;
 
 use api::{Found, Status};

@@ -1,5 +1,6 @@
 //! Kernels in OpenCL C. A kernel is written as always, with pointers to global memory; what uhmm calls is a small kernel of its own that is added to the program. It gets the device's one buffer
-//! and an offset for each range, and calls the written one with pointers into that buffer. So a range may begin at any byte, where a sub-buffer could not.
+//! and an offset for each range, and calls the written one with pointers into that buffer. So a range may begin at any byte, where a sub-buffer could not. A kernel with local memory of its own
+//! must not be called so; its parameters are exchanged in its text instead (in `signature`).
 //!
 //! What the parameters are is asked of the compiler (clGetKernelArgInfo), so that a launch whose arguments are others is refused before anything moves.
 //!
@@ -8,6 +9,7 @@
 
 use crate::api::{Device, Status};
 use crate::memory::{self, Memory};
+use crate::signature::Signature;
 use crate::table::Table;
 use cl3::command_queue as cq;
 use cl3::error_codes::{CL_INVALID_ARG_INDEX, CL_INVALID_ARG_VALUE};
@@ -151,8 +153,12 @@ impl Loaded {
             share_pointers(&written).map_err(|status| format!("clSetKernelExecInfo: {status}"))?;
             return Ok(Loaded { form: form.clone(), params, native, _program: alone, kernel: Mutex::new(written) });
         }
-        let program = build(device, &format!("{HEADER}{}\n{}", form.source, caller(&form.name, &params)), &form.options)?;
-        let kernel = kernel(&program, &format!("uhmm_call_{}", form.name))?;
+        let (text, called) = match local_memory(device, &written)? {
+            0 => (format!("{}\n{}", form.source, caller(&form.name, &params)), format!("uhmm_call_{}", form.name)),
+            _ => (exchanged(&form.source, &form.name, &params)?, form.name.to_string()),
+        };
+        let program = build(device, &format!("{HEADER}{text}"), &form.options)?;
+        let kernel = kernel(&program, &called)?;
         Ok(Loaded { form: form.clone(), params, native, _program: program, kernel: Mutex::new(kernel) })
     }
 
@@ -371,6 +377,36 @@ fn caller(name: &str, params: &[Param]) -> String {
     format!("__kernel void uhmm_call_{name}({head}) {{ {name}({call}); }}\n")
 }
 
+/// Bytes of local memory that a kernel declares.
+fn local_memory(device: &Device, kernel: &Kernel) -> Result<u64, String> {
+    kn::get_kernel_work_group_info(kernel.0, device.id(), kn::CL_KERNEL_LOCAL_MEM_SIZE)
+        .map(u64::from)
+        .map_err(|code| format!("clGetKernelWorkGroupInfo: {}", Status(code)))
+}
+
+/// The program with the parameters of the kernel exchanged for those that the caller would have; its own become variables at its beginning.
+fn exchanged(source: &str, name: &str, params: &[Param]) -> Result<String, String> {
+    let (mut head, mut prologue) = (String::from("UHMM"), String::new());
+    let found = Signature::find(source, name);
+    // `UHMM` is one in the text, and two for the compiler.
+    let own = params.iter().enumerate().filter(|(_, param)| **param != Param::Ranges);
+    let found = found.filter(|found| own.clone().count() == found.params.iter().filter(|text| !matches!(**text, "" | "void")).count());
+    let found = found.ok_or_else(|| {
+        format!("kernel {name} has local memory, and its parameters are not found in the text: write its name and them without macros, but for UHMM")
+    })?;
+    for ((index, param), text) in own.zip(&found.params) {
+        // Writing to a string cannot fail.
+        let _ = match param {
+            Param::Global { .. } => write!(head, ", ulong uhmm_{index}")
+                .and_then(|()| write!(prologue, "{text} = (__global void *)(uhmm_memory + uhmm_{index}); ")),
+            Param::Value { of } => write!(head, ", {of} uhmm_{index}").and_then(|()| write!(prologue, "{text} = uhmm_{index}; ")),
+            Param::Length(_) => write!(head, ", ulong uhmm_{index}").and_then(|()| write!(prologue, "{text} = uhmm_{index}; ")),
+            Param::Memory | Param::Ranges => Ok(()), // they have their names already
+        };
+    }
+    Ok(found.with(&head, &prologue))
+}
+
 /// The bytes of a type that OpenCL C defines.
 fn size_of_type(name: &str) -> Option<usize> {
     let base = name.trim_end_matches(|c: char| c.is_ascii_digit());
@@ -407,6 +443,25 @@ mod tests {
             "__kernel void uhmm_call_f(UHMM, ulong uhmm_0, int uhmm_1, ulong uhmm_2, ulong uhmm_3) \
              { f((__global const float4 *)(uhmm_memory + uhmm_0), uhmm_1, (__global uint *)(uhmm_memory + uhmm_2), uhmm_3, uhmm_memory, uhmm_ranges); }\n"
         );
+    }
+
+    #[test]
+    fn parameters_become_variables() {
+        let params = [
+            Param::Global { to: "float4".into(), constant: true },
+            Param::Memory,
+            Param::Ranges,
+            Param::Value { of: "int".into() },
+            Param::Length(0),
+        ];
+        assert_eq!(
+            exchanged("kernel void f(global const float4 *restrict a, UHMM, const int n, ulong uhmm_len_0) { g(); }", "f", &params)
+                .unwrap(),
+            "kernel void f(UHMM, ulong uhmm_0, int uhmm_3, ulong uhmm_4) { global const float4 *restrict a = (__global void *)(uhmm_memory + uhmm_0); \
+             const int n = uhmm_3; ulong uhmm_len_0 = uhmm_4;   g(); }"
+        );
+        assert!(exchanged("#define P int n\nkernel void f(P, P2) {}", "f", &params[3..4]).unwrap_err().contains("without macros"));
+        assert_eq!(exchanged("kernel void f(void) {}", "f", &[]).unwrap(), "kernel void f(UHMM) {  }");
     }
 
     #[test]

@@ -20,6 +20,7 @@ crate::tests![
     the_runtimes_threads_allocate_beside_what_is_away,
     arrays_beyond_the_devices_memory_take_turns,
     what_was_prefetched_is_in_one_piece,
+    local_memory_is_each_groups_own,
 ];
 
 /// The kernels of the checks.
@@ -252,6 +253,9 @@ fn wrong_kernels_are_refused_in_words() {
     refused(dev.run(&form(ADD, "add"), 10, args![inout(&mut r), 0.5f32, inp(&a)]), &["argument 1", "pointer"]);
     refused(dev.run(&form(ADD, "add"), 10, args![inp(&r), inp(&a), 0.5f32]), &["argument 0", "const"]);
     refused(dev.run(&form("__kernel void f(__global float *r, __local float *l) {}", "f"), 1, args![inout(&mut r), 1u32]), &["__local"]);
+    let hidden = "#define P __global float *r, uint n
+        __kernel void f(P) { __local float l[64]; l[get_local_id(0)] = r[n]; barrier(CLK_LOCAL_MEM_FENCE); r[get_local_id(0)] = l[n]; }";
+    refused(dev.run(&form(hidden, "f"), 1, args![inout(&mut r), 1u32]), &["local memory", "without macros"]);
     assert_eq!(dev.stats().pages_to_device, 0, "nothing has moved for any of them");
     // A work size that the device refuses is found when the kernel starts: memory reads as before.
     let large = Forms::new(add).opencl(ADD, "add", 1 << 20);
@@ -365,5 +369,38 @@ fn what_was_prefetched_is_in_one_piece() {
         let moved = dev.stats().pages_to_device - before;
         assert!(moved < 16 || round == 1, "round {round}: {moved} pages moved again");
         assert!(r.iter().all(|&x| x == 1.0 + round as f32));
+    }
+}
+
+/// Each group turns its numbers round in local memory many times. In a kernel that another one calls, PoCL makes one variable of all groups', and two threads get in each other's way.
+fn local_memory_is_each_groups_own() {
+    const TURN: &str = "
+#define NAME turn // no kernel turn(int): kernel void turn(
+__kernel __attribute__((work_group_size_hint(64, 1, 1))) void turn(__global uint *restrict r, const uint rounds, UHMM, __global const ulong *restrict at, ulong uhmm_len_0)
+{
+    __local uint own[64];
+    const size_t item = get_local_id(0);
+    __global const uint *from = uhmm_ptr(at[0]);
+    own[item] = from[get_global_id(0)];
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint round = 0; round < rounds; round++) {
+        const uint x = own[(item + 1) % 64];
+        barrier(CLK_LOCAL_MEM_FENCE);
+        own[item] = x;
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    if (get_global_id(0) < uhmm_len_0)
+        r[get_global_id(0)] = own[item];
+}";
+    let (_hmm, dev) = opened(64);
+    let kernel = Foreign(OpenCl { source: TURN.into(), name: "turn".into(), local: [64, 1, 1], options: "".into() });
+    let data: Vec<u32> = (0..64 * 500).collect();
+    let mut r = vec![0u32; data.len() - 9];
+    let at = [data.as_ptr() as u64];
+    for shift in 0..3 {
+        dev.run(&kernel, 500, args![out(&mut r[shift..]), 641u32, inp(&at), inp(&data)]).unwrap();
+        for (i, &x) in r[shift..].iter().enumerate() {
+            assert_eq!(x as usize, i / 64 * 64 + (i + 1) % 64, "number {i}");
+        }
     }
 }
