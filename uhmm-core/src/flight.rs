@@ -60,6 +60,8 @@ pub(crate) struct Flights {
     list: Mutex<[Option<Brief>; MAX_FLIGHTS]>,
     /// Whether one of them holds, for who only passes.
     any: AtomicBool,
+    /// Whether somebody may wait for the end of one that holds.
+    waited: AtomicBool,
     ledgers: [Mutex<Option<Ledger>>; MAX_FLIGHTS],
 }
 
@@ -103,7 +105,12 @@ pub(crate) enum Conflict {
 
 impl Default for Flights {
     fn default() -> Self {
-        Flights { list: Mutex::new([None; MAX_FLIGHTS]), any: AtomicBool::new(false), ledgers: [const { Mutex::new(None) }; MAX_FLIGHTS] }
+        Flights {
+            list: Mutex::new([None; MAX_FLIGHTS]),
+            any: AtomicBool::new(false),
+            waited: AtomicBool::new(false),
+            ledgers: [const { Mutex::new(None) }; MAX_FLIGHTS],
+        }
     }
 }
 
@@ -129,6 +136,12 @@ impl Flights {
         let list = self.list.lock();
         let holding = list.iter().flatten().filter(|brief| brief.holds).flat_map(Brief::ranges);
         holding.fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::inside(start, end).and(block).bits())
+    }
+
+    /// The caller is going to let somebody wait for the end of what holds pages of a block that he has locked. He looks once more at whether they are held: if they are, the end sees
+    /// this, and then the block's waiters.
+    pub(crate) fn will_wait(&self) {
+        self.waited.store(true, Ordering::Relaxed); // the list's lock orders it
     }
 
     /// Likewise, that a lease holds.
@@ -289,8 +302,8 @@ pub(crate) fn begin(core: &Core, dev: &Device, args: &[RawArg], purpose: Purpose
     let flight = Flight { index, number, purpose, holds, ran: false };
     if holds {
         dev.flights.any.store(true, Ordering::Release);
-        // From here on no page comes home but to the device's own workers. Who looked before has finished when his block's lock is free.
-        each_block(core, &mine, |_, _| {});
+        // From here on no page comes home but to the device's own workers. Who looked before shares the event lock until he has finished.
+        drop(core.space.hold_alone());
     }
     Ok(flight)
 }
@@ -335,13 +348,16 @@ fn meets(mine: &[(Va, Va, Option<Access>); MAX_ARGS], other: &Brief, same: bool)
 
 /// The flight has ended: who waited for its pages, or for its place, goes on.
 pub(crate) fn end(core: &Core, dev: &Device, flight: &Flight) {
-    let ended = {
+    let (ended, waited) = {
         let mut list = dev.flights.list.lock();
         let ended = list[flight.index].take();
-        dev.flights.any.store(list.iter().flatten().any(|brief| brief.holds), Ordering::Release);
-        ended
+        let any = list.iter().flatten().any(|brief| brief.holds);
+        dev.flights.any.store(any, Ordering::Release);
+        let waited = dev.flights.waited.load(Ordering::Relaxed);
+        dev.flights.waited.store(waited && any, Ordering::Relaxed);
+        (ended, waited)
     };
-    if let Some(brief) = ended.filter(|brief| brief.holds) {
+    if let Some(brief) = ended.filter(|brief| brief.holds && waited) {
         each_block(core, &brief.ranges, |va, waiters| {
             if core::mem::take(waiters) {
                 let _ = core.space.uffd.wake(va, BLOCK);

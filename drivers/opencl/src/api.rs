@@ -41,6 +41,8 @@ fn status<T>(result: Result<T, i32>) -> Result<T, Status> {
 pub struct Found {
     /// `opencl:N`.
     pub id: String,
+    /// That N: over all platforms in their order, devices that are not ready or have no compiler left out.
+    pub number: usize,
     /// Its own name.
     pub name: String,
     /// That of its platform.
@@ -88,6 +90,7 @@ pub(crate) fn find() -> Result<Vec<Found>, Status> {
             let svm = dv::get_device_info(device, SVM).map(u64::from).unwrap_or_default();
             found.push(Found {
                 id: format!("opencl:{}", found.len()),
+                number: found.len(),
                 name: text_of(dv::CL_DEVICE_NAME),
                 platform: text.clone(),
                 version: text_of(dv::CL_DEVICE_VERSION),

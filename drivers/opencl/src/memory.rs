@@ -8,6 +8,7 @@
 
 use crate::api::{self, Buffer, Device, Queue, Status};
 use crate::ranges::Ranges;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use uhmm_core::driver::{Dma, DmaError, DmaKind, Fence, Frame};
 use uhmm_os::{Errno, PAGE, copy};
 
@@ -30,7 +31,9 @@ pub(crate) fn offset(address: usize) -> usize {
 #[derive(Debug)]
 pub struct Memory {
     buffer: Buffer,
-    copies: Queue,
+    /// Two, which take batches in turn: what one of them waits for, the other need not.
+    copies: [Queue; 2],
+    next: AtomicUsize,
     ranges: Ranges,
     device: Device,
 }
@@ -47,7 +50,13 @@ impl Memory {
     /// # Errors
     /// The status of OpenCL.
     pub fn new(device: Device, bytes: usize) -> Result<Self, Status> {
-        Ok(Memory { buffer: device.buffer(bytes)?, copies: device.queue()?, ranges: Ranges::new(&device)?, device })
+        Ok(Memory {
+            buffer: device.buffer(bytes)?,
+            copies: [device.queue()?, device.queue()?],
+            next: AtomicUsize::new(0),
+            ranges: Ranges::new(&device)?,
+            device,
+        })
     }
 
     /// The device whose memory it is.
@@ -68,14 +77,15 @@ impl Memory {
     /// Starts a batch.
     pub(crate) fn copy(&self, batch: &[Dma]) -> Fence {
         let mut started = Batch { events: Vec::with_capacity(batch.len()), result: Ok(()) };
-        for dma in batch {
+        let queue = &self.copies[self.next.fetch_add(1, Ordering::Relaxed) % 2];
+        for dma in merged(batch) {
             let at = dma.frame as usize * PAGE + dma.offset;
             let event = match dma.kind {
                 // SAFETY: the host's memory is uhmm's, and stays as it is until the batch has been waited for.
-                DmaKind::ToDevice => unsafe { self.copies.write(&self.buffer, at, dma.host as *const u8, dma.len) },
+                DmaKind::ToDevice | DmaKind::LentToDevice => unsafe { queue.write(&self.buffer, at, dma.host as *const u8, dma.len) },
                 // SAFETY: as above.
-                DmaKind::ToHost => unsafe { self.copies.read(&self.buffer, at, dma.host as *mut u8, dma.len) },
-                DmaKind::Zero => self.copies.zero(&self.buffer, at, dma.len),
+                DmaKind::ToHost => unsafe { queue.read(&self.buffer, at, dma.host as *mut u8, dma.len) },
+                DmaKind::Zero => queue.zero(&self.buffer, at, dma.len),
                 DmaKind::GuardedToDevice | DmaKind::GuardedToHost => continue, // when they are waited for
             };
             match event {
@@ -83,7 +93,7 @@ impl Memory {
                 Err(status) => started.result = started.result.and(Err(status)),
             }
         }
-        let flushed = self.copies.flush();
+        let flushed = queue.flush();
         started.result = started.result.and(flushed);
         Fence(Box::into_raw(Box::new(started)) as u64)
     }
@@ -119,11 +129,14 @@ impl Memory {
                 if dma.kind == DmaKind::GuardedToDevice {
                     let read = copy::guarded(stage.as_mut_ptr(), host as *const u8, len);
                     if read.is_ok() {
-                        self.copies.write(&self.buffer, at, stage.as_ptr(), len).and_then(|event| api::wait(&[event])).map_err(failed)?;
+                        self.copies[0]
+                            .write(&self.buffer, at, stage.as_ptr(), len)
+                            .and_then(|event| api::wait(&[event]))
+                            .map_err(failed)?;
                     }
                     read
                 } else {
-                    self.copies.read(&self.buffer, at, stage.as_mut_ptr(), len).and_then(|event| api::wait(&[event])).map_err(failed)?;
+                    self.copies[0].read(&self.buffer, at, stage.as_mut_ptr(), len).and_then(|event| api::wait(&[event])).map_err(failed)?;
                     copy::guarded(host as *mut u8, stage.as_ptr(), len)
                 }
             };
@@ -131,4 +144,25 @@ impl Memory {
         }
         result
     }
+}
+
+/// The pieces of a batch, those that follow each other on both sides as one.
+fn merged(batch: &[Dma]) -> impl Iterator<Item = Dma> {
+    let mut rest = batch;
+    core::iter::from_fn(move || {
+        let (&first, mut others) = rest.split_first()?;
+        let mut all = first;
+        while let Some((next, more)) = others.split_first() {
+            let end = all.frame as usize * PAGE + all.offset + all.len;
+            let follows = next.kind == all.kind
+                && next.frame as usize * PAGE + next.offset == end
+                && (next.kind == DmaKind::Zero || next.host == all.host + all.len);
+            if !follows {
+                break;
+            }
+            (all.len, others) = (all.len + next.len, more);
+        }
+        rest = others;
+        Some(all)
+    })
 }
