@@ -163,6 +163,9 @@ pub(crate) enum Group {
     Memory,
     /// The matrix kernel against the library that the product is checked with.
     Kernel,
+    /// An OpenCL device by plain pointers against programs written for OpenCL, with buffers and copies of their own.
+    #[value(name = "opencl")]
+    OpenCl,
     /// Everything.
     All,
 }

@@ -144,12 +144,14 @@ fn one_allocation(a: &RawArg, b: &RawArg) -> bool {
 fn fits(dev: &Device, args: &[RawArg], reaches: &Reaches) -> Result<(), Error> {
     let (mut whole, mut pages) = (0, 0);
     for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.0 < range.1) {
-        for part in Span::touching(start, end).blocks() {
-            if part.len() == BLOCK { whole += 1 } else { pages += part.len() / uhmm_os::PAGE }
-        }
+        let all = Span::touching(start, end);
+        let blocks = Span { start: all.start.next_multiple_of(BLOCK), end: all.end / BLOCK * BLOCK };
+        let inside = if blocks.start < blocks.end { blocks.len() } else { 0 };
+        whole += inside / BLOCK;
+        pages += (all.len() - inside) / PAGE;
     }
     let info = dev.driver.info();
-    let needed = (whole + (pages * uhmm_os::PAGE).div_ceil(BLOCK) + gather::units(dev, reaches)) * BLOCK;
+    let needed = (whole + (pages * PAGE).div_ceil(BLOCK) + gather::units(dev, reaches)) * BLOCK;
     if needed > info.memory {
         return Err(Error::TooLarge { device: info.name, needed, capacity: info.memory });
     }

@@ -64,6 +64,8 @@ pub(crate) struct Flights {
     list: Mutex<[Option<Brief>; MAX_FLIGHTS]>,
     /// Whether one of them holds, for who only passes.
     any: AtomicBool,
+    /// Whether somebody may wait for the end of one that holds.
+    waited: AtomicBool,
     /// For the launch whose turn it is.
     pub(crate) stage: Stage,
     pub(crate) spare: Spare,
@@ -114,6 +116,7 @@ impl Default for Flights {
         Flights {
             list: Mutex::new([None; MAX_FLIGHTS]),
             any: AtomicBool::new(false),
+            waited: AtomicBool::new(false),
             stage: Stage::default(),
             spare: Spare::default(),
             ledgers,
@@ -137,6 +140,12 @@ impl Flights {
     /// Pages of the block at `va`, which the caller has locked, that a flight holds.
     pub(crate) fn held(&self, va: Va) -> Bits {
         self.held_by(va, |_| true)
+    }
+
+    /// The caller is going to let somebody wait for the end of what holds pages of a block that he has locked. He looks once more at whether they are held: if they are, the end sees
+    /// this, and then the block's waiters.
+    pub(crate) fn will_wait(&self) {
+        self.waited.store(true, Ordering::Relaxed); // the list's lock orders it
     }
 
     /// Likewise, that a lease holds.
@@ -316,8 +325,8 @@ pub(crate) fn begin(
     let flight = Flight { index, number, purpose, holds, ran: false };
     if holds {
         dev.flights.any.store(true, Ordering::Release);
-        // From here on no page comes home but to the device's own workers. Who looked before has finished when his block's lock is free.
-        each_block(core, &mine, |_, _| {});
+        // From here on no page comes home but to the device's own workers. Who looked before shares the event lock until he has finished.
+        drop(core.space.hold_alone());
     }
     Ok(flight)
 }
@@ -371,13 +380,16 @@ fn reaches_into(mine: &Shared, other: &Brief) -> Option<Va> {
 
 /// The flight has ended: who waited for its pages, or for its place, goes on.
 pub(crate) fn end(core: &Core, dev: &Device, flight: &Flight) {
-    let ended = {
+    let (ended, waited) = {
         let mut list = dev.flights.list.lock();
         let ended = list[flight.index].take();
-        dev.flights.any.store(list.iter().flatten().any(|brief| brief.holds), Ordering::Release);
-        ended
+        let any = list.iter().flatten().any(|brief| brief.holds);
+        dev.flights.any.store(any, Ordering::Release);
+        let waited = dev.flights.waited.load(Ordering::Relaxed);
+        dev.flights.waited.store(waited && any, Ordering::Relaxed);
+        (ended, waited)
     };
-    if let Some(brief) = ended.filter(|brief| brief.holds) {
+    if let Some(brief) = ended.filter(|brief| brief.holds && waited) {
         each_block(core, &brief.ranges, |va, waiters| {
             if core::mem::take(waiters) {
                 let _ = core.space.uffd.wake(va, BLOCK);

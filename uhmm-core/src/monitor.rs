@@ -372,6 +372,7 @@ impl Monitor {
                 let dev = core.device(state.device as usize - 1);
                 count(&dev.counters.cpu_faults, 1);
                 policy::one_more(&state.block().past.cpu_faults);
+                dev.flights.will_wait();
                 if dev.flights.leased(va).has(page) && !dev.is_lost() {
                     state.waiters = true; // who uses it there could not fetch it again
                     return Served::Done;
@@ -401,7 +402,7 @@ impl Monitor {
                 state.waiters = true;
                 Served::Done
             }
-            PageState::Private if state.mover != 0 || (!fault.worker && kept(core, state, va).has(page)) => {
+            PageState::Private if state.mover != 0 || (!fault.worker && waits(core, state, va, page)) => {
                 state.waiters = true;
                 Served::Done
             }
@@ -497,6 +498,12 @@ pub(crate) fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
     let dev = core.device(state.device as usize - 1);
     // A lost device keeps nothing for anybody.
     if dev.is_lost() { state.parked } else { state.parked | dev.flights.held(va) }
+}
+
+/// Whether a toucher has to wait for the end of a launch or lease, which will wake him.
+fn waits(core: &Core, state: &BlockGuard<'_>, va: Va, page: usize) -> bool {
+    core.device(state.device as usize - 1).flights.will_wait();
+    kept(core, state, va).has(page)
 }
 
 /// Fills holes with the zero page. What is there already is left, and its toucher woken.

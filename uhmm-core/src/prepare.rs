@@ -319,7 +319,7 @@ impl Plan<'_> {
         let whole = all && self.core.space.mode == Mode::Full; // else neighbours may be of another kind
         let (part, want) = if whole { (block, Bits::ALL) } else { (part, part.bits()) };
         let beside = alike().fold(want, |rest, other| rest - other.inside.and(block).bits());
-        Ask { beside, sealed: Some(self.sealed), ..Ask::new(part, want, Intent::Move) }
+        Ask { beside, lent: want - beside, sealed: Some(self.sealed), ..Ask::new(part, want, Intent::Move) }
     }
 }
 

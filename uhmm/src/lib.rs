@@ -140,7 +140,7 @@ pub use uhmm_core::mirror::{self, Mirror, Notifier};
 pub use uhmm_core::mode::Mode;
 pub use uhmm_core::policy::{Advice, Location};
 pub use uhmm_core::scope::{Event, Launched, Queue, Scope, scope};
-pub use uhmm_opencl::{api::Found as OpenClDevice, devices as opencl_devices};
+pub use uhmm_opencl::{api::Found as OpenClDevice, choose as opencl_device, devices as opencl_devices};
 
 /// What decides what moves, and when: [`Policy`](policy::Policy), those that come with uhmm, and what they are asked.
 ///

@@ -7,6 +7,7 @@
 mod first_launch;
 mod kernel;
 mod memory;
+mod opencl;
 mod peer;
 
 use crate::options::{self, Group};
@@ -26,6 +27,9 @@ pub(crate) fn run(args: &options::Bench, json: bool) -> Result<()> {
     }
     if matches!(args.group, Group::Kernel | Group::All) {
         kernel::run(args, &mut print)?;
+    }
+    if matches!(args.group, Group::OpenCl | Group::All) {
+        opencl::run(args, &mut print)?;
     }
     Ok(())
 }
@@ -82,6 +86,13 @@ impl Measure {
     /// The row of some pairs: times of uhmm and of its floor.
     fn row(&self, pairs: &[(Duration, Duration)]) -> Row {
         self.row_of(&pairs.iter().map(|&(ours, floor)| (self.figure(ours), self.figure(floor))).collect::<Vec<_>>())
+    }
+
+    /// The row of some pairs of figures whose difference counts, not their ratio.
+    fn row_above(&self, figures: &[(f64, f64)]) -> Row {
+        let above = Figure::of(figures.iter().map(|(ours, floor)| ours - floor));
+        let row = self.row_of(figures);
+        Row { ratio: above.median, ratio_low: above.low, ratio_high: above.high, met: above.median <= self.goal, ..row }
     }
 
     /// The row of some pairs of figures.

@@ -5,7 +5,7 @@ mod programs;
 mod rounds;
 
 pub(crate) use problem::{Problem, Sides};
-pub(crate) use programs::launch;
+pub(crate) use programs::{launch, read_all};
 pub(crate) use rounds::{Again, Measured, measure};
 
 use crate::report::{self, bytes, time};

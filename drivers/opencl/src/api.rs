@@ -84,6 +84,8 @@ pub(crate) fn is_runtimes(tid: u32) -> bool {
 pub struct Found {
     /// `opencl:N`.
     pub id: String,
+    /// That N: over all platforms in their order, devices that are not ready or have no compiler left out.
+    pub number: usize,
     /// Its own name.
     pub name: String,
     /// That of its platform.
@@ -138,6 +140,7 @@ fn look() -> Result<Vec<Found>, Status> {
             let svm = dv::get_device_info(device, SVM).map(u64::from).unwrap_or_default();
             found.push(Found {
                 id: format!("opencl:{}", found.len()),
+                number: found.len(),
                 name: text_of(dv::CL_DEVICE_NAME),
                 platform: text.clone(),
                 version: text_of(dv::CL_DEVICE_VERSION),

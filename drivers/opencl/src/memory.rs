@@ -8,7 +8,7 @@
 
 use crate::api::{self, Buffer, Device, Queue, Status, Undone};
 use crate::ranges::Ranges;
-use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use core::time::Duration;
 use std::time::Instant;
 use uhmm_core::driver::{Dma, DmaError, DmaKind, Fence, Frame};
@@ -33,7 +33,9 @@ pub(crate) fn offset(address: usize) -> usize {
 #[derive(Debug)]
 pub struct Memory {
     buffer: Buffer,
-    copies: Queue,
+    /// Two, which take batches in turn: what one of them waits for, the other need not.
+    copies: [Queue; 2],
+    next: AtomicUsize,
     ranges: Ranges,
     device: Device,
     health: Health,
@@ -95,7 +97,8 @@ impl Memory {
     pub fn new(device: Device, bytes: usize) -> Result<Self, Status> {
         Ok(Memory {
             buffer: device.buffer(bytes)?,
-            copies: device.queue()?,
+            copies: [device.queue()?, device.queue()?],
+            next: AtomicUsize::new(0),
             ranges: Ranges::new(&device)?,
             device,
             health: Health::default(),
@@ -125,14 +128,15 @@ impl Memory {
     /// Starts a batch.
     pub(crate) fn copy(&self, batch: &[Dma]) -> Fence {
         let mut started = Batch { events: Vec::with_capacity(batch.len()), result: Ok(()) };
-        for dma in batch {
+        let queue = &self.copies[self.next.fetch_add(1, Ordering::Relaxed) % 2];
+        for dma in merged(batch) {
             let at = dma.frame as usize * PAGE + dma.offset;
             let event = match dma.kind {
                 // SAFETY: the host's memory is uhmm's, and stays as it is until the batch has been waited for.
-                DmaKind::ToDevice => unsafe { self.copies.write(&self.buffer, at, dma.host as *const u8, dma.len) },
+                DmaKind::ToDevice | DmaKind::LentToDevice => unsafe { queue.write(&self.buffer, at, dma.host as *const u8, dma.len) },
                 // SAFETY: as above.
-                DmaKind::ToHost => unsafe { self.copies.read(&self.buffer, at, dma.host as *mut u8, dma.len) },
-                DmaKind::Zero => self.copies.zero(&self.buffer, at, dma.len),
+                DmaKind::ToHost => unsafe { queue.read(&self.buffer, at, dma.host as *mut u8, dma.len) },
+                DmaKind::Zero => queue.zero(&self.buffer, at, dma.len),
                 DmaKind::GuardedToDevice | DmaKind::GuardedToHost => continue, // when they are waited for
             };
             match event {
@@ -140,7 +144,7 @@ impl Memory {
                 Err(status) => started.result = started.result.and(Err(status)),
             }
         }
-        let flushed = self.copies.flush();
+        let flushed = queue.flush();
         started.result = started.result.and(flushed);
         Fence(Box::into_raw(Box::new(started)) as u64)
     }
@@ -183,12 +187,12 @@ impl Memory {
                 if dma.kind == DmaKind::GuardedToDevice {
                     let read = copy::guarded(stage.as_mut_ptr(), host as *const u8, len);
                     if read.is_ok() {
-                        done(self.copies.write(&self.buffer, at, stage.as_ptr(), len))
+                        done(self.copies[0].write(&self.buffer, at, stage.as_ptr(), len))
                             .map_err(|undone| self.unfinished(undone, &mut stage))?;
                     }
                     read
                 } else {
-                    done(self.copies.read(&self.buffer, at, stage.as_mut_ptr(), len))
+                    done(self.copies[0].read(&self.buffer, at, stage.as_mut_ptr(), len))
                         .map_err(|undone| self.unfinished(undone, &mut stage))?;
                     copy::guarded(host as *mut u8, stage.as_ptr(), len)
                 }
@@ -205,6 +209,27 @@ impl Memory {
         }
         self.health.of_copy(undone)
     }
+}
+
+/// The pieces of a batch, those that follow each other on both sides as one.
+fn merged(batch: &[Dma]) -> impl Iterator<Item = Dma> {
+    let mut rest = batch;
+    core::iter::from_fn(move || {
+        let (&first, mut others) = rest.split_first()?;
+        let mut all = first;
+        while let Some((next, more)) = others.split_first() {
+            let end = all.frame as usize * PAGE + all.offset + all.len;
+            let follows = next.kind == all.kind
+                && next.frame as usize * PAGE + next.offset == end
+                && (next.kind == DmaKind::Zero || next.host == all.host + all.len);
+            if !follows {
+                break;
+            }
+            (all.len, others) = (all.len + next.len, more);
+        }
+        rest = others;
+        Some(all)
+    })
 }
 
 #[cfg(test)]
@@ -266,18 +291,20 @@ mod tests {
             assert_eq!(done(&memory, &dma(kind, &mut host, 0)), Ok(()));
             let never = ev::create_user_event(memory.device.context()).unwrap();
             let before = [never];
-            // SAFETY: queue and event are alive.
-            let barrier = unsafe { cq::enqueue_barrier_with_wait_list(memory.copies.raw(), 1, before.as_ptr()) }.unwrap();
+            let barriers = memory.copies.each_ref().map(|queue| {
+                // SAFETY: queue and event are alive.
+                unsafe { cq::enqueue_barrier_with_wait_list(queue.raw(), 1, before.as_ptr()) }.unwrap()
+            });
             let (limit, start) = (Duration::from_millis(200), Instant::now());
             let batch = dma(kind, &mut host, 1);
             assert_eq!(memory.wait(memory.copy(&batch), &batch, limit), Err(DmaError::Lost), "{kind:?}");
             assert!(start.elapsed() >= limit && start.elapsed() < 10 * limit, "{:?}", start.elapsed());
             assert!(memory.health.is_lost());
             ev::set_user_event_status(never, 0).unwrap();
-            cq::finish(memory.copies.raw()).unwrap(); // what it was given is used until then
+            memory.copies.iter().for_each(|queue| cq::finish(queue.raw()).unwrap()); // what it was given is used until then
             // SAFETY: they are the test's own.
             unsafe {
-                ev::release_event(barrier).unwrap();
+                barriers.into_iter().for_each(|barrier| ev::release_event(barrier).unwrap());
                 ev::release_event(never).unwrap();
             }
         }

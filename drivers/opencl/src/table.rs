@@ -24,7 +24,18 @@ unsafe impl Zeroed for Entry {}
 
 /// The table of one device: by unit, for a unit has one block at a time.
 #[derive(Debug)]
-pub struct Table(Mutex<OwnSlice<Entry>>);
+pub struct Table(Mutex<Entries>);
+
+#[derive(Debug)]
+struct Entries {
+    units: OwnSlice<Entry>,
+    /// Ranges that were asked for since the table changed, and what was said: a launch that comes again asks for the same.
+    asked: [(usize, usize, Option<usize>); ASKED],
+    next: usize,
+}
+
+/// How many of them.
+const ASKED: usize = 16;
 
 impl Table {
     /// For a device of so many units.
@@ -32,16 +43,17 @@ impl Table {
     /// # Errors
     /// `ENOMEM`.
     pub fn new(units: usize) -> Result<Self, Errno> {
-        Ok(Table(Mutex::new(OwnSlice::new(c"uhmm opencl table", units)?)))
+        Ok(Table(Mutex::new(Entries { units: OwnSlice::new(c"uhmm opencl table", units)?, asked: [(0, 0, None); ASKED], next: 0 })))
     }
 
     fn each(&self, runs: &[MapRun], mut f: impl FnMut(&mut Entry, &MapRun, usize)) {
         let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.asked = [(0, 0, None); ASKED];
         for run in runs {
             let (block, page) = (run.va & !(BLOCK - 1), run.va % BLOCK / PAGE);
             let unit = run.frame as usize / (BLOCK / PAGE);
             debug_assert_eq!(run.frame as usize % (BLOCK / PAGE), page, "a page lies at its place in its block's unit");
-            f(&mut entries[unit], run, block);
+            f(&mut entries.units[unit], run, block);
         }
     }
 
@@ -60,7 +72,21 @@ impl Table {
 
     /// Where the range of `bytes` bytes at `va` begins in the device's memory, if it lies there in one piece.
     pub fn offset(&self, va: usize, bytes: usize) -> Option<usize> {
-        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = entries.asked.iter().find(|asked| asked.0 == va && asked.1 == bytes.max(1)) {
+            return known.2;
+        }
+        let found = entries.find(va, bytes);
+        let next = entries.next;
+        entries.asked[next] = (va, bytes.max(1), found);
+        entries.next = (next + 1) % ASKED;
+        found
+    }
+}
+
+impl Entries {
+    fn find(&self, va: usize, bytes: usize) -> Option<usize> {
+        let entries = &self.units;
         let at =
             |block: usize| entries.iter().find(|entry| entry.pages > 0 && entry.block == block).map(|entry| entry.first as usize * PAGE);
         let first = va & !(BLOCK - 1);

@@ -101,6 +101,8 @@ pub enum DmaKind {
     ToHost,
     /// From memory of the program to the device: it may fault, and may be gone.
     GuardedToDevice,
+    /// From memory of the program's that a launch has borrowed, whole pages of its own, to the device: it may fault, but is there until the batch has been waited for.
+    LentToDevice,
     /// From the device to memory of the program.
     GuardedToHost,
     /// Zeroes on the device.

@@ -102,6 +102,8 @@ pub(crate) struct Ask<'a> {
     pub intent: Intent,
     /// Those of them that hold data besides that of an argument: what must stay may be among it, see [`crate::fixed`].
     pub beside: Bits,
+    /// Those that are a launch's own, whole: nobody unmaps them before it has ended.
+    pub lent: Bits,
     /// What was sealed for the launch.
     pub sealed: Option<&'a Sealed>,
     /// The running launch has declared them: they stay until it ends.
@@ -126,6 +128,7 @@ impl Ask<'_> {
             want,
             intent,
             beside: Bits::EMPTY,
+            lent: Bits::EMPTY,
             sealed: None,
             pinned: true,
             seq: None,
@@ -448,7 +451,7 @@ impl Core {
         policy::one_more(&state.block().past.migrations);
         state.huge = present.huge && item.moved == Bits::ALL;
         dev.mem.touch(&self.dir, span.start);
-        self.list_copies(batch, state, &item);
+        self.list_copies(batch, state, &item, ask.lent);
         batch.items[batch.count] = Some(item);
         batch.count += 1;
         let again = match end {
@@ -576,7 +579,7 @@ impl Core {
         }
     }
 
-    fn list_copies(&self, batch: &mut Batch, state: &State, item: &Item) {
+    fn list_copies(&self, batch: &mut Batch, state: &State, item: &Item, lent: Bits) {
         let Item { va, intent, moved, zeroed, copied, ref tray, .. } = *item;
         let discard = if intent == Intent::Discard { moved } else { Bits::EMPTY };
         ranges::frame_runs(self, state, zeroed | discard, |run, frame| batch.push_dma(DmaKind::Zero, 0, frame, run.len()));
@@ -586,8 +589,9 @@ impl Core {
             });
         }
         let kind = if intent == Intent::Blank { DmaKind::Zero } else { DmaKind::GuardedToDevice };
-        ranges::frame_runs(self, state, copied, |run, frame| {
-            batch.push_dma(kind, va + run.start * PAGE, frame, run.len());
-        });
+        let lent = if intent == Intent::Duplicate { copied & lent } else { Bits::EMPTY };
+        for (pages, kind) in [(copied - lent, kind), (lent, DmaKind::LentToDevice)] {
+            ranges::frame_runs(self, state, pages, |run, frame| batch.push_dma(kind, va + run.start * PAGE, frame, run.len()));
+        }
     }
 }

@@ -1,0 +1,42 @@
+//! A launch over what is on the device already, and unchanged, against the bare enqueue and the wait for its end.
+
+use super::{Bench, Measure, Row};
+use crate::bench::in_pairs;
+use anyhow::Result;
+use std::time::Instant;
+use uhmm::{Ctx, Forms, args, inout};
+use uhmm_explicit::launch::{Launch, SOURCE};
+use uhmm_floor::PAGE;
+
+/// Launches of one time: the mean of so many.
+const MANY: u32 = 200;
+
+pub(super) fn run(bench: &Bench<'_>, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
+    let nothing = |_: &Ctx<'_>| ();
+    let forms = Forms::new(nothing).opencl(SOURCE, "nothing", 1);
+    for (name, megabytes) in [("opencl_launch_resident_1m", 1), ("opencl_launch_resident_1g", 1024)] {
+        let mut all = vec![1u8; (megabytes << 20) + PAGE];
+        let from = all.as_ptr().align_offset(PAGE);
+        let data = &mut all[from..from + (megabytes << 20)];
+        let mut bare = Launch::new(bench.cl, megabytes << 20)?;
+        let ours = || {
+            bench.device.run(&forms, 1, args![inout(data)])?;
+            let start = Instant::now();
+            for _ in 0..MANY {
+                bench.device.run(&forms, 1, args![inout(data)])?;
+            }
+            Ok(start.elapsed() / MANY)
+        };
+        let theirs = || {
+            let start = Instant::now();
+            for _ in 0..MANY {
+                bare.run()?;
+            }
+            Ok(start.elapsed() / MANY)
+        };
+        let pairs = in_pairs(bench.pairs, ours, theirs)?;
+        let above: Vec<_> = pairs.iter().map(|(ours, bare)| (ours.as_secs_f64() * 1e6, bare.as_secs_f64() * 1e6)).collect();
+        print(Measure { name, unit: "us", work: 1e-6, goal: 5.0 }.row_above(&above))?;
+    }
+    Ok(())
+}
