@@ -4,15 +4,21 @@
 //! |---|---|
 //! | [`mul_mat`] | a matrix product |
 //! | [`vadd`] | the sum of two vectors, scaled |
+//! | [`stencil`] | many launches over two images in turn |
+//! | [`k_means`] | many launches over the same points, with a little to and fro for each |
+//! | [`window`] | launches between which the CPU uses and changes a small part of the arrays |
 //! | [`launch`] | a kernel over what lies there already |
 //!
 //! Each is one file on [`cl`], as a good programmer would write it: copies are enqueued without waiting, and waited for once. With [`Buffers::Reused`] a program makes its buffers
 //! once, as one who knows what they cost does; with [`Buffers::Fresh`] for each round. No crate of uhmm is used here. The kernels are the ones that uhmm runs, from the same files.
 
 pub mod cl;
+pub mod k_means;
 pub mod launch;
 pub mod mul_mat;
+pub mod stencil;
 pub mod vadd;
+pub mod window;
 
 pub use cl::{Cl, Error, Result};
 

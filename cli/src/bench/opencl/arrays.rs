@@ -1,6 +1,6 @@
 //! Whole arrays: there, a kernel, and back.
 
-use super::{Bench, Measure, Row, in_turns, rows, timed};
+use super::{Bench, Measure, Row, Written, in_turns, rows, timed};
 use crate::matmul::{mul_mat, rows_per_group};
 use crate::mul_mat::read_all;
 use crate::npy::Matrix;
@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use ndarray::Array2;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
-use uhmm::{Ctx, Forms, args, inp, out};
+use uhmm::{Forms, args, inp, out};
 use uhmm_explicit::Buffers;
 use uhmm_explicit::mul_mat::{self, MulMat};
 use uhmm_explicit::vadd::{self, VAdd};
@@ -109,20 +109,11 @@ fn product(bench: &Bench<'_>, names: [&'static str; 3], size: usize, print: &mut
     print(Measure { name: names[2], unit: "GFLOP/s", work, goal: 0.5 }.row(&kernels[1..]))
 }
 
-/// What the kernel is in Rust; here it only stands beside the other form.
-fn add(ctx: &Ctx<'_>) {
-    let part = vadd::LOCAL * vadd::EACH;
-    let from = ctx.group() * part;
-    for (at, r) in ctx.out::<f32>(0).chunk(part).iter_mut().enumerate() {
-        *r = ctx.inp::<f32>(1)[from + at] + ctx.inp::<f32>(2)[from + at];
-    }
-}
-
 fn sum(bench: &Bench<'_>, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
     let len = (256 << 20) / size_of::<f32>();
     let [mut ours, mut theirs, mut freshs] = [len; 3].map(Arrays::new);
     let (mut reused, mut fresh) = (VAdd::new(bench.cl, Buffers::Reused)?, VAdd::new(bench.cl, Buffers::Fresh)?);
-    let forms = Forms::new(add).opencl(vadd::SOURCE, "vadd", vadd::LOCAL);
+    let forms = Written::new(vadd::SOURCE, "vadd", vadd::LOCAL);
     let turn = std::cell::Cell::new(0f32);
     let refill = |arrays: &mut Arrays| {
         turn.set(turn.get() + 1.0);

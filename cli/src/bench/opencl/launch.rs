@@ -1,10 +1,10 @@
 //! A launch over what is on the device already, and unchanged, against the bare enqueue and the wait for its end.
 
-use super::{Bench, Measure, Row};
+use super::{Bench, Measure, Row, Written};
 use crate::bench::in_pairs;
 use anyhow::Result;
 use std::time::Instant;
-use uhmm::{Ctx, Forms, args, inout};
+use uhmm::{args, inout};
 use uhmm_explicit::launch::{Launch, SOURCE};
 use uhmm_floor::PAGE;
 
@@ -12,8 +12,7 @@ use uhmm_floor::PAGE;
 const MANY: u32 = 200;
 
 pub(super) fn run(bench: &Bench<'_>, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
-    let nothing = |_: &Ctx<'_>| ();
-    let forms = Forms::new(nothing).opencl(SOURCE, "nothing", 1);
+    let forms = Written::new(SOURCE, "nothing", 1);
     for (name, megabytes) in [("opencl_launch_resident_1m", 1), ("opencl_launch_resident_1g", 1024)] {
         let mut all = vec![1u8; (megabytes << 20) + PAGE];
         let from = all.as_ptr().align_offset(PAGE);

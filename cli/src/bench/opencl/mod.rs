@@ -5,6 +5,7 @@
 //! them anew before each.
 
 mod arrays;
+mod iterated;
 mod launch;
 mod sparse;
 
@@ -12,7 +13,7 @@ use super::{Measure, Row};
 use crate::options::{self, Group};
 use anyhow::Result;
 use std::time::{Duration, Instant};
-use uhmm::{Device, Uhmm};
+use uhmm::{Ctx, Device, Kernel, OpenCl, Uhmm};
 use uhmm_explicit::Cl;
 
 /// What the rows are measured with.
@@ -38,8 +39,28 @@ pub(super) fn run(args: &options::Bench, print: &mut impl FnMut(Row) -> Result<(
     let device = hmm.device(name)?;
     let bench = Bench { hmm: &hmm, device: &device, cl: &Cl::open(found.number)?, pairs: args.pairs };
     arrays::run(&bench, print)?;
+    iterated::run(&bench, print)?;
     sparse::run(&bench, print)?;
     launch::run(&bench, print)
+}
+
+/// A kernel that is written in OpenCL C only.
+struct Written(OpenCl);
+
+impl Written {
+    fn new(source: &'static str, name: &'static str, local: usize) -> Written {
+        Written(OpenCl { source: source.into(), name: name.into(), local: [local, 1, 1], options: "".into() })
+    }
+}
+
+impl Kernel for Written {
+    fn run(&self, _: &Ctx<'_>) {
+        panic!("this kernel is for OpenCL devices");
+    }
+
+    fn opencl_form(&self) -> Option<&OpenCl> {
+        Some(&self.0)
+    }
 }
 
 /// The orders of three programs, so that each comes after each of the others equally often.
