@@ -130,10 +130,28 @@ fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger,
     if part == Part::Read {
         return Ok(());
     }
+    if !flight.fetches(dev) {
+        snapshot_ends(core, dev, args)?;
+    }
     for range in ranges(args) {
         snapshot_rest(core, dev, flight, ledger, args, range)?;
     }
     Ok(())
+}
+
+/// Takes snapshots of the pages at the ends of all arguments together, so that their copies are waited for once and not one by one. What this leaves over, [`snapshot_rest`] finds.
+fn snapshot_ends(core: &Core, dev: &Device, args: &[RawArg]) -> Result<(), Error> {
+    let park: Park<'_> = &mut |parked| core.pool.put(parked.tray);
+    let taken = core.one_pass(dev, park, |room, park| {
+        for (start, end, _) in ranges(args) {
+            for edge in edges(start, end) {
+                let ask = Ask { twins: beyond(dev, args, edge), ..Ask::new(edge, edge.bits(), Intent::Snapshot) };
+                core.block_resident(dev, room, &ask, park)?;
+            }
+        }
+        Ok(false)
+    });
+    taken.map(|_| ())
 }
 
 /// Opens the ranges on the device, watches them as far as they may move, and seals the edges of large ones.

@@ -18,6 +18,8 @@ use uhmm_os::{PAGE, copy};
 const BASE: usize = 1 << 46;
 /// Bytes of the program's memory that are copied at a time.
 const STAGE: usize = 1 << 20;
+/// Pieces of so many bytes at most have a stage each, so that those of a batch are under way together.
+const SMALL: usize = 64 << 10;
 
 /// The device's address of a frame.
 pub(crate) fn address(frame: Frame) -> usize {
@@ -87,6 +89,44 @@ impl Health {
 struct Batch {
     events: Vec<api::Event>,
     result: Result<(), Status>,
+    /// Small pieces from and to memory of the program, which may be gone: the device copies these instead. Those that go there have no address to go to afterwards.
+    stages: Vec<(Vec<u8>, Option<usize>)>,
+    /// The first address that could not be reached.
+    gone: Option<usize>,
+}
+
+impl Batch {
+    /// Starts a small piece from or to memory of the program; `None` if that cannot be read.
+    fn stage(&mut self, queue: &Queue, buffer: &Buffer, dma: Dma) -> Option<Result<api::Event, Status>> {
+        let at = dma.frame as usize * PAGE + dma.offset;
+        let mut stage = vec![0u8; dma.len];
+        let there = dma.kind == DmaKind::GuardedToDevice;
+        if there {
+            // SAFETY: the stage is as long; the program's memory may be anything.
+            if let Err(address) = unsafe { copy::guarded(stage.as_mut_ptr(), dma.host as *const u8, dma.len) } {
+                self.gone = self.gone.or(Some(address));
+                return None;
+            }
+        }
+        self.stages.push((stage, (!there).then_some(dma.host)));
+        let (stage, _) = self.stages.last_mut()?;
+        // SAFETY: the bytes, which do not move with their vector, live until the batch has been waited for, or for ever.
+        Some(unsafe {
+            if there { queue.write(buffer, at, stage.as_ptr(), dma.len) } else { queue.read(buffer, at, stage.as_mut_ptr(), dma.len) }
+        })
+    }
+
+    /// Writes what has come in stages to the program.
+    fn deliver(&mut self) -> Result<(), DmaError> {
+        for (stage, host) in &self.stages {
+            let Some(host) = *host else { continue };
+            // SAFETY: as in `stage`.
+            if let Err(address) = unsafe { copy::guarded(host as *mut u8, stage.as_ptr(), stage.len()) } {
+                self.gone = self.gone.or(Some(address));
+            }
+        }
+        self.gone.map_or(Ok(()), |address| Err(DmaError::Gone { address }))
+    }
 }
 
 impl Memory {
@@ -127,17 +167,21 @@ impl Memory {
 
     /// Starts a batch.
     pub(crate) fn copy(&self, batch: &[Dma]) -> Fence {
-        let mut started = Batch { events: Vec::with_capacity(batch.len()), result: Ok(()) };
+        let mut started = Batch { events: Vec::with_capacity(batch.len()), result: Ok(()), stages: vec![], gone: None };
         let queue = &self.copies[self.next.fetch_add(1, Ordering::Relaxed) % 2];
         for dma in merged(batch) {
             let at = dma.frame as usize * PAGE + dma.offset;
             let event = match dma.kind {
-                // SAFETY: the host's memory is uhmm's, and stays as it is until the batch has been waited for.
+                // SAFETY: the host's memory is uhmm's, or lent, and stays as it is until the batch has been waited for.
                 DmaKind::ToDevice | DmaKind::LentToDevice => unsafe { queue.write(&self.buffer, at, dma.host as *const u8, dma.len) },
                 // SAFETY: as above.
                 DmaKind::ToHost => unsafe { queue.read(&self.buffer, at, dma.host as *mut u8, dma.len) },
                 DmaKind::Zero => queue.zero(&self.buffer, at, dma.len),
-                DmaKind::GuardedToDevice | DmaKind::GuardedToHost => continue, // when they are waited for
+                DmaKind::GuardedToDevice | DmaKind::GuardedToHost if dma.len > SMALL => continue, // when they are waited for
+                DmaKind::GuardedToDevice | DmaKind::GuardedToHost => match started.stage(queue, &self.buffer, dma) {
+                    Some(event) => event,
+                    None => continue,
+                },
             };
             match event {
                 Ok(event) => started.events.push(event),
@@ -156,15 +200,18 @@ impl Memory {
     pub(crate) fn wait(&self, fence: Fence, batch: &[Dma], limit: Duration) -> Result<(), DmaError> {
         let end = Instant::now() + limit;
         // SAFETY: `copy` made it, and every fence is waited for once.
-        let started = unsafe { Box::from_raw(fence.0 as *mut Batch) };
+        let mut started = unsafe { Box::from_raw(fence.0 as *mut Batch) };
         let done = api::wait_until(&started.events, end).and(started.result.map_err(Undone::Failed));
-        let mut result = done.map_err(|undone| self.health.of_copy(undone));
-        for dma in batch.iter().filter(|dma| matches!(dma.kind, DmaKind::GuardedToDevice | DmaKind::GuardedToHost)) {
+        if done == Err(Undone::Late) {
+            core::mem::forget(core::mem::take(&mut started.stages)); // the device may use them still
+        }
+        let mut result = done.map_err(|undone| self.health.of_copy(undone)).and_then(|()| started.deliver());
+        for dma in merged(batch).filter(|dma| matches!(dma.kind, DmaKind::GuardedToDevice | DmaKind::GuardedToHost) && dma.len > SMALL) {
             // That the device failed counts for more than that something is gone.
             if result == Err(DmaError::Lost) {
                 break;
             }
-            result = match (result, self.by_stage(dma, limit)) {
+            result = match (result, self.by_stage(&dma, limit)) {
                 (Ok(()) | Err(DmaError::Gone { .. }), Err(failed @ (DmaError::Failed(_) | DmaError::Lost))) => Err(failed),
                 (Ok(()), other) => other,
                 (result, _) => result,
