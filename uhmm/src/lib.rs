@@ -120,12 +120,14 @@
 #![deny(unsafe_code)]
 
 mod buffer;
+mod devices;
 mod hints;
 mod host;
 mod lease;
 mod opencl;
 
 pub use buffer::Buffer;
+pub use devices::Available;
 pub use hints::{AsRange, Place, Prefetch, Residency, Run, To};
 pub use host::Host;
 pub use lease::{Fence, Lease, Signal, fence};
@@ -178,7 +180,7 @@ pub const KINDS: &[&str] = &["soft", "soft:nofault", "soft:coherent", "opencl", 
 /// # let dev = hmm.device("soft")?;
 /// let one = uhmm::Uhmm::new()?;
 /// let other = uhmm::Uhmm::new()?; // the same core
-/// println!("{:?}: {:?}", one.mode(), other.devices());
+/// println!("{:?}: {:?}", one.mode(), other.open_devices());
 /// # Ok(())
 /// # }
 /// ```
@@ -355,11 +357,6 @@ impl Uhmm {
     /// As [`advise`](Self::advise).
     pub fn advise_range(&self, start: usize, bytes: usize, advice: Advice) -> Result<(), Error> {
         self.core.advise(start, start.saturating_add(bytes), advice)
-    }
-
-    /// The devices that are open in this process.
-    pub fn devices(&self) -> Vec<DeviceInfo> {
-        self.core.devices()
     }
 
     /// What this process may do, and so how much uhmm can: the same program is right in all modes.

@@ -278,7 +278,7 @@ fn two_devices_take_turns() {
     }
     assert_eq!(pages_present(&data), 0);
     assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 6));
-    assert_eq!(hmm.devices().len(), 2);
+    assert_eq!(hmm.open_devices().len(), 2);
 }
 
 fn ranges_of_every_size_and_offset() {

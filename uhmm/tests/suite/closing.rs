@@ -28,12 +28,12 @@ fn a_device_is_closed_with_its_last_handle() {
         let (mib, workers) = (8 + round % 7 * 4, 1 + round % 3);
         let dev = hmm.soft("second").memory(mib << 20).threads(workers).open().unwrap();
         assert_eq!((dev.memory(), dev.threads()), (mib << 20, workers), "the new configuration counts");
-        assert_eq!(hmm.devices().len(), 2);
+        assert_eq!(hmm.open_devices().len(), 2);
         assert_eq!(threads().len(), before.0.len() + workers + 3, "workers, queues, a copy engine");
         dev.run(&increment, groups(data.len()), args![inout(&mut data)]).unwrap();
         assert_eq!(pages_present(&data), 0, "the data is on the device");
         drop(dev);
-        assert_eq!(hmm.devices().len(), 1);
+        assert_eq!(hmm.open_devices().len(), 1);
         assert!(pages_present(&data) > 970, "everything has come home: {}", pages_present(&data));
         assert_eq!(data[12_345], 12_346 + round as u32);
         assert_eq!((threads(), descriptors()), (before.0.clone(), before.1.clone()), "round {round}");
@@ -123,7 +123,7 @@ fn devices_open_and_close_while_others_work() {
                     memory[random.usize(0..WORDS)].fetch_add(1, Ordering::Relaxed);
                     added.fetch_add(1, Ordering::Relaxed);
                     if random.u8(..) == 0 {
-                        assert!(hmm.devices().iter().any(|info| info.name == "soft"));
+                        assert!(hmm.open_devices().iter().any(|info| info.name == "soft"));
                         let _ = hmm.stats();
                     }
                 }
@@ -170,7 +170,7 @@ fn devices_open_and_close_while_others_work() {
     let sum: usize = memory.iter().map(|word| word.load(Ordering::Relaxed) as usize).sum();
     assert_eq!(sum, added.load(Ordering::Relaxed), "no update is lost, none happens twice");
     assert!(closed.load(Ordering::Relaxed) > 5, "{closed:?}");
-    assert_eq!(hmm.devices().len(), 1);
+    assert_eq!(hmm.open_devices().len(), 1);
 }
 
 /// Threads fork while another opens and closes devices, with its data on them.
@@ -205,7 +205,7 @@ fn kernels_open_handles_while_threads_fork() {
         let opened = &opened;
         scope.spawn(move || {
             let kernel = |_: &Ctx<'_>| {
-                opened.fetch_add(Uhmm::new().unwrap().devices().len(), Ordering::Relaxed);
+                opened.fetch_add(Uhmm::new().unwrap().open_devices().len(), Ordering::Relaxed);
             };
             while std::time::Instant::now() < end {
                 dev.run(&kernel, 2, args![]).unwrap();
@@ -248,5 +248,5 @@ fn kernels_open_and_drop_handles_while_devices_close() {
     });
     assert!(opened.load(Ordering::Relaxed) > 10);
     drop(hmm.soft("last").memory(4 << 20).open().unwrap());
-    assert_eq!(hmm.devices().len(), 0, "all are closed");
+    assert_eq!(hmm.open_devices().len(), 0, "all are closed");
 }

@@ -46,7 +46,7 @@ fn two_users_share_one_core() {
     })
     .join()
     .unwrap();
-    assert_eq!(first.devices().len(), 1, "the other's device is seen");
+    assert_eq!(first.open_devices().len(), 1, "the other's device is seen");
     assert_eq!(threads().iter().filter(|name| name.starts_with("uhmm-monitor")).count(), 1);
     let same = first.device("soft").unwrap();
     let with = threads();
@@ -252,7 +252,7 @@ fn a_forked_child_sees_the_contents() {
             let inherited = data.iter().enumerate().all(|(i, &x)| x == i as u32 + round) && shared[499_999] == 499_999;
             data[5] = 0;
             // The parent's uhmm is not the child's, which may have one of its own.
-            let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| hmm.devices())).is_err();
+            let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| hmm.open_devices())).is_err();
             let mut own: Vec<u32> = (0..300_000).collect();
             let (_hmm, dev) = device(16);
             dev.run(&increment, groups(own.len()), args![inout(&mut own)]).unwrap();

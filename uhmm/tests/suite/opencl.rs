@@ -275,6 +275,11 @@ fn devices_are_found_by_name() {
     for name in ["opencl", "opencl:0", &format!("opencl:{}", first.kind), &format!("opencl:{word}")] {
         assert_eq!(uhmm_opencl::choose(name).unwrap().id, "opencl:0", "{name}");
     }
+    let hmm = Uhmm::new().unwrap();
+    let listed = || hmm.devices().into_iter().find(|device| device.name == "opencl:0").unwrap();
+    assert!(listed().open.is_none() && listed().hardware.unwrap().contains(&first.name));
+    let dev = hmm.opencl("opencl:0").memory(4 << 20).open().unwrap();
+    assert!(listed().open.is_some_and(|info| info.name == dev.name()));
     let error = Uhmm::new().unwrap().device("opencl:no such thing").unwrap_err().to_string();
     assert!(error.contains("opencl:0") && error.contains(&first.name), "{error}");
     let error = Uhmm::new().unwrap().opencl("opencl").copies(true).memory(first.largest + (4 << 20)).open().unwrap_err().to_string();

@@ -31,7 +31,7 @@ pub unsafe extern "C" fn plugin_add(held: *mut Held, data: *mut u32, len: usize)
     let (held, data) = unsafe { (&*held, std::slice::from_raw_parts_mut(data, len)) };
     let kernel = |ctx: &Ctx<'_>| ctx.out::<u32>(0).chunk(1000).iter_mut().for_each(|x| *x += 1);
     match held.dev.run(&kernel, len.div_ceil(1000), args![inout(data)]) {
-        Ok(()) => held.hmm.devices().len(),
+        Ok(()) => held.hmm.open_devices().len(),
         Err(_) => 0,
     }
 }
