@@ -283,8 +283,9 @@ fn demo_has_all_keys() -> Outcome {
     ensure(count["bytes"].as_u64() > Some(2 * 20 * 1797 * 64), || format!("{count}"))
 }
 
-fn bench_prints_lines() -> Outcome {
-    let output = uhmm(&["bench", "memory", "--size", "8", "--pairs", "1", "--json"]).output()?;
+/// The names of the rows that a bench prints, each of which has all keys.
+fn rows(args: &[&str]) -> Result<Vec<String>, Failed> {
+    let output = uhmm(&[args, &["--pairs", "1", "--json"]].concat()).output()?;
     succeeded(&output)?;
     let out = text(&output.stdout);
     let mut names = vec![];
@@ -296,6 +297,18 @@ fn bench_prints_lines() -> Outcome {
         ensure(row["value"].as_f64() > Some(least) && row["floor"].as_f64() > Some(least), || line.into())?;
         names.push(row["name"].as_str().unwrap_or_default().to_owned());
     }
+    Ok(names)
+}
+
+fn has_rows(names: &[String], expected: &[&str]) -> Outcome {
+    for name in expected {
+        ensure(names.iter().any(|have| have == name), || format!("no row {name} in {names:?}"))?;
+    }
+    Ok(())
+}
+
+fn bench_prints_lines() -> Outcome {
+    let names = rows(&["bench", "memory", "--size", "8"])?;
     let expected = [
         "migrate_to_device_2m",
         "migrate_home_2m",
@@ -306,10 +319,26 @@ fn bench_prints_lines() -> Outcome {
         "peer_migrate_2m",
         "first_launch_4k",
     ];
-    for name in expected {
-        ensure(names.iter().any(|have| have == name), || format!("no row {name} in {names:?}"))?;
-    }
-    Ok(())
+    has_rows(&names, &expected)
+}
+
+/// Every program of the bench checks its result, so that this is a test of uhmm on OpenCL as well.
+fn bench_of_opencl() -> Outcome {
+    let expected = [
+        "opencl_mul_mat_1024",
+        "opencl_mul_mat_1024_fresh",
+        "opencl_mul_mat_1024_kernel",
+        "opencl_mul_mat_2048",
+        "opencl_vadd_256m",
+        "opencl_vadd_256m_fresh",
+        "opencl_stencil",
+        "opencl_kmeans",
+        "opencl_sparse_1pct",
+        "opencl_scattered_1pct",
+        "opencl_launch_resident_1m",
+        "opencl_launch_resident_1g",
+    ];
+    has_rows(&rows(&["bench", "opencl"])?, &expected)
 }
 
 /// The bytes of a .npy file, format 1.0.

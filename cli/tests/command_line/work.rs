@@ -31,6 +31,7 @@ pub(crate) fn trials(full: bool) -> Vec<Trial> {
             trials.push(Trial::test(format!("{name}_{device}"), move || test(device)).with_ignored_flag(ignored));
         }
     }
+    trials.push(Trial::test("bench_of_opencl", super::bench_of_opencl).with_ignored_flag(!full || !opencl));
     trials.push(Trial::test("bad_graphs_are_refused", bad_graphs_are_refused));
     trials.push(Trial::test("bad_images_are_refused", bad_images_are_refused));
     trials.push(Trial::test("more_clusters_than_points_are_refused", || {
