@@ -68,6 +68,7 @@ const FULL_ONLY: &[&str] = &[
     "evict::",
     "kernel_access::",
     "kernel_futex::",
+    "opencl::a_touch_of_what_a_kernel_writes",
     "opencl::a_written_range",
     "opencl::a_kernel_that_uses",
     "opencl::touches_of_the_program",

@@ -14,6 +14,7 @@ crate::tests![
     a_written_range_is_not_the_cpus_while_the_kernel_runs,
     a_kernel_that_uses_the_processs_memory_is_found_out,
     touches_of_the_program_are_not_the_kernels,
+    a_touch_of_what_a_kernel_writes_waits_for_its_end,
     wrong_kernels_are_refused_in_words,
     devices_are_found_by_name,
     devices_are_found_by_several_threads_at_once,
@@ -229,6 +230,32 @@ fn touches_of_the_program_are_not_the_kernels() {
 }
 
 const LITTLE: &str = "__kernel void little(__global uint *data) { data[get_global_id(0)]++; }";
+
+/// A thread that touches a page which a running kernel writes sees what the kernel has made of it, and goes on when it has ended.
+fn a_touch_of_what_a_kernel_writes_waits_for_its_end() {
+    let (_hmm, dev) = opened(64);
+    let kernel = Foreign(OpenCl { source: ADD.into(), name: "slow".into(), local: [64, 1, 1], options: "".into() });
+    let wanted = (0..300u32).fold(7u32, |x, _| x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+    for _ in 0..3 {
+        let mut data = vec![7u32; 4 << 20];
+        let places = [1 << 20, 2 << 20, 3 << 20].map(|at| &raw const data[at] as usize);
+        std::thread::scope(|scope| {
+            let touchers = places.map(|place| {
+                scope.spawn(move || {
+                    let place = place as *const u32;
+                    while crate::harness::present(place) {
+                        std::thread::yield_now();
+                    }
+                    // SAFETY: the vector lives as long as the scope; a plain load of a whole word, which the kernel writes by way of the device's memory.
+                    unsafe { place.read_volatile() }
+                })
+            });
+            dev.run(&kernel, data.len() / 64, args![inout(&mut data), 300u32]).unwrap();
+            assert!(touchers.map(|toucher| toucher.join().unwrap()).iter().all(|&seen| seen == wanted), "not what the kernel has made");
+        });
+        assert!(data.iter().all(|&x| x == wanted));
+    }
+}
 
 /// Everything that can be wrong with a kernel is said before anything moves, in the compiler's words where they are its own.
 fn wrong_kernels_are_refused_in_words() {
