@@ -44,15 +44,12 @@ impl Arrays {
     /// The pieces that the CPU uses of a window: one run of 1 % of an array, or as many pages.
     fn pieces(&mut self, from: usize) -> Vec<std::ops::Range<usize>> {
         let part = LEN / 100;
-        if !self.scattered {
-            let at = from + self.random.usize(..MADE - part);
-            return vec![at..at + part];
-        }
-        let page = |_| {
-            let at = from + self.random.usize(..MADE / EACH_PAGE) * EACH_PAGE;
-            at..at + EACH_PAGE
+        let (pieces, each) = if self.scattered { (part / EACH_PAGE, EACH_PAGE) } else { (1, part) };
+        let piece = |_| {
+            let at = from + self.random.usize(..(MADE - each) / EACH_PAGE) * EACH_PAGE;
+            at..at + each
         };
-        (0..part / EACH_PAGE).map(page).collect()
+        (0..pieces).map(piece).collect()
     }
 
     /// One round: the CPU changes some of the input, the window is made, and the CPU uses some of it.
