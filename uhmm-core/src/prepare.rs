@@ -131,7 +131,7 @@ fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger,
         return Ok(());
     }
     if !flight.fetches(dev) {
-        snapshot_ends(core, dev, args)?;
+        snapshot_ends(core, dev, flight, args)?;
     }
     for range in ranges(args) {
         snapshot_rest(core, dev, flight, ledger, args, range)?;
@@ -140,13 +140,16 @@ fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger,
 }
 
 /// Takes snapshots of the pages at the ends of all arguments together, so that their copies are waited for once and not one by one. What this leaves over, [`snapshot_rest`] finds.
-fn snapshot_ends(core: &Core, dev: &Device, args: &[RawArg]) -> Result<(), Error> {
+fn snapshot_ends(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) -> Result<(), Error> {
     let park: Park<'_> = &mut |parked| core.pool.put(parked.tray);
     let taken = core.one_pass(dev, park, |room, park| {
-        for (start, end, _) in ranges(args) {
+        for (start, end, access) in ranges(args) {
             for edge in edges(start, end) {
-                let ask = Ask { twins: beyond(dev, args, edge), ..Ask::new(edge, edge.bits(), Intent::Snapshot) };
-                core.block_resident(dev, room, &ask, park)?;
+                let want = edge.bits() - usable(core, dev, flight, edge, access); // shared memory is used in place, edges too
+                if !want.is_empty() {
+                    let ask = Ask { twins: beyond(dev, args, edge), ..Ask::new(edge, want, Intent::Snapshot) };
+                    core.block_resident(dev, room, &ask, park)?;
+                }
             }
         }
         Ok(false)
