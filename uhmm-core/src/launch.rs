@@ -269,9 +269,8 @@ fn make_ready(
     args: &[RawArg],
     place: &Place<'_>,
 ) -> Result<(), Error> {
-    // What would be placed now might have to take the place of what the running launch uses.
-    let may = !dev.driver.info().capabilities.linear;
-    if may && !place.is_first() && dev.flights.has_other_launch(flight) {
+    // On a device without a page table it is its turn already: `checked` has waited.
+    if !place.is_first() && dev.flights.has_other_launch(flight) {
         let part = if flight.fetches(dev) { Part::Read } else { Part::All };
         let early = {
             let _prepare = core.prepare.lock();

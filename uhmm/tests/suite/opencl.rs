@@ -75,23 +75,27 @@ pub fn foreign(name: &'static str) -> Foreign {
     Foreign(OpenCl { source: CHECKED.into(), name: name.into(), local: [1; 3], options: "".into() })
 }
 
+/// That of some kernels which a check asks for.
+pub(crate) fn form(kernels: &[Foreign], named: Named) -> Option<Entry> {
+    let name = match named {
+        Named::Copy => "copy",
+        Named::AddOne => "add_one",
+        Named::Sum => "sum",
+        Named::FillPart => "fill_part",
+        Named::FollowList => "follow_list",
+        Named::Reach => "reach",
+        Named::Fail => return None,
+    };
+    kernels.iter().find(|kernel| kernel.0.name == name).map(Entry::new)
+}
+
 fn conforms() {
     let dev = CoreRef::get()
         .unwrap()
         .device(DeviceConfig { memory: 16 << 20, ..DeviceConfig::new("opencl") }, uhmm_opencl::open_with_copies)
         .unwrap();
     let kernels = ["copy", "add_one", "sum", "fill_part", "follow_list"].map(foreign);
-    let forms = |named| {
-        let at = match named {
-            Named::Copy => 0,
-            Named::AddOne => 1,
-            Named::Sum => 2,
-            Named::FillPart => 3,
-            Named::FollowList => 4,
-            Named::Reach | Named::Fail => return None,
-        };
-        Some(Entry::new(&kernels[at]))
-    };
+    let forms = |named| form(&kernels, named);
     let mut subject = Subject::new(&dev).with_forms(&forms);
     let lesser = CoreRef::get().unwrap().mode() != Mode::Full;
     assert_eq!(failed(&mut subject, |name| lesser && crate::conformance::STAYS.contains(&name)), Vec::<&str>::new());

@@ -4,8 +4,7 @@ use crate::conformance::{STAYS, failed};
 use crate::harness::*;
 use crate::opencl::Foreign;
 use uhmm::{Device, OpenCl, Stats, Uhmm, args, inout, inp, out, ptr};
-use uhmm_core::conformance::{Named, Subject};
-use uhmm_core::kernel::Entry;
+use uhmm_core::conformance::Subject;
 use uhmm_core::{CoreRef, DeviceConfig};
 
 crate::tests![
@@ -54,18 +53,7 @@ fn conforms() {
     let name = Box::leak(device().expect("such a device").into_boxed_str());
     let dev = CoreRef::get().unwrap().device(DeviceConfig::new(name), uhmm_opencl::open).unwrap();
     let kernels = ["copy", "add_one", "sum", "fill_part", "follow_list", "reach"].map(crate::opencl::foreign);
-    let forms = |named| {
-        let at = match named {
-            Named::Copy => 0,
-            Named::AddOne => 1,
-            Named::Sum => 2,
-            Named::FillPart => 3,
-            Named::FollowList => 4,
-            Named::Reach => 5,
-            Named::Fail => return None,
-        };
-        Some(Entry::new(&kernels[at]))
-    };
+    let forms = |named| crate::opencl::form(&kernels, named);
     assert_eq!(
         failed(&mut Subject::new(&dev).with_forms(&forms), |name| STAYS.contains(&name) || MEMORY.contains(&name)),
         Vec::<&str>::new()
