@@ -16,7 +16,7 @@ use crate::check;
 use crate::coherent;
 use crate::core::{Core, Device};
 use crate::counters::count;
-use crate::driver::Launch;
+use crate::driver::{Launch, Reads};
 use crate::error::Error;
 use crate::fixed::Sealed;
 use crate::flight::{self, Conflict, Flight, Purpose};
@@ -31,6 +31,7 @@ use crate::place;
 use crate::prepare::{Part, note_ends, prepare, register_ahead};
 use crate::ranges;
 use crate::reach::{self, Reaches, Shared};
+use crate::returns::Returns;
 use crate::snapshot;
 use crate::sync::*;
 use std::time::Instant;
@@ -104,6 +105,8 @@ pub(crate) struct Ledger {
     /// Blocks with snapshots of the running launch.
     pub(crate) bounced: OwnSlice<usize>,
     pub(crate) bounced_count: usize,
+    /// What the driver reads of them behind the kernel.
+    pub(crate) returns: Returns,
     /// Edge pages that have been sealed for the launch.
     pub(crate) sealed: Sealed,
     /// What a lease has declared.
@@ -146,6 +149,7 @@ impl Ledger {
             parked_count: 0,
             bounced: OwnSlice::new(c"uhmm ledger", most)?,
             bounced_count: 0,
+            returns: Returns::new()?,
             sealed: Sealed::new(),
             args: [RawArg::NONE; MAX_ARGS],
             reaches: Reaches::default(),
@@ -251,7 +255,12 @@ fn fly(
     place.wait();
     flight.ran = prepared.is_ok();
     let result = match prepared {
-        Ok(()) => execute(core, dev, request, groups),
+        Ok(()) => {
+            if !flight.fetches(dev) {
+                ledger.returns.list(core, dev, flight, args, &ledger.bounced[..ledger.bounced_count]);
+            }
+            execute(core, dev, request, groups, Some(&mut ledger.returns))
+        }
         Err(e) => Err(e),
     };
     let _prepare = core.prepare.lock();
@@ -308,7 +317,7 @@ fn make_ready(
 
 /// A launch for which nothing has to be done.
 pub(crate) fn bare(core: &Core, dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
-    counted(dev, execute(core, dev, request, groups))
+    counted(dev, execute(core, dev, request, groups, None))
 }
 
 fn counted(dev: &Device, result: Result<(), Error>) -> Result<(), Error> {
@@ -338,16 +347,21 @@ fn unchanged(core: &Core, dev: &Device, args: &[RawArg]) -> Option<u64> {
 }
 
 /// It is the launch's turn on the device, and what it declares is there.
-fn execute(core: &Core, dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
+fn execute(core: &Core, dev: &Device, request: &Request, groups: usize, returns: Option<&mut Returns>) -> Result<(), Error> {
     let gathered = gather::gather(core, dev, &request.reaches)?;
     let mut bound = Bound::new(request.args(), request.grid, dev.driver.info().mask);
     if let Some(gathered) = &gathered {
         bound = bound.with_reaches(request.shared(dev), gathered.address());
     }
-    let launch = Launch { entry: request.entry, bound, groups };
+    let reads = Reads::new(returns.as_ref().map_or(&[], |returns| returns.pieces()));
+    let launch = Launch { entry: request.entry, bound, groups, reads };
     let start = Instant::now();
     let result = dev.driver.launch(&launch);
     count(&dev.counters.kernel_nanos, start.elapsed().as_nanos() as usize);
+    let read = launch.reads.take();
+    if let Some(returns) = returns.filter(|_| read) {
+        returns.are_done();
+    }
     result.map_err(|fault| dev.launch_failed(fault))?;
     gathered.map_or(Ok(()), |gathered| gathered.write_back())
 }

@@ -92,6 +92,7 @@ mod ranges;
 mod raw_fork;
 pub mod reach;
 pub mod residency;
+mod returns;
 pub mod scope;
 mod share;
 mod shares;

@@ -114,11 +114,9 @@ fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger,
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
         *want = Want::of(dev, flight, range);
     }
-    let reads = ranges(args).any(|range| range.2 == Access::In);
-    let plan =
-        Plan { core, dev, flight, args, part, wants, sealed: &sealed, pins: reads && tasks::has_pinned_pages(), next: AtomicUsize::new(0) };
-    let pins = plan.pins;
+    let plan = Plan { core, dev, flight, args, part, wants, sealed: &sealed, pins: Pins::default(), next: AtomicUsize::new(0) };
     let carried_out = plan.carry_out(ledger);
+    let pins = flight.fetches(dev) && core.policies.marks.any() && plan.pins.any();
     ledger.sealed = sealed; // of those that are written snapshots are taken; they leave when the launch has ended
     carried_out?;
     if coherent {
@@ -147,7 +145,8 @@ fn snapshot_ends(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) ->
             for edge in edges(start, end) {
                 let want = edge.bits() - usable(core, dev, flight, edge, access); // shared memory is used in place, edges too
                 if !want.is_empty() {
-                    let ask = Ask { twins: beyond(dev, args, edge), ..Ask::new(edge, want, Intent::Snapshot) };
+                    let (ahead, twins) = (flight.purpose == Purpose::Launch, beyond(dev, args, edge));
+                    let ask = Ask { ahead, twins, ..Ask::new(edge, want, Intent::Snapshot) };
                     core.block_resident(dev, room, &ask, park)?;
                 }
             }
@@ -219,11 +218,30 @@ struct Plan<'a> {
     part: Part,
     wants: [Want; MAX_ARGS],
     sealed: &'a Sealed,
-    /// Some pages of the process may be pinned. Whoever has pinned a page writes to it without a fault, so it must not be duplicated: what is read moves
-    /// too, which is refused for just these pages; they get a snapshot.
-    pins: bool,
+    pins: Pins,
     /// The first block that nobody has taken yet.
     next: AtomicUsize,
+}
+
+/// Whether some pages of the process may be pinned. Whoever has pinned a page writes to it without a fault, so it must not be duplicated: what is read moves too, which is refused for just these
+/// pages; they get a snapshot. The system is asked (some 25 us) when it first matters.
+#[derive(Default)]
+struct Pins(AtomicU8);
+
+impl Pins {
+    fn any(&self) -> bool {
+        const NO: u8 = 1;
+        const YES: u8 = 2;
+        match self.0.load(Ordering::Relaxed) {
+            NO => false,
+            YES => true,
+            _ => {
+                let any = tasks::has_pinned_pages();
+                self.0.store(if any { YES } else { NO }, Ordering::Relaxed);
+                any
+            }
+        }
+    }
 }
 
 impl Plan<'_> {
@@ -310,7 +328,9 @@ impl Plan<'_> {
     /// Has pages that can move where the policy wants those that an argument of so many bytes declares.
     fn as_wished(&self, room: &mut Room, (access, bytes): (Access, usize), ask: &Ask<'_>, park: Park<'_>) -> Result<bool, Error> {
         let wishes = Wishes::of(self.core, self.dev, self.flight.fetches(self.dev), access, bytes, ask.part);
-        let shares = if self.pins { Intent::Move } else { Intent::Duplicate };
+        // What the device has was not pinned when it was shared; and whoever pins a page since, to write to it, has to break its protection first.
+        let lacks = || (wishes.duplicates & ask.want) - usable(self.core, self.dev, self.flight, ask.part, Access::In);
+        let shares = if !lacks().is_empty() && self.pins.any() { Intent::Move } else { Intent::Duplicate };
         // A coherent device writes in place whatever happens then: there is nothing to park for a kernel that fails.
         let moves = if access == Access::Out && !self.dev.driver.info().capabilities.coherent { Intent::Discard } else { Intent::Move };
         let mut again = false;
@@ -327,7 +347,7 @@ impl Plan<'_> {
     fn ask(&self, access: Access, part: Span, piece: Piece) -> Ask<'_> {
         if !piece.movable {
             let intent = match access {
-                Access::In if piece.shareable && !self.pins => Intent::Duplicate,
+                Access::In if piece.shareable && !self.pins.any() => Intent::Duplicate,
                 Access::Out => Intent::Blank,
                 _ => Intent::Snapshot,
             };

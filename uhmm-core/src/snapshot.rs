@@ -20,6 +20,7 @@ use crate::page::{Cause, PageState, Span, Va};
 use crate::policy::Wishes;
 use crate::pool::{Size, Tray};
 use crate::ranges::{self, MoveEnd};
+use crate::returns::{self, Returns};
 use crate::sync::*;
 use crate::twins;
 use core::ops::Range;
@@ -43,7 +44,7 @@ pub(crate) fn finish(
         if success && keeps && flight.fetches(dev) {
             keep(core, dev, flight, va, args, &ledger.sealed);
         }
-        let ended = end_block(core, dev, flight, va, args, success);
+        let ended = end_block(core, dev, flight, va, args, success, Some(&ledger.returns));
         result = match (result, ended) {
             (Ok(sum), Ok(pages)) => Ok(sum + pages),
             (Err(e), _) | (_, Err(e)) => Err(e),
@@ -58,6 +59,7 @@ pub(crate) fn finish(
             end(va, false);
         }
     }
+    ledger.returns.forget();
     result
 }
 
@@ -68,7 +70,7 @@ pub(crate) fn finish(
 pub(crate) fn finish_fetched(core: &Core, dev: &Device, flight: &Flight, success: bool) -> Result<(), DmaError> {
     let mut result = Ok(());
     while let Some(va) = dev.fetched.lock().pop() {
-        result = result.and(end_block(core, dev, flight, va, &[], success).map(|_| ()));
+        result = result.and(end_block(core, dev, flight, va, &[], success, None).map(|_| ()));
     }
     result
 }
@@ -199,7 +201,15 @@ impl Fetched {
 
 /// Takes the block's snapshots off the device, with `success` after what the kernel wrote there has been written to the program: how many pages went. Those
 /// that other flights have a part in stay, with twins that know what was written.
-fn end_block(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg], success: bool) -> Result<usize, DmaError> {
+fn end_block(
+    core: &Core,
+    dev: &Device,
+    flight: &Flight,
+    va: Va,
+    args: &[RawArg],
+    success: bool,
+    returns: Option<&Returns>,
+) -> Result<usize, DmaError> {
     let mut others = dev.flights.others(flight, va);
     if flight.index < MAX_FLIGHTS && !flight.ran {
         others |= Bits::ALL - dev.flights.mine(flight, va); // a running kernel may have asked for it
@@ -209,7 +219,7 @@ fn end_block(core: &Core, dev: &Device, flight: &Flight, va: Va, args: &[RawArg]
     let mut result = Ok(pages.count());
     if success {
         // No lock is held: the program's pages may fault. What is claimed stays where it is.
-        if let Err(e) = write_declared(core, dev, args, va, pages - stay) {
+        if let Err(e) = write_declared(core, dev, args, va, pages - stay, returns) {
             result = Err(e);
         }
         for page in stay.pages() {
@@ -275,29 +285,33 @@ fn claim<'a>(core: &'a Core, dev: &Device, va: Va, others: Bits) -> Option<(&'a 
 }
 
 /// Writes the bytes that written arguments cover, and no other, into the program's pages.
-fn write_declared(core: &Core, dev: &Device, args: &[RawArg], va: Va, pages: Bits) -> Result<(), DmaError> {
+fn write_declared(core: &Core, dev: &Device, args: &[RawArg], va: Va, pages: Bits, returns: Option<&Returns>) -> Result<(), DmaError> {
     let mut room = core.room();
     let list = room.list();
     let mut count = 0;
     let mut result = Ok(());
-    let mut send = |list: &[Dma]| {
-        if let Err(e) = dev.transfer(list) {
-            result = Err(e);
-        }
-        list.iter().for_each(|dma| count_bytes(dev, dma.len));
-    };
-    let Some(block) = core.dir.get(va) else { return Ok(()) };
-    let each = |run: Range<usize>, frame: Frame, f: &mut dyn FnMut(Dma)| {
-        let (from, to) = (va + run.start * PAGE, va + run.end * PAGE);
-        for (start, end, _) in args.iter().filter_map(RawArg::process_range).filter(|range| range.2.writes()) {
-            let (start, end) = (start.max(from), end.min(to));
-            if start < end {
-                let at = start - from;
-                let frame = frame + (at / PAGE) as Frame;
-                f(Dma { kind: DmaKind::GuardedToHost, host: start, frame, offset: at % PAGE, len: end - start });
+    let mut send = |list: &mut [Dma]| {
+        let mut rest = 0;
+        for index in 0..list.len() {
+            let dma = list[index];
+            count_bytes(dev, dma.len);
+            if let Some(read) = returns.and_then(|returns| returns.of(&dma)) {
+                // SAFETY: the launch has borrowed these bytes for writing; what was unmapped all the same is an error, not a crash.
+                if let Err(address) = unsafe { copy::guarded(dma.host as *mut u8, read.as_ptr(), dma.len) } {
+                    result = Err(DmaError::Gone { address });
+                }
+            } else {
+                list[rest] = dma;
+                rest += 1;
             }
         }
+        if rest > 0
+            && let Err(e) = dev.transfer(&list[..rest])
+        {
+            result = Err(e);
+        }
     };
+    let Some(block) = core.dir.get(va) else { return Ok(()) };
     // The frames are ours while the block is; their numbers are read under the lock, a part at a time.
     let mut rest = pages;
     while !rest.is_empty() {
@@ -307,14 +321,14 @@ fn write_declared(core: &Core, dev: &Device, args: &[RawArg], va: Va, pages: Bit
             ranges::frame_runs(core, &state, rest, |run, frame| {
                 if count + MAX_ARGS <= list.len() {
                     done |= Bits::range(run.clone());
-                    each(run, frame, &mut |dma| {
+                    returns::declared(args, va, run, frame, &mut |dma| {
                         list[count] = dma;
                         count += 1;
                     });
                 }
             });
         }
-        send(&list[..count]);
+        send(&mut list[..count]);
         count = 0;
         rest -= done;
     }

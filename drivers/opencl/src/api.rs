@@ -166,7 +166,7 @@ pub(crate) fn has_system_pointers(svm: u64) -> bool {
 pub struct Device {
     context: cl_context,
     id: cl_device_id,
-    kernels: cl_command_queue,
+    kernels: Queue,
 }
 
 // SAFETY: OpenCL's objects may be used by any thread (specification, appendix A.2), but for the arguments of a kernel, which `program` keeps to one thread at a time.
@@ -181,7 +181,7 @@ impl Device {
         let context = status(cx::create_context(&[id], ptr::null(), None, ptr::null_mut()))?;
         // SAFETY: both were made above.
         match unsafe { cq::create_command_queue(context, id, 0) } {
-            Ok(kernels) => Ok(Device { context, id, kernels }),
+            Ok(kernels) => Ok(Device { context, id, kernels: Queue(kernels) }),
             Err(code) => {
                 // SAFETY: made above, and used by nobody.
                 let _ = unsafe { cx::release_context(context) };
@@ -198,13 +198,14 @@ impl Device {
         self.id
     }
 
-    pub(crate) fn kernels(&self) -> cl_command_queue {
-        self.kernels
+    /// The queue for kernels, and for what they come after.
+    pub(crate) fn kernels(&self) -> &Queue {
+        &self.kernels
     }
 
     /// Its objects, for a program that uses OpenCL by itself.
     pub(crate) fn native(&self) -> Native {
-        Native::OpenCl { context: self.context as usize, device: self.id as usize, queue: self.kernels as usize }
+        Native::OpenCl { context: self.context as usize, device: self.id as usize, queue: self.kernels.0 as usize }
     }
 
     /// A queue that does one thing after the other.
@@ -222,11 +223,8 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: both are this value's own, and nothing is asked of them any more.
-        unsafe {
-            let _ = cq::release_command_queue(self.kernels);
-            let _ = cx::release_context(self.context);
-        }
+        // SAFETY: it is this value's own, and nothing is asked of it any more; the queue, which goes next, holds it until then.
+        let _ = unsafe { cx::release_context(self.context) };
     }
 }
 
@@ -260,6 +258,28 @@ pub struct Event(cl_event);
 unsafe impl Send for Event {}
 
 impl Event {
+    /// # Safety
+    /// The event is nobody else's.
+    pub(crate) unsafe fn new(event: cl_event) -> Self {
+        Event(event)
+    }
+
+    /// Whether it has ended, well or not.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended().is_ok_and(|code| code <= 0)
+    }
+
+    /// How it has ended, once it has been waited for.
+    ///
+    /// # Errors
+    /// With what status it failed.
+    pub(crate) fn result(&self) -> Result<(), Status> {
+        match self.ended()? {
+            0.. => Ok(()),
+            code => Err(Status(code)),
+        }
+    }
+
     /// How far it is: negative if it failed, with what status.
     fn ended(&self) -> Result<i32, Status> {
         status(ev::get_event_info(self.0, ev::CL_EVENT_COMMAND_EXECUTION_STATUS).map(i32::from))
@@ -318,10 +338,7 @@ pub(crate) fn wait_until(events: &[Event], end: Instant) -> Result<(), Undone> {
         }
         thread::yield_now();
     }
-    events.iter().try_for_each(|event| match event.ended() {
-        Ok(0..) => Ok(()),
-        Ok(code) | Err(Status(code)) => Err(Undone::Failed(Status(code))),
-    })
+    events.iter().try_for_each(|event| event.result().map_err(Undone::Failed))
 }
 
 /// Sleeps until an event has ended, or it is time.
@@ -392,9 +409,13 @@ impl Queue {
             .map(Event)
     }
 
-    #[cfg(test)]
     pub(crate) fn raw(&self) -> cl_command_queue {
         self.0
+    }
+
+    /// Waits for all that was enqueued.
+    pub(crate) fn finish(&self) -> Result<(), Status> {
+        status(cq::finish(self.0))
     }
 
     /// Sees to it that what was enqueued begins.

@@ -221,7 +221,7 @@ unsafe impl Driver for OpenCl {
         let form = unsafe { launch.entry.opencl() }.ok_or_else(|| KernelFault::Refused(Message::new(NO_FORM)))?;
         let kernel = self.programs.load(self.memory.device(), form).map_err(|why| KernelFault::Refused(Message::new(&why)))?;
         *self.failed() = None;
-        let ran = api::as_runtime(|| kernel.run(&self.memory, &self.table, &launch.bound, form.local));
+        let ran = api::as_runtime(|| kernel.run(&self.memory, &self.table, launch, form.local));
         self.failed().take().map_or(ran, Err)
     }
 

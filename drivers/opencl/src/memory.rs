@@ -8,8 +8,10 @@
 
 use crate::api::{self, Buffer, Device, Queue, Status, Undone};
 use crate::ranges::Ranges;
+use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use core::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use uhmm_core::driver::{Dma, DmaError, DmaKind, Fence, Frame};
 use uhmm_os::{PAGE, copy};
@@ -38,6 +40,8 @@ pub struct Memory {
     /// Two, which take batches in turn: what one of them waits for, the other need not.
     copies: [Queue; 2],
     next: AtomicUsize,
+    /// What the next kernel comes after, which stands in the queue for kernels before it.
+    ahead: Mutex<Vec<Batch>>,
     ranges: Ranges,
     device: Device,
     health: Health,
@@ -86,7 +90,12 @@ impl Health {
 }
 
 /// What a fence stands for.
+#[derive(Debug)]
 struct Batch {
+    /// The next kernel comes after it, and it is not waited for before.
+    ahead: bool,
+    /// For that time, which frames it uses.
+    frames: Vec<Range<usize>>,
     events: Vec<api::Event>,
     result: Result<(), Status>,
     /// Small pieces from and to memory of the program, which may be gone: the device copies these instead. Those that go there have no address to go to afterwards.
@@ -100,7 +109,7 @@ impl Batch {
     fn stage(&mut self, queue: &Queue, buffer: &Buffer, dma: Dma) -> Option<Result<api::Event, Status>> {
         let at = dma.frame as usize * PAGE + dma.offset;
         let mut stage = vec![0u8; dma.len];
-        let there = dma.kind == DmaKind::GuardedToDevice;
+        let there = dma.kind != DmaKind::GuardedToHost;
         if there {
             // SAFETY: the stage is as long; the program's memory may be anything.
             if let Err(address) = unsafe { copy::guarded(stage.as_mut_ptr(), dma.host as *const u8, dma.len) } {
@@ -139,6 +148,7 @@ impl Memory {
             buffer: device.buffer(bytes)?,
             copies: [device.queue()?, device.queue()?],
             next: AtomicUsize::new(0),
+            ahead: Mutex::default(),
             ranges: Ranges::new(&device)?,
             device,
             health: Health::default(),
@@ -167,8 +177,14 @@ impl Memory {
 
     /// Starts a batch.
     pub(crate) fn copy(&self, batch: &[Dma]) -> Fence {
-        let mut started = Batch { events: Vec::with_capacity(batch.len()), result: Ok(()), stages: vec![], gone: None };
-        let queue = &self.copies[self.next.fetch_add(1, Ordering::Relaxed) % 2];
+        let ahead = batch.iter().all(|dma| dma.kind == DmaKind::SnapshotToDevice && dma.len <= SMALL);
+        let frames = if ahead { batch.iter().map(frames).collect() } else { vec![] };
+        let mut started = Batch { ahead, frames, events: Vec::with_capacity(batch.len()), result: Ok(()), stages: vec![], gone: None };
+        let queue = if ahead || self.meets_ahead(batch) {
+            self.device.kernels()
+        } else {
+            &self.copies[self.next.fetch_add(1, Ordering::Relaxed) % 2]
+        };
         for dma in merged(batch) {
             let at = dma.frame as usize * PAGE + dma.offset;
             let event = match dma.kind {
@@ -177,11 +193,13 @@ impl Memory {
                 // SAFETY: as above.
                 DmaKind::ToHost => unsafe { queue.read(&self.buffer, at, dma.host as *mut u8, dma.len) },
                 DmaKind::Zero => queue.zero(&self.buffer, at, dma.len),
-                DmaKind::GuardedToDevice | DmaKind::GuardedToHost if dma.len > SMALL => continue, // when they are waited for
-                DmaKind::GuardedToDevice | DmaKind::GuardedToHost => match started.stage(queue, &self.buffer, dma) {
-                    Some(event) => event,
-                    None => continue,
-                },
+                _ if dma.len > SMALL => continue, // when they are waited for
+                DmaKind::GuardedToDevice | DmaKind::SnapshotToDevice | DmaKind::GuardedToHost => {
+                    match started.stage(queue, &self.buffer, dma) {
+                        Some(event) => event,
+                        None => continue,
+                    }
+                }
             };
             match event {
                 Ok(event) => started.events.push(event),
@@ -201,12 +219,17 @@ impl Memory {
         let end = Instant::now() + limit;
         // SAFETY: `copy` made it, and every fence is waited for once.
         let mut started = unsafe { Box::from_raw(fence.0 as *mut Batch) };
+        if started.ahead {
+            let result = started.result.map_err(|status| self.health.of_copy(Undone::Failed(status))).and_then(|()| started.deliver());
+            self.ahead().push(*started);
+            return result;
+        }
         let done = api::wait_until(&started.events, end).and(started.result.map_err(Undone::Failed));
         if done == Err(Undone::Late) {
             core::mem::forget(core::mem::take(&mut started.stages)); // the device may use them still
         }
         let mut result = done.map_err(|undone| self.health.of_copy(undone)).and_then(|()| started.deliver());
-        for dma in merged(batch).filter(|dma| matches!(dma.kind, DmaKind::GuardedToDevice | DmaKind::GuardedToHost) && dma.len > SMALL) {
+        for dma in merged(batch).filter(|dma| is_guarded(dma.kind) && dma.len > SMALL) {
             // That the device failed counts for more than that something is gone.
             if result == Err(DmaError::Lost) {
                 break;
@@ -220,6 +243,48 @@ impl Memory {
         result
     }
 
+    fn ahead(&self) -> MutexGuard<'_, Vec<Batch>> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a batch uses frames of what the next kernel comes after: then it has to come after that, too.
+    fn meets_ahead(&self, batch: &[Dma]) -> bool {
+        let ahead = self.ahead();
+        let mut used = ahead.iter().flat_map(|batch| &batch.frames);
+        used.any(|used| batch.iter().map(frames).any(|mine| used.start < mine.end && mine.start < used.end))
+    }
+
+    /// Ends what the kernel that has just ended came after.
+    ///
+    /// # Errors
+    /// The status of the first that failed.
+    pub(crate) fn arrived(&self) -> Result<(), Status> {
+        let ahead = core::mem::take(&mut *self.ahead());
+        let mut events = ahead.iter().flat_map(|batch| &batch.events);
+        if events.clone().any(|event| !event.has_ended())
+            && let Err(status) = self.device.kernels().finish()
+        {
+            core::mem::forget(ahead); // the device may use it still
+            return Err(status);
+        }
+        events.try_for_each(api::Event::result)
+    }
+
+    /// Starts copies to memory of uhmm's behind a kernel: an event of each.
+    ///
+    /// # Errors
+    /// The first that the device does not take; what it took is waited for.
+    pub(crate) fn read_behind(&self, pieces: &[Dma]) -> Result<Vec<api::Event>, Status> {
+        let queue = self.device.kernels();
+        let read = |dma: &Dma| {
+            // SAFETY: the host's memory is uhmm's, and its owner waits for the launch.
+            unsafe { queue.read(&self.buffer, dma.frame as usize * PAGE + dma.offset, dma.host as *mut u8, dma.len) }
+        };
+        pieces.iter().map(read).collect::<Result<_, _>>().inspect_err(|_| {
+            let _ = queue.finish();
+        })
+    }
+
     /// From or to memory of the program, which may be gone, by way of a stage.
     fn by_stage(&self, dma: &Dma, limit: Duration) -> Result<(), DmaError> {
         let mut stage = vec![0u8; STAGE.min(dma.len)];
@@ -231,7 +296,7 @@ impl Memory {
             };
             // SAFETY: the stage is long enough, and lives until what uses it has been waited for; the program's memory may be anything.
             let reached = unsafe {
-                if dma.kind == DmaKind::GuardedToDevice {
+                if dma.kind != DmaKind::GuardedToHost {
                     let read = copy::guarded(stage.as_mut_ptr(), host as *const u8, len);
                     if read.is_ok() {
                         done(self.copies[0].write(&self.buffer, at, stage.as_ptr(), len))
@@ -256,6 +321,23 @@ impl Memory {
         }
         self.health.of_copy(undone)
     }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _ = self.arrived(); // of a launch that came to nothing
+    }
+}
+
+/// The bytes of the device's memory that a piece uses.
+fn frames(dma: &Dma) -> Range<usize> {
+    let at = dma.frame as usize * PAGE + dma.offset;
+    at..at + dma.len
+}
+
+/// Whether the program's memory may be gone when a piece of this kind is copied.
+fn is_guarded(kind: DmaKind) -> bool {
+    matches!(kind, DmaKind::GuardedToDevice | DmaKind::SnapshotToDevice | DmaKind::GuardedToHost)
 }
 
 /// The pieces of a batch, those that follow each other on both sides as one.
@@ -327,6 +409,36 @@ mod tests {
         assert_eq!((health.is_lost(), health.said()), (false, Some("CL_OUT_OF_RESOURCES")));
         assert_eq!(health.of_copy(Undone::Failed(Status(-2))), DmaError::Lost);
         assert_eq!((health.is_lost(), health.said()), (true, Some("CL_DEVICE_NOT_AVAILABLE")));
+    }
+
+    /// Snapshots are not waited for, and yet nobody sees their frames before they have come: neither the kernel, which stands behind them in its queue, nor another copy.
+    #[test]
+    fn whatever_comes_later_comes_after_snapshots() {
+        let Some(memory) = opened() else { return };
+        let mut host = vec![7u8; 2 * PAGE];
+        let batch = dma(DmaKind::SnapshotToDevice, &mut host, 3);
+        let never = ev::create_user_event(memory.device.context()).unwrap();
+        // SAFETY: queue and event are alive.
+        let barrier = unsafe { cq::enqueue_barrier_with_wait_list(memory.device.kernels().raw(), 1, [never].as_ptr()) }.unwrap();
+        assert_eq!(done(&memory, &batch), Ok(()), "no kernel has been asked for, so there is nothing to wait for");
+        host.fill(1); // it was read before the wait was over
+        let [mut beside, mut back] = [vec![9u8; PAGE], vec![0u8; 2 * PAGE]];
+        let others = dma(DmaKind::ToDevice, &mut beside, 9);
+        assert_eq!(done(&memory, &others), Ok(()), "other frames have nothing to do with it");
+        let (read, limit) = (dma(DmaKind::ToHost, &mut back, 3), Duration::from_secs(30));
+        let fence = memory.copy(&read);
+        std::thread::sleep(Duration::from_millis(20));
+        ev::set_user_event_status(never, 0).unwrap();
+        assert_eq!(memory.wait(fence, &read, limit), Ok(()));
+        assert!(back.iter().all(|&byte| byte == 7));
+        assert_eq!(memory.arrived(), Ok(()));
+        assert!(!memory.meets_ahead(&read), "it has come");
+        for event in [barrier, never] {
+            // SAFETY: both are ours, and nobody waits for them.
+            unsafe { ev::release_event(event) }.unwrap();
+        }
+        let beyond = (4 * BLOCK / PAGE) as Frame;
+        assert_eq!(done(&memory, &dma(DmaKind::SnapshotToDevice, &mut host, beyond)), Err(DmaError::Failed(Errno::IO)));
     }
 
     /// A queue that does not get on, since what stands before in it waits for an event of the program's.

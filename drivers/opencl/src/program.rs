@@ -7,23 +7,22 @@
 //! No example: a part of the device; outside, only [`crate::open`] is used.
 #![allow(unsafe_code)] // the foreign calls
 
-use crate::api::{Device, Status};
+use crate::api::{self, Device, Event, Status};
 use crate::memory::{self, Memory};
 use crate::signature::Signature;
 use crate::table::Table;
 use cl3::command_queue as cq;
 use cl3::error_codes::{CL_INVALID_ARG_INDEX, CL_INVALID_ARG_VALUE};
-use cl3::event as ev;
 use cl3::kernel as kn;
 use cl3::program as pg;
 use cl3::types::{cl_kernel, cl_mem, cl_program};
 use core::ffi::c_void;
 use core::fmt::Write;
-use core::ptr;
+use core::{ptr, slice};
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, PoisonError};
 use uhmm_core::args::{Access, RawArg};
-use uhmm_core::driver::KernelFault;
+use uhmm_core::driver::{KernelFault, Launch, Reads};
 use uhmm_core::kernel::{Bound, Message, OpenCl};
 use uhmm_os::signal;
 
@@ -210,7 +209,8 @@ impl Loaded {
     ///
     /// # Errors
     /// The status of OpenCL; an address that its kernel followed and that was not declared.
-    pub(crate) fn run(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<(), KernelFault> {
+    pub(crate) fn run(&self, memory: &Memory, table: &Table, launch: &Launch, local: [usize; 3]) -> Result<(), KernelFault> {
+        let bound = &launch.bound;
         let refused = |status: Status| {
             memory.health().failed(status);
             if status.is_loss() { KernelFault::Lost } else { KernelFault::Refused(Message::new(&status.to_string())) }
@@ -219,12 +219,14 @@ impl Loaded {
         if follows {
             memory.ranges().set(memory.device(), bound, table).map_err(refused)?;
         }
-        self.enqueue(memory, table, bound, local).map_err(refused)?;
+        let kernel = self.enqueue(memory, table, bound, local);
+        let ended = kernel.and_then(|kernel| with_reads(memory, kernel, &launch.reads));
+        ended.and(memory.arrived()).map_err(refused)?;
         let missed = if follows { memory.ranges().missed().map_err(refused)? } else { None };
         missed.map_or(Ok(()), |address| Err(KernelFault::NotDeclared { address, write: false }))
     }
 
-    fn enqueue(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<(), Status> {
+    fn enqueue(&self, memory: &Memory, table: &Table, bound: &Bound, local: [usize; 3]) -> Result<Event, Status> {
         let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
         let set = |index: usize, size: usize, value: *const c_void| {
             // SAFETY: `size` bytes are valid at `value`, and are copied before the call returns.
@@ -285,7 +287,8 @@ impl Loaded {
                 },
             }
         }
-        enqueue(device, &kernel, bound, local)
+        let ended = enqueue(device, &kernel, bound, local)?;
+        api::wait(slice::from_ref(&ended)).and(ended.result())
     }
 }
 
@@ -297,18 +300,32 @@ fn share_pointers(kernel: &Kernel) -> Result<(), Status> {
     unsafe { kn::set_kernel_exec_info(kernel.0, FINE_GRAIN_SYSTEM, size_of::<u32>(), (&raw const yes).cast()) }.map_err(Status)
 }
 
-/// Runs a kernel whose arguments are set, to its end.
-fn enqueue(device: &Device, kernel: &Kernel, bound: &Bound, local: [usize; 3]) -> Result<(), Status> {
+/// Waits for a kernel, and for what is read behind it, which are waited for together.
+fn with_reads(memory: &Memory, kernel: Event, reads: &Reads<'_>) -> Result<(), Status> {
+    let Ok(mut events) = memory.read_behind(reads.pieces()) else { return api::wait(slice::from_ref(&kernel)).and(kernel.result()) };
+    events.push(kernel);
+    let waited = api::wait(&events);
+    if waited.is_err() {
+        let _ = memory.device().kernels().finish(); // which of them has failed is asked next
+    }
+    let kernel = events.pop().map_or(Ok(()), |kernel| kernel.result());
+    if events.iter().all(|read| read.result().is_ok()) {
+        reads.are_done();
+    }
+    kernel
+}
+
+/// Starts a kernel whose arguments are set.
+fn enqueue(device: &Device, kernel: &Kernel, bound: &Bound, local: [usize; 3]) -> Result<Event, Status> {
     let grid = bound.grid().size;
     let global = [0, 1, 2].map(|side| grid[side] * local[side]);
-    let queue = device.kernels();
-    // SAFETY: queue and kernel are alive, and its arguments are set; both arrays have three sides.
-    let done = unsafe { cq::enqueue_nd_range_kernel(queue, kernel.0, 3, ptr::null(), global.as_ptr(), local.as_ptr(), 0, ptr::null()) }
-        .map_err(Status)?;
-    let ended = ev::wait_for_events(&[done]).map_err(Status);
-    // SAFETY: the event is ours.
-    let _ = unsafe { ev::release_event(done) };
-    ended
+    let queue = device.kernels().raw();
+    // SAFETY: queue and kernel are alive, and its arguments are set; both arrays have three sides. The event is given to nobody else.
+    unsafe {
+        cq::enqueue_nd_range_kernel(queue, kernel.0, 3, ptr::null(), global.as_ptr(), local.as_ptr(), 0, ptr::null())
+            .map(|event| Event::new(event))
+            .map_err(Status)
+    }
 }
 
 /// Where a range lies in the device's memory.

@@ -42,7 +42,7 @@ struct Shared {
     state: Mutex<State>,
     work: Condvar,
     done: Condvar,
-    launch: AtomicPtr<Launch>,
+    launch: AtomicPtr<Launch<'static>>, // while it runs
     next: AtomicUsize,
     fault: FirstFault,
     scratch: Mutex<Scratch>,
@@ -120,7 +120,7 @@ impl Workers {
         let shared = &*self.shared;
         shared.fault.begin();
         shared.next.store(0, Ordering::Relaxed);
-        shared.launch.store(core::ptr::from_ref(launch).cast_mut(), Ordering::Release);
+        shared.launch.store(core::ptr::from_ref(launch).cast_mut().cast(), Ordering::Release);
         let mut state = shared.state.lock();
         state.epoch += 1;
         state.busy = self.count;

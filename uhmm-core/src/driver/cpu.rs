@@ -45,7 +45,9 @@ pub unsafe fn copy_part(dma: &Dma, offset: usize, len: usize, address: impl Fn(F
             DmaKind::ToDevice => copy::stream(device as *mut u8, host as *const u8, len),
             DmaKind::ToHost => copy::stream(host as *mut u8, device as *const u8, len),
             DmaKind::Zero => copy::stream_zero(device as *mut u8, len),
-            DmaKind::GuardedToDevice | DmaKind::LentToDevice => return copy::guarded(device as *mut u8, host as *const u8, len),
+            DmaKind::GuardedToDevice | DmaKind::SnapshotToDevice | DmaKind::LentToDevice => {
+                return copy::guarded(device as *mut u8, host as *const u8, len);
+            }
             DmaKind::GuardedToHost => return copy::guarded(host as *mut u8, device as *const u8, len),
         }
     }

@@ -33,6 +33,7 @@ use crate::directory::State;
 use crate::kernel::{Bound, Entry, Message};
 use crate::own::OwnBox;
 use crate::page::Span;
+use crate::sync::*;
 use core::ffi::CStr;
 use core::time::Duration;
 use uhmm_os::{Errno, PAGE};
@@ -101,6 +102,9 @@ pub enum DmaKind {
     ToHost,
     /// From memory of the program to the device: it may fault, and may be gone.
     GuardedToDevice,
+    /// As `GuardedToDevice`, for the kernel that is launched next: it may be on its way still when the batch has been waited for, if whatever is asked of the device from then on comes after it. If
+    /// it fails by then, that launch fails.
+    SnapshotToDevice,
     /// From memory of the program's that a launch has borrowed, whole pages of its own, to the device: it may fault, but is there until the batch has been waited for.
     LentToDevice,
     /// From the device to memory of the program.
@@ -283,13 +287,55 @@ pub enum KernelFault {
 
 /// A launch as the driver runs it.
 #[derive(Debug)]
-pub struct Launch {
+pub struct Launch<'a> {
     /// The kernel.
     pub entry: Entry,
     /// Its arguments, as device addresses.
     pub bound: Bound,
     /// The number of groups.
     pub groups: usize,
+    /// What will be read when it has ended.
+    pub reads: Reads<'a>,
+}
+
+/// Small pieces of kind [`DmaKind::ToHost`] that uhmm will ask for when a launch has ended well. A driver that can copy them behind the kernel for less than a batch of their own costs, does so
+/// and says it; any other leaves them alone.
+///
+/// ```
+/// use uhmm_core::driver::{Dma, KernelFault, Launch};
+///
+/// fn launch(launch: &Launch, run: impl Fn() -> Result<(), KernelFault>, read: impl Fn(&[Dma]) -> bool) -> Result<(), KernelFault> {
+///     run()?;
+///     if read(launch.reads.pieces()) {
+///         launch.reads.are_done();
+///     }
+///     Ok(())
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Reads<'a> {
+    pieces: &'a [Dma],
+    done: AtomicBool,
+}
+
+impl<'a> Reads<'a> {
+    pub(crate) fn new(pieces: &'a [Dma]) -> Self {
+        Reads { pieces, done: AtomicBool::new(false) }
+    }
+
+    /// The pieces.
+    pub fn pieces(&self) -> &'a [Dma] {
+        self.pieces
+    }
+
+    /// The driver has copied all of them.
+    pub fn are_done(&self) {
+        self.done.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn take(self) -> bool {
+        self.done.into_inner()
+    }
 }
 
 /// A kind of device. See the module's rules.

@@ -110,6 +110,8 @@ pub(crate) struct Ask<'a> {
     pub pinned: bool,
     /// What the asker knows of the mappings is as old as this; see [`crate::notifier`].
     pub seq: Option<u32>,
+    /// Snapshots for the launch that comes next on the device.
+    pub ahead: bool,
     /// Snapshots that may be written beyond what is declared: what was changed is found by comparing.
     pub twins: Bits,
     /// Snapshots of what the process may only read.
@@ -132,6 +134,7 @@ impl Ask<'_> {
             sealed: None,
             pinned: true,
             seq: None,
+            ahead: false,
             twins: Bits::EMPTY,
             rdonly: Bits::EMPTY,
             last: false,
@@ -451,7 +454,7 @@ impl Core {
         policy::one_more(&state.block().past.migrations);
         state.huge = present.huge && item.moved == Bits::ALL;
         dev.mem.touch(&self.dir, span.start);
-        self.list_copies(batch, state, &item, ask.lent);
+        self.list_copies(batch, state, &item, ask);
         batch.items[batch.count] = Some(item);
         batch.count += 1;
         let again = match end {
@@ -579,7 +582,7 @@ impl Core {
         }
     }
 
-    fn list_copies(&self, batch: &mut Batch, state: &State, item: &Item, lent: Bits) {
+    fn list_copies(&self, batch: &mut Batch, state: &State, item: &Item, ask: &Ask<'_>) {
         let Item { va, intent, moved, zeroed, copied, ref tray, .. } = *item;
         let discard = if intent == Intent::Discard { moved } else { Bits::EMPTY };
         ranges::frame_runs(self, state, zeroed | discard, |run, frame| batch.push_dma(DmaKind::Zero, 0, frame, run.len()));
@@ -588,8 +591,12 @@ impl Core {
                 batch.push_dma(DmaKind::ToDevice, tray.slot(run.start), frame, run.len())
             });
         }
-        let kind = if intent == Intent::Blank { DmaKind::Zero } else { DmaKind::GuardedToDevice };
-        let lent = if intent == Intent::Duplicate { copied & lent } else { Bits::EMPTY };
+        let kind = match intent {
+            Intent::Blank => DmaKind::Zero,
+            Intent::Snapshot if ask.ahead => DmaKind::SnapshotToDevice,
+            _ => DmaKind::GuardedToDevice,
+        };
+        let lent = if intent == Intent::Duplicate { copied & ask.lent } else { Bits::EMPTY };
         for (pages, kind) in [(copied - lent, kind), (lent, DmaKind::LentToDevice)] {
             ranges::frame_runs(self, state, pages, |run, frame| batch.push_dma(kind, va + run.start * PAGE, frame, run.len()));
         }

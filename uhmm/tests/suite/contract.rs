@@ -184,7 +184,7 @@ unsafe impl Forward for Books {
         agree!(self.told.get() == 0 || (self.inner.is_lost() && result == Err(DmaError::Lost)));
         let done = |dma: &&Dma| match dma.kind {
             DmaKind::ToDevice | DmaKind::Zero => !matches!(result, Err(DmaError::Failed(_) | DmaError::Lost)),
-            DmaKind::GuardedToDevice | DmaKind::LentToDevice => result.is_ok(),
+            DmaKind::GuardedToDevice | DmaKind::SnapshotToDevice | DmaKind::LentToDevice => result.is_ok(),
             DmaKind::ToHost | DmaKind::GuardedToHost => false,
         };
         for dma in batch.iter().filter(done).filter(|dma| dma.kind == DmaKind::ToDevice && dma.offset == 0) {

@@ -196,9 +196,11 @@ fn batches(driver: &dyn Driver) {
                 piece(DmaKind::Zero, 0, at(4), unit),
                 piece(DmaKind::GuardedToHost, to.as_ptr() as usize + at(5), at(5), unit),
                 piece(DmaKind::ToDevice, sent.as_ptr() as usize + at(6), at(6), unit),
+                piece(DmaKind::SnapshotToDevice, NOWHERE, at(7), unit),
             ];
             if !gone {
                 (batch[0].host, batch[2].host) = (from.as_ptr() as usize + at(0), to.as_ptr() as usize + at(2));
+                batch[7].host = from.as_ptr() as usize + at(7);
             }
             match ask(&batch) {
                 Err(DmaError::Gone { address }) => agree!(gone && (NOWHERE..NOWHERE + unit).contains(&address)),
@@ -213,9 +215,9 @@ fn batches(driver: &dyn Driver) {
             }));
             let all = [piece(DmaKind::ToHost, read.as_ptr() as usize, 0, LEN)];
             agree!(ask(&all) == Ok(()));
-            agree!((0..LEN).all(|i| match (0..7).find(|&n| inside(n, i)) {
-                Some(0 | 1) if gone => true,
-                Some(0 | 1) => read[i] == from[i],
+            agree!((0..LEN).all(|i| match (0..8).find(|&n| inside(n, i)) {
+                Some(0 | 1 | 7) if gone => true,
+                Some(0 | 1 | 7) => read[i] == from[i],
                 Some(6) => read[i] == sent[i],
                 Some(4) => read[i] == 0,
                 _ => read[i] == host[i],
