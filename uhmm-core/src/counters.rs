@@ -67,6 +67,8 @@ counters! {
     device_faults,
     /// Launches that ended.
     launches,
+    /// Launches that the device began as soon as the one before them had ended, without a wait of the host's.
+    launches_chained,
     /// Launches that failed.
     launches_failed,
     /// Pages that moved to the device.

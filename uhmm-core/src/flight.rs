@@ -14,6 +14,7 @@
 
 use crate::args::{Access, MAX_ARGS, RawArg};
 use crate::bits::Bits;
+use crate::chain::Chain;
 use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::gather::Stage;
@@ -69,6 +70,7 @@ pub(crate) struct Flights {
     /// For the launch whose turn it is.
     pub(crate) stage: Stage,
     pub(crate) spare: Spare,
+    pub(crate) chain: Chain,
     ledgers: [Mutex<Option<Ledger>>; MAX_FLIGHTS],
 }
 
@@ -119,6 +121,7 @@ impl Default for Flights {
             waited: AtomicBool::new(false),
             stage: Stage::default(),
             spare: Spare::default(),
+            chain: Chain::default(),
             ledgers,
         }
     }
@@ -146,6 +149,12 @@ impl Flights {
     /// this, and then the block's waiters.
     pub(crate) fn will_wait(&self) {
         self.waited.store(true, Ordering::Relaxed); // the list's lock orders it
+    }
+
+    /// Whether somebody may be waiting for the end of one that holds.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        let _list = self.list.lock();
+        self.waited.load(Ordering::Relaxed)
     }
 
     /// Likewise, that a lease holds.

@@ -12,11 +12,12 @@
 use crate::args::{Access, Args, MAX_ARGS, RawArg};
 use crate::beside;
 use crate::bits::Bits;
+use crate::chain::{self, Left};
 use crate::check;
 use crate::coherent;
 use crate::core::{Core, Device};
 use crate::counters::count;
-use crate::driver::{Launch, Reads};
+use crate::driver::{Begun, Launch, Reads};
 use crate::error::Error;
 use crate::fixed::Sealed;
 use crate::flight::{self, Conflict, Flight, Purpose};
@@ -195,11 +196,16 @@ fn checked(core: &Core, dev: &Device, request: &Request, number: u64) -> Result<
     }
     if dev.driver.info().capabilities.linear {
         // It is not prepared before its turn (`make_ready`): nor may it hold what the one before it has to put out of the way.
-        place.wait();
+        if let Some(member) = chain::wait(core, dev, request, &place) {
+            drop(entrance);
+            return counted(dev, member.run(core, dev, request, groups, &place));
+        }
     }
     let (_turn, mut flight) = take_off(core, dev, args, request.shared(dev), Purpose::Launch)?;
-    let result = fly(core, dev, request, groups, &mut flight, entrance, &place);
-    flight::end(core, dev, &flight);
+    let (result, goes_on) = fly(core, dev, request, groups, &mut flight, entrance, &place);
+    if !goes_on {
+        flight::end(core, dev, &flight);
+    }
     counted(dev, result)
 }
 
@@ -237,7 +243,7 @@ pub(crate) fn try_take_off<'a>(
     }
 }
 
-/// A launch between its beginning and its end.
+/// A launch between its beginning and its end, and whether others go on with its flight.
 fn fly(
     core: &Core,
     dev: &Device,
@@ -246,27 +252,39 @@ fn fly(
     flight: &mut Flight,
     entrance: Place<'_>,
     place: &Place<'_>,
-) -> Result<(), Error> {
+) -> (Result<(), Error>, bool) {
     let args = request.args();
-    let mut ledger = dev.flights.ledger(flight, dev.driver.info().memory).map_err(|e| Error::System("reserve address space", e))?;
-    let Some(ledger) = ledger.as_mut() else { return Err(Error::System("reserve address space", Errno::NOMEM)) };
+    let no_ledger = |e| (Err(Error::System("reserve address space", e)), false);
+    let mut ledger = match dev.flights.ledger(flight, dev.driver.info().memory) {
+        Ok(ledger) => ledger,
+        Err(e) => return no_ledger(e),
+    };
+    let Some(ledger) = ledger.as_mut() else { return no_ledger(Errno::NOMEM) };
     let prepared = make_ready(core, dev, flight, ledger, args, place);
     drop(entrance); // who comes next may take what room is left, and not before
     place.wait();
     flight.ran = prepared.is_ok();
     let result = match prepared {
-        Ok(()) => {
-            if !flight.fetches(dev) {
-                ledger.returns.list(core, dev, flight, args, &ledger.bounced[..ledger.bounced_count]);
-            }
-            execute(core, dev, request, groups, Some(&mut ledger.returns))
-        }
+        Ok(()) => chain::execute(core, dev, flight, ledger, request, groups, place),
         Err(e) => Err(e),
     };
+    let success = match dev.flights.chain.leave(flight.number, result.is_ok()) {
+        Left::Behind => {
+            let blocks = &ledger.bounced[..ledger.bounced_count];
+            return (result.and_then(|()| chain::deliver(core, dev, flight, args, blocks, Some(&ledger.returns))), true);
+        }
+        Left::Last(_, success) => success,
+        Left::Alone => result.is_ok(),
+    };
+    let ended = land(core, dev, flight, ledger, args, success);
+    (result.and(ended), false)
+}
+
+/// Ends what a flight has begun.
+pub(crate) fn land(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger, args: &[RawArg], success: bool) -> Result<(), Error> {
     let _prepare = core.prepare.lock();
     note_ends(core, dev, ledger, args);
-    let ended = finish(core, dev, flight, ledger, args, result.is_ok());
-    result.and(ended)
+    finish(core, dev, flight, ledger, args, success)
 }
 
 /// Makes everything resident, as early as it may be.
@@ -317,7 +335,7 @@ fn make_ready(
 
 /// A launch for which nothing has to be done.
 pub(crate) fn bare(core: &Core, dev: &Device, request: &Request, groups: usize) -> Result<(), Error> {
-    counted(dev, execute(core, dev, request, groups, None))
+    counted(dev, execute(core, dev, request, groups, None, &|| {}))
 }
 
 fn counted(dev: &Device, result: Result<(), Error>) -> Result<(), Error> {
@@ -347,17 +365,24 @@ fn unchanged(core: &Core, dev: &Device, args: &[RawArg]) -> Option<u64> {
 }
 
 /// It is the launch's turn on the device, and what it declares is there.
-fn execute(core: &Core, dev: &Device, request: &Request, groups: usize, returns: Option<&mut Returns>) -> Result<(), Error> {
+pub(crate) fn execute(
+    core: &Core,
+    dev: &Device,
+    request: &Request,
+    groups: usize,
+    returns: Option<&mut Returns>,
+    begun: &(dyn Fn() + Sync),
+) -> Result<(), Error> {
     let gathered = gather::gather(core, dev, &request.reaches)?;
     let mut bound = Bound::new(request.args(), request.grid, dev.driver.info().mask);
     if let Some(gathered) = &gathered {
         bound = bound.with_reaches(request.shared(dev), gathered.address());
     }
     let reads = Reads::new(returns.as_ref().map_or(&[], |returns| returns.pieces()));
-    let launch = Launch { entry: request.entry, bound, groups, reads };
+    let launch = Launch { entry: request.entry, bound, groups, reads, begun: Begun(begun) };
     let start = Instant::now();
     let result = dev.driver.launch(&launch);
-    count(&dev.counters.kernel_nanos, start.elapsed().as_nanos() as usize);
+    count(&dev.counters.kernel_nanos, dev.flights.chain.ran(start));
     let read = launch.reads.take();
     if let Some(returns) = returns.filter(|_| read) {
         returns.are_done();

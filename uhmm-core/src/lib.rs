@@ -48,6 +48,7 @@ pub mod args;
 mod assist;
 mod beside;
 mod bits;
+mod chain;
 pub mod check;
 mod coherent;
 #[cfg(feature = "conformance")]

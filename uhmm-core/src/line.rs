@@ -28,9 +28,28 @@ impl Line {
     pub(crate) fn place(&self, number: u64) -> Place<'_> {
         Place { line: self, number }
     }
+
+    /// Whoever [waits for something else too](Place::wait_or) looks for it again.
+    pub(crate) fn look_again(&self) {
+        drop(self.next.lock()); // who has looked in vain is waiting by now
+        self.moved.notify_all();
+    }
 }
 
 impl Place<'_> {
+    /// Its number.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Waits until it is first, or `found` says that it need not be.
+    pub(crate) fn wait_or(&self, mut found: impl FnMut() -> bool) {
+        let mut next = self.line.next.lock();
+        while *next != self.number && !found() {
+            next = self.line.moved.wait(next);
+        }
+    }
+
     /// Whether it is first.
     pub(crate) fn is_first(&self) -> bool {
         *self.line.next.lock() == self.number

@@ -110,6 +110,11 @@ const PARTLY: &str = "of which an argument has a part, or has it for another acc
 const SHARED: &str = "which it reaches twice, once for writing";
 
 impl Reaches {
+    /// Whether it reaches nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
     /// Merges ranges, which are in order, of a launch with these arguments.
     ///
     /// # Errors

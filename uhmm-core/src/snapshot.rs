@@ -256,6 +256,27 @@ fn end_block(
     result
 }
 
+/// Writes what written arguments cover of the block's snapshots to the program, while their flight goes on.
+///
+/// # Errors
+/// As [`finish`].
+pub(crate) fn deliver(
+    core: &Core,
+    dev: &Device,
+    flight: &Flight,
+    args: &[RawArg],
+    va: Va,
+    returns: Option<&Returns>,
+) -> Result<(), DmaError> {
+    let Some(pages) = core.dir.get(va).map(|block| block.lock()).filter(|state| state.device == dev.id()).map(|state| state.bounced())
+    else {
+        return Ok(());
+    };
+    let shared = pages & dev.flights.others(flight, va);
+    let own = write_declared(core, dev, args, va, pages - shared, returns);
+    shared.pages().map(|page| write_shared(core, dev, args, va, page)).fold(own, Result::and)
+}
+
 /// Takes the block's snapshots out of the device's page table, but for those that others use there, and the block for ourselves.
 fn claim<'a>(core: &'a Core, dev: &Device, va: Va, others: Bits) -> Option<(&'a Block, Bits, Bits, u32)> {
     loop {

@@ -1,7 +1,7 @@
 //! The kernel of the stencil in its two forms, and what a launch of it needs.
 
 use anyhow::Result;
-use uhmm::{Ctx, Device, Forms, Kernel, args, inp, out};
+use uhmm::{Arg, Args, Ctx, Device, Forms, Kernel, args, inp, out};
 
 /// The form in OpenCL C.
 pub(crate) const SOURCE: &str = include_str!("stencil.cl");
@@ -47,8 +47,13 @@ pub(crate) fn kernel() -> Forms<impl Kernel> {
 
 /// One step on the device, by ordinary slices: `to` from `from`.
 pub(crate) fn launch(device: &Device, shape: Shape, to: &mut [f32], from: &[f32]) -> Result<()> {
+    Ok(device.run(&kernel(), shape.groups(), args(shape, out(to), inp(from)))?)
+}
+
+/// The arguments of a launch, of which these are the images.
+pub(crate) fn args<'a>(shape: Shape, to: Arg<'a>, from: Arg<'a>) -> Args<'a> {
     let (width, rows, rate) = shape.values();
-    Ok(device.run(&kernel(), shape.groups(), args![out(to), inp(from), width, rows, rate])?)
+    args![to, from, width, rows, rate]
 }
 
 /// What a pixel becomes: the operations in the order that stencil.cl has, so that the bits are the same.

@@ -87,7 +87,15 @@ pub struct OpenCl {
     table: Table,
     memory: Memory,
     /// What has failed the running launch beside OpenCL.
-    failed: Mutex<Option<KernelFault>>,
+    failed: Mutex<Failed>,
+}
+
+/// What has failed a launch beside OpenCL.
+#[derive(Debug, Default)]
+struct Failed {
+    /// Launches that run, or stand behind one that does.
+    running: usize,
+    fault: Option<KernelFault>,
 }
 
 /// Why a kernel cannot run here.
@@ -141,13 +149,13 @@ pub fn open_with_copies(config: &DeviceConfig, _: Mode, _: &[DeviceInfo]) -> Res
         programs: Programs::default(),
         table: Table::new(memory / BLOCK).map_err(|e| config.refuse(format!("cannot reserve its page table: {e}")))?,
         memory: buffer,
-        failed: Mutex::new(None),
+        failed: Mutex::default(),
     };
     driver::boxed(c"uhmm opencl device", opencl).map_err(|e| config.refuse(format!("cannot reserve memory: {e}")))
 }
 
 impl OpenCl {
-    fn failed(&self) -> MutexGuard<'_, Option<KernelFault>> {
+    fn failed(&self) -> MutexGuard<'_, Failed> {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -216,17 +224,31 @@ unsafe impl Driver for OpenCl {
         self.programs.load(self.memory.device(), form)?.check(args)
     }
 
+    fn follows(&self, entry: &Entry, _args: &[RawArg]) -> bool {
+        // SAFETY: the kernel is alive while its launch is under way.
+        let form = unsafe { entry.opencl() };
+        form.and_then(|form| self.programs.load(self.memory.device(), form).ok()).is_some_and(|kernel| !kernel.can_fail())
+    }
+
     fn launch(&self, launch: &Launch) -> Result<(), KernelFault> {
         // SAFETY: who launches waits for this, and so keeps the kernel alive.
         let form = unsafe { launch.entry.opencl() }.ok_or_else(|| KernelFault::Refused(Message::new(NO_FORM)))?;
         let kernel = self.programs.load(self.memory.device(), form).map_err(|why| KernelFault::Refused(Message::new(&why)))?;
-        *self.failed() = None;
+        {
+            let mut failed = self.failed();
+            if failed.running == 0 {
+                failed.fault = None;
+            }
+            failed.running += 1;
+        }
         let ran = api::as_runtime(|| kernel.run(&self.memory, &self.table, launch, form.local));
-        self.failed().take().map_or(ran, Err)
+        let mut failed = self.failed();
+        failed.running -= 1;
+        failed.fault.take().map_or(ran, Err) // the first of several is the one that ran
     }
 
     fn fail(&self, fault: KernelFault) {
-        self.failed().get_or_insert(fault);
+        self.failed().fault.get_or_insert(fault);
     }
 
     fn owns_runtime_thread(&self, tid: u32) -> bool {

@@ -22,7 +22,7 @@ use core::{ptr, slice};
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, PoisonError};
 use uhmm_core::args::{Access, RawArg};
-use uhmm_core::driver::{KernelFault, Launch, Reads};
+use uhmm_core::driver::{KernelFault, Launch};
 use uhmm_core::kernel::{Bound, Message, OpenCl};
 use uhmm_os::signal;
 
@@ -205,6 +205,11 @@ impl Loaded {
         Ok(())
     }
 
+    /// Whether it can fail by itself.
+    pub(crate) fn can_fail(&self) -> bool {
+        self.params.contains(&Param::Ranges)
+    }
+
     /// Runs it to its end.
     ///
     /// # Errors
@@ -215,12 +220,12 @@ impl Loaded {
             memory.health().failed(status);
             if status.is_loss() { KernelFault::Lost } else { KernelFault::Refused(Message::new(&status.to_string())) }
         };
-        let follows = self.params.contains(&Param::Ranges);
+        let follows = self.can_fail();
         if follows {
             memory.ranges().set(memory.device(), bound, table).map_err(refused)?;
         }
         let kernel = self.enqueue(memory, table, bound, local);
-        let ended = kernel.and_then(|kernel| with_reads(memory, kernel, &launch.reads));
+        let ended = kernel.and_then(|kernel| with_reads(memory, kernel, launch));
         ended.and(memory.arrived()).map_err(refused)?;
         let missed = if follows { memory.ranges().missed().map_err(refused)? } else { None };
         missed.map_or(Ok(()), |address| Err(KernelFault::NotDeclared { address, write: false }))
@@ -301,8 +306,10 @@ fn share_pointers(kernel: &Kernel) -> Result<(), Status> {
 }
 
 /// Waits for a kernel, and for what is read behind it, which are waited for together.
-fn with_reads(memory: &Memory, kernel: Event, reads: &Reads<'_>) -> Result<(), Status> {
+fn with_reads(memory: &Memory, kernel: Event, launch: &Launch) -> Result<(), Status> {
+    let reads = &launch.reads;
     let Ok(mut events) = memory.read_behind(reads.pieces()) else { return api::wait(slice::from_ref(&kernel)).and(kernel.result()) };
+    launch.has_begun();
     events.push(kernel);
     let waited = api::wait(&events);
     if waited.is_err() {

@@ -89,6 +89,7 @@ forward! {
     fn protect(&self, run: MapRun) -> Option<usize>;
     fn unmap(&self, batch: &[MapRun]);
     fn load(&self, entry: &Entry, args: &[RawArg]) -> Result<(), String>;
+    fn follows(&self, entry: &Entry, args: &[RawArg]) -> bool;
     fn launch(&self, launch: &Launch) -> Result<(), KernelFault>;
     fn note_fault(&self, va: usize, write: bool);
     fn fail(&self, fault: KernelFault);

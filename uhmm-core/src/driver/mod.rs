@@ -296,6 +296,24 @@ pub struct Launch<'a> {
     pub groups: usize,
     /// What will be read when it has ended.
     pub reads: Reads<'a>,
+    pub(crate) begun: Begun<'a>,
+}
+
+impl Launch<'_> {
+    /// The driver has put the launch, and all that it reads behind it, into the device's queue: what is put there from now on comes after it. Where [`Driver::follows`] says so the next
+    /// launch may be handed over then, by another thread, and before this one has ended.
+    pub fn has_begun(&self) {
+        (self.begun.0)();
+    }
+}
+
+/// What follows from the beginning of a launch.
+pub(crate) struct Begun<'a>(pub(crate) &'a (dyn Fn() + Sync));
+
+impl core::fmt::Debug for Begun<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Begun").finish_non_exhaustive()
+    }
 }
 
 /// Small pieces of kind [`DmaKind::ToHost`] that uhmm will ask for when a launch has ended well. A driver that can copy them behind the kernel for less than a batch of their own costs, does so
@@ -471,6 +489,13 @@ pub unsafe trait Driver: Send + Sync + core::fmt::Debug {
     fn load(&self, entry: &Entry, args: &[RawArg]) -> Result<(), String> {
         let _ = (entry, args);
         Ok(())
+    }
+
+    /// Whether [`launch`](Self::launch) may be called for this kernel while one launch runs that [has begun](Launch::has_begun): the device runs them in that order, and this kernel fails
+    /// only with the device.
+    fn follows(&self, entry: &Entry, args: &[RawArg]) -> bool {
+        let _ = (entry, args);
+        false
     }
 
     /// Runs a kernel to its end, all groups.

@@ -36,6 +36,7 @@ mod mirror_races;
 mod modes;
 mod nothing_declared;
 mod opencl;
+mod opencl_chain;
 mod opencl_failing;
 mod opencl_leases;
 mod opencl_native;
@@ -93,6 +94,7 @@ fn main() {
     tests.extend(mapping_races::TESTS);
     tests.extend(any_memory::TESTS);
     tests.extend(opencl::TESTS);
+    tests.extend(opencl_chain::TESTS);
     tests.extend(opencl_failing::TESTS);
     tests.extend(opencl_leases::TESTS);
     tests.extend(opencl_native::TESTS);

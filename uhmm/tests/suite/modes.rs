@@ -70,6 +70,8 @@ const FULL_ONLY: &[&str] = &[
     "kernel_futex::",
     "opencl::a_touch_of_what_a_kernel_writes",
     "opencl::a_written_range",
+    "opencl_chain::a_touch",
+    "opencl_chain::who_wants",
     "opencl::a_kernel_that_uses",
     "opencl::touches_of_the_program",
     "opencl::what_was_prefetched",

@@ -7,6 +7,7 @@ use crate::stencil::image::Image;
 use crate::stencil::kernel as stencil;
 use anyhow::{Result, ensure};
 use std::time::Duration;
+use uhmm::scope;
 use uhmm_explicit::Buffers;
 use uhmm_explicit::k_means::{KMeans, Sizes};
 use uhmm_explicit::stencil::Stencil;
@@ -31,16 +32,21 @@ fn steps(bench: &Bench<'_>, print: &mut impl FnMut(Row) -> Result<()>) -> Result
     };
     let check = std::cell::RefCell::new(&mut check);
     let mut ours = [image.pixels.clone(), vec![0.0; shape.len()]];
+    let kernel = stencil::kernel();
     let mut uhmm = || {
         ours[0].copy_from_slice(&image.pixels);
         ours[1].fill(f32::NAN);
         let time = timed(|| {
-            let [mut from, mut to] = ours.each_mut();
-            for _ in 0..STEPS {
-                stencil::launch(bench.device, shape, to, from)?;
-                std::mem::swap(&mut from, &mut to);
-            }
-            crate::mul_mat::read_all(from);
+            let [from, to] = ours.each_mut();
+            scope(|scope| {
+                let (mut from, mut to) = (scope.lend(from), scope.lend(to));
+                let mut queue = scope.queue(bench.device);
+                for _ in 0..STEPS {
+                    queue.launch(&kernel, shape.groups(), stencil::args(shape, to.out(), from.inp()));
+                    std::mem::swap(&mut from, &mut to);
+                }
+            })?;
+            crate::mul_mat::read_all(&ours[STEPS % 2]);
             Ok(())
         })?;
         check.borrow_mut()(&ours[STEPS % 2])?;
