@@ -18,6 +18,7 @@ use crate::chain::Chain;
 use crate::core::{Core, Device};
 use crate::error::Error;
 use crate::gather::Stage;
+use crate::home;
 use crate::launch::Ledger;
 use crate::page::{Span, Va};
 use crate::reach::{Shared, Spare};
@@ -26,6 +27,9 @@ use uhmm_os::{BLOCK, Errno, PAGE};
 
 /// Flights of one device at a time.
 pub(crate) const MAX_FLIGHTS: usize = 64;
+
+/// Touches that the end of a flight serves by itself.
+const TOUCHES: usize = 16;
 
 /// Bytes of a page, a bit each.
 pub(crate) type Bytes = [u64; PAGE / 64];
@@ -67,6 +71,8 @@ pub(crate) struct Flights {
     any: AtomicBool,
     /// Whether somebody may wait for the end of one that holds.
     waited: AtomicBool,
+    /// The first touches that do, and how many.
+    touches: Mutex<([Va; TOUCHES], usize)>,
     /// For the launch whose turn it is.
     pub(crate) stage: Stage,
     pub(crate) spare: Spare,
@@ -119,6 +125,7 @@ impl Default for Flights {
             list: Mutex::new([None; MAX_FLIGHTS]),
             any: AtomicBool::new(false),
             waited: AtomicBool::new(false),
+            touches: Mutex::new(([0; TOUCHES], 0)),
             stage: Stage::default(),
             spare: Spare::default(),
             chain: Chain::default(),
@@ -149,6 +156,15 @@ impl Flights {
     /// this, and then the block's waiters.
     pub(crate) fn will_wait(&self) {
         self.waited.store(true, Ordering::Relaxed); // the list's lock orders it
+    }
+
+    /// A touch waits for the end of what holds the page. If launches follow each other, the next one would have the page again before the toucher wakes: so the end serves it.
+    pub(crate) fn waits_at(&self, at: Va) {
+        let (touches, count) = &mut *self.touches.lock();
+        if *count < TOUCHES {
+            touches[*count] = at;
+            *count += 1;
+        }
     }
 
     /// Whether somebody may be waiting for the end of one that holds.
@@ -389,6 +405,9 @@ fn reaches_into(mine: &Shared, other: &Brief) -> Option<Va> {
 
 /// The flight has ended: who waited for its pages, or for its place, goes on.
 pub(crate) fn end(core: &Core, dev: &Device, flight: &Flight) {
+    if flight.holds {
+        serve_touches(core, dev, flight);
+    }
     let (ended, waited) = {
         let mut list = dev.flights.list.lock();
         let ended = list[flight.index].take();
@@ -406,6 +425,21 @@ pub(crate) fn end(core: &Core, dev: &Device, flight: &Flight) {
         });
     }
     core.flown.ring();
+}
+
+/// Brings home what somebody has waited for.
+fn serve_touches(core: &Core, dev: &Device, flight: &Flight) {
+    let (touches, count) = core::mem::replace(&mut *dev.flights.touches.lock(), ([0; TOUCHES], 0));
+    for &at in &touches[..count] {
+        if dev.flights.others(flight, at).has(at % BLOCK / PAGE) {
+            dev.flights.waits_at(at); // theirs, or soon
+            continue;
+        }
+        let whole = core.dir.get(at).is_some_and(|block| block.lock().huge);
+        let pages = if whole { Bits::ALL } else { Bits::one(at % BLOCK / PAGE) };
+        // An error is the monitor's, whom the touch asks again.
+        let _ = home::send_but(core, dev, at, pages, &|va| dev.flights.others(flight, va));
+    }
 }
 
 /// Locks every block that is declared, one after the other.

@@ -502,8 +502,13 @@ pub(crate) fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
 
 /// Whether a toucher has to wait for the end of a launch or lease, which will wake him.
 fn waits(core: &Core, state: &BlockGuard<'_>, va: Va, page: usize) -> bool {
-    core.device(state.device as usize - 1).flights.will_wait();
-    kept(core, state, va).has(page)
+    let flights = &core.device(state.device as usize - 1).flights;
+    flights.will_wait();
+    let waits = kept(core, state, va).has(page);
+    if waits {
+        flights.waits_at(va + page * PAGE);
+    }
+    waits
 }
 
 /// Fills holes with the zero page. What is there already is left, and its toucher woken.
