@@ -335,8 +335,14 @@ fn bench_of_opencl() -> Outcome {
         "opencl_kmeans",
         "opencl_sparse_1pct",
         "opencl_scattered_1pct",
+        "opencl_strided",
         "opencl_launch_resident_1m",
         "opencl_launch_resident_1g",
+        "opencl_page_awaited",
+        "opencl_page_scattered",
+        "opencl_page_strided",
+        "opencl_page_guarded",
+        "opencl_page_run",
     ];
     has_rows(&rows(&["bench", "opencl"])?, &expected)
 }

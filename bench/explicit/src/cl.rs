@@ -138,6 +138,41 @@ impl<T: Copy> Buffer<'_, T> {
         forget("clEnqueueWriteBuffer", event)
     }
 
+    /// Begins to copy rows of so many elements, which are `apart` on both sides: from element `at` of the buffer on, and from the beginning of `data`.
+    ///
+    /// # Safety
+    /// As of [`write`](Self::write).
+    ///
+    /// # Errors
+    /// What clEnqueueWriteBufferRect says.
+    ///
+    /// # Panics
+    /// If the data has not so many rows.
+    pub unsafe fn write_rows(&self, at: usize, data: &[T], len: usize, rows: usize, apart: usize) -> Result<()> {
+        assert!(rows > 0 && (rows - 1) * apart + len <= data.len(), "so many rows");
+        let [at, len, apart] = [at, len, apart].map(|elements| elements * size_of::<T>());
+        let [there, here, region] = [[at, 0, 0], [0; 3], [len, rows, 1]];
+        // SAFETY: as in `write`; the rows are the data's, and the three have three numbers each.
+        let event = unsafe {
+            cq::enqueue_write_buffer_rect(
+                self.cl.queue,
+                self.mem,
+                CL_FALSE,
+                there.as_ptr(),
+                here.as_ptr(),
+                region.as_ptr(),
+                apart,
+                0,
+                apart,
+                0,
+                data.as_ptr().cast(),
+                0,
+                ptr::null(),
+            )
+        };
+        forget("clEnqueueWriteBufferRect", event)
+    }
+
     /// Copies the elements from `at` on back, and waits for that and all before it.
     ///
     /// # Errors

@@ -8,6 +8,8 @@
 //! | [`k_means`] | many launches over the same points, with a little to and fro for each |
 //! | [`window`] | launches between which the CPU uses and changes a small part of the arrays |
 //! | [`launch`] | a kernel over what lies there already |
+//! | [`strided`] | launches between which the CPU changes every so-manieth page |
+//! | [`pages`] | single pages that go to the device in several ways |
 //!
 //! Each is one file on [`cl`], as a good programmer would write it: copies are enqueued without waiting, and waited for once. With [`Buffers::Reused`] a program makes its buffers
 //! once, as one who knows what they cost does; with [`Buffers::Fresh`] for each round. No crate of uhmm is used here. The kernels are the ones that uhmm runs, from the same files.
@@ -16,7 +18,9 @@ pub mod cl;
 pub mod k_means;
 pub mod launch;
 pub mod mul_mat;
+pub mod pages;
 pub mod stencil;
+pub mod strided;
 pub mod vadd;
 pub mod window;
 

@@ -167,6 +167,8 @@ pub struct Device {
     context: cl_context,
     id: cl_device_id,
     kernels: Queue,
+    /// The CPU copies: see [`by_rows`](Self::by_rows).
+    cpu: bool,
 }
 
 // SAFETY: OpenCL's objects may be used by any thread (specification, appendix A.2), but for the arguments of a kernel, which `program` keeps to one thread at a time.
@@ -181,7 +183,7 @@ impl Device {
         let context = status(cx::create_context(&[id], ptr::null(), None, ptr::null_mut()))?;
         // SAFETY: both were made above.
         match unsafe { cq::create_command_queue(context, id, 0) } {
-            Ok(kernels) => Ok(Device { context, id, kernels: Queue(kernels) }),
+            Ok(kernels) => Ok(Device { context, id, kernels: Queue(kernels), cpu: found.kind == "cpu" }),
             Err(code) => {
                 // SAFETY: made above, and used by nobody.
                 let _ = unsafe { cx::release_context(context) };
@@ -201,6 +203,16 @@ impl Device {
     /// The queue for kernels, and for what they come after.
     pub(crate) fn kernels(&self) -> &Queue {
         &self.kernels
+    }
+
+    /// Whether copies of rows touch nothing between them on the host. The CPU's copy row by row. Other runtimes pin all from the first row to the last, and what lies between may be away.
+    pub(crate) fn by_rows(&self) -> bool {
+        self.cpu
+    }
+
+    #[cfg(test)]
+    pub(crate) fn pretend(&mut self, cpu: bool) {
+        self.cpu = cpu;
     }
 
     /// Its objects, for a program that uses OpenCL by itself.
@@ -371,6 +383,31 @@ fn sleep_until(last: &Event, end: Instant) -> Result<(), Undone> {
     Ok(())
 }
 
+/// Bytes that one call copies: rows of one length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rows {
+    /// Bytes of a row.
+    pub len: usize,
+    /// Rows.
+    pub count: usize,
+    /// Bytes from one row to the next in the buffer: no less than it has.
+    pub device: usize,
+    /// The same on the host.
+    pub host: usize,
+}
+
+impl Rows {
+    /// One row.
+    pub(crate) fn one(len: usize) -> Self {
+        Rows { len, count: 1, device: len, host: len }
+    }
+}
+
+/// Origin in the buffer, origin on the host and region of rows, as clEnqueueWriteBufferRect takes them: bytes, rows, slices. There is one slice, so that its pitch may be left open (0).
+fn rectangle(at: usize, rows: Rows) -> [[usize; 3]; 3] {
+    [[at, 0, 0], [0; 3], [rows.len, rows.count, 1]]
+}
+
 /// A queue that copies.
 #[derive(Debug)]
 pub struct Queue(cl_command_queue);
@@ -397,6 +434,46 @@ impl Queue {
     pub(crate) unsafe fn read(&self, buffer: &Buffer, at: usize, host: *mut u8, len: usize) -> Result<Event, Status> {
         // SAFETY: as in `write`.
         status(unsafe { cq::enqueue_read_buffer(self.0, buffer.0, 0, at, len, host.cast::<c_void>(), 0, ptr::null()) }).map(Event)
+    }
+
+    /// As [`write`](Self::write), of rows.
+    ///
+    /// # Safety
+    /// As there, for each row.
+    pub(crate) unsafe fn write_rows(&self, buffer: &Buffer, at: usize, host: *const u8, rows: Rows) -> Result<Event, Status> {
+        let Rows { len, count, device, host: pitch } = rows;
+        if count == 1 {
+            // SAFETY: handed on.
+            return unsafe { self.write(buffer, at, host, len) };
+        }
+        #[cfg(test)]
+        tests::refuse()?;
+        let (host, [there, here, region]) = (host.cast::<c_void>(), rectangle(at, rows));
+        let [there, here, region] = [&there, &here, &region].map(|of| of.as_ptr());
+        // SAFETY: as in `write`; the three have three numbers each, which are read before the call returns.
+        status(unsafe {
+            cq::enqueue_write_buffer_rect(self.0, buffer.0, 0, there, here, region, device, 0, pitch, 0, host, 0, ptr::null())
+        })
+        .map(Event)
+    }
+
+    /// As [`read`](Self::read), of rows. What lies between them on the host may be anybody's.
+    ///
+    /// # Safety
+    /// As there, for each row.
+    pub(crate) unsafe fn read_rows(&self, buffer: &Buffer, at: usize, host: *mut u8, rows: Rows) -> Result<Event, Status> {
+        let Rows { len, count, device, host: pitch } = rows;
+        if count == 1 {
+            // SAFETY: handed on.
+            return unsafe { self.read(buffer, at, host, len) };
+        }
+        #[cfg(test)]
+        tests::refuse()?;
+        let (host, [there, here, region]) = (host.cast::<c_void>(), rectangle(at, rows));
+        let [there, here, region] = [&there, &here, &region].map(|of| of.as_ptr());
+        // SAFETY: as in `write_rows`.
+        status(unsafe { cq::enqueue_read_buffer_rect(self.0, buffer.0, 0, there, here, region, device, 0, pitch, 0, host, 0, ptr::null()) })
+            .map(Event)
     }
 
     /// Zeroes bytes of a buffer.
@@ -428,5 +505,29 @@ impl Drop for Queue {
     fn drop(&mut self) {
         // SAFETY: it is this value's own.
         let _ = unsafe { cq::release_command_queue(self.0) };
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    std::thread_local! {
+        /// Whether devices refuse rectangles, and how often they have.
+        static REFUSED: Cell<Option<u32>> = const { Cell::new(None) };
+    }
+
+    pub(super) fn refuse() -> Result<(), Status> {
+        let refused = REFUSED.get();
+        REFUSED.set(refused.map(|times| times + 1));
+        if refused.is_some() { Err(Status(cl3::error_codes::CL_INVALID_OPERATION)) } else { Ok(()) }
+    }
+
+    /// Calls `f` while devices refuse this thread's rectangles: how often they did.
+    pub(crate) fn refusing(f: impl FnOnce()) -> u32 {
+        REFUSED.set(Some(0));
+        f();
+        REFUSED.take().unwrap()
     }
 }

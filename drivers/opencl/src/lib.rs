@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`api`] | the calls of OpenCL that are used, and which devices there are; the library is loaded at run time |
 //! | [`memory`] | one buffer that is the device's memory, and its queue as copy engine |
+//! | `pieces` | the calls that a batch of copies becomes: runs and rectangles |
+//! | `stage` | memory that pieces pass through where the runtime must not touch the program's |
 //! | [`table`] | where in it the blocks of the process are |
 //! | [`ranges`] | the table by which kernels follow stored pointers |
 //! | [`native`] | a device that shares the process's pointers: there none of the above is needed |
@@ -32,9 +34,11 @@
 pub mod api;
 pub mod memory;
 pub mod native;
+mod pieces;
 pub mod program;
 pub mod ranges;
 mod signature;
+mod stage;
 pub mod table;
 
 use api::{Found, Status};

@@ -1,13 +1,15 @@
 //! The device's memory: one buffer for as long as the device is open, so that nothing is allocated, or touched for the first time, when a block comes; and a queue of its own as the copy engine.
 //!
-//! A batch is enqueued piece by piece without waiting, and waited for as a whole. Pieces from memory of the program, which may be gone, pass through memory of this driver: the runtime must
-//! not touch what can vanish under it.
+//! A batch is enqueued in as few calls as will do ([`pieces`](crate::pieces)) without waiting, and waited for as a whole. Pieces from memory of the program, which may be gone, pass through
+//! memory of this driver: the runtime must not touch what can vanish under it.
 //!
 //! No example: a part of the device; outside, only [`crate::open`] is used.
 #![allow(unsafe_code)] // copies by way of raw addresses
 
 use crate::api::{self, Buffer, Device, Queue, Status, Undone};
+use crate::pieces::{self, Op, Rectangles, at, is_guarded};
 use crate::ranges::Ranges;
+use crate::stage::{self, Stage, Stages};
 use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use core::time::Duration;
@@ -20,8 +22,6 @@ use uhmm_os::{PAGE, copy};
 const BASE: usize = 1 << 46;
 /// Bytes of the program's memory that are copied at a time.
 const STAGE: usize = 1 << 20;
-/// Pieces of so many bytes at most have a stage each, so that those of a batch are under way together.
-const SMALL: usize = 64 << 10;
 
 /// The device's address of a frame.
 pub(crate) fn address(frame: Frame) -> usize {
@@ -42,6 +42,9 @@ pub struct Memory {
     next: AtomicUsize,
     /// What the next kernel comes after, which stands in the queue for kernels before it.
     ahead: Mutex<Vec<Batch>>,
+    /// Whether the device takes rectangles: until it has failed at one whose pieces it then copied one by one.
+    takes_rectangles: AtomicBool,
+    stages: Stages,
     ranges: Ranges,
     device: Device,
     health: Health,
@@ -98,44 +101,10 @@ struct Batch {
     frames: Vec<Range<usize>>,
     events: Vec<api::Event>,
     result: Result<(), Status>,
-    /// Small pieces from and to memory of the program, which may be gone: the device copies these instead. Those that go there have no address to go to afterwards.
-    stages: Vec<(Vec<u8>, Option<usize>)>,
-    /// The first address that could not be reached.
-    gone: Option<usize>,
-}
-
-impl Batch {
-    /// Starts a small piece from or to memory of the program; `None` if that cannot be read.
-    fn stage(&mut self, queue: &Queue, buffer: &Buffer, dma: Dma) -> Option<Result<api::Event, Status>> {
-        let at = dma.frame as usize * PAGE + dma.offset;
-        let mut stage = vec![0u8; dma.len];
-        let there = dma.kind != DmaKind::GuardedToHost;
-        if there {
-            // SAFETY: the stage is as long; the program's memory may be anything.
-            if let Err(address) = unsafe { copy::guarded(stage.as_mut_ptr(), dma.host as *const u8, dma.len) } {
-                self.gone = self.gone.or(Some(address));
-                return None;
-            }
-        }
-        self.stages.push((stage, (!there).then_some(dma.host)));
-        let (stage, _) = self.stages.last_mut()?;
-        // SAFETY: the bytes, which do not move with their vector, live until the batch has been waited for, or for ever.
-        Some(unsafe {
-            if there { queue.write(buffer, at, stage.as_ptr(), dma.len) } else { queue.read(buffer, at, stage.as_mut_ptr(), dma.len) }
-        })
-    }
-
-    /// Writes what has come in stages to the program.
-    fn deliver(&mut self) -> Result<(), DmaError> {
-        for (stage, host) in &self.stages {
-            let Some(host) = *host else { continue };
-            // SAFETY: as in `stage`.
-            if let Err(address) = unsafe { copy::guarded(host as *mut u8, stage.as_ptr(), stage.len()) } {
-                self.gone = self.gone.or(Some(address));
-            }
-        }
-        self.gone.map_or(Ok(()), |address| Err(DmaError::Gone { address }))
-    }
+    /// Whether rectangles are among it.
+    rectangles: bool,
+    /// What small pieces from and to memory of the program pass through, which may be gone, and such that lie apart: the device uses this instead.
+    stage: Stage,
 }
 
 impl Memory {
@@ -149,6 +118,8 @@ impl Memory {
             copies: [device.queue()?, device.queue()?],
             next: AtomicUsize::new(0),
             ahead: Mutex::default(),
+            takes_rectangles: AtomicBool::new(true),
+            stages: Stages::default(),
             ranges: Ranges::new(&device)?,
             device,
             health: Health::default(),
@@ -177,29 +148,46 @@ impl Memory {
 
     /// Starts a batch.
     pub(crate) fn copy(&self, batch: &[Dma]) -> Fence {
-        let ahead = batch.iter().all(|dma| dma.kind == DmaKind::SnapshotToDevice && dma.len <= SMALL);
+        // What is not waited for is not asked for again, as rectangles are that the device cannot do.
+        let started = self.start(batch, if is_ahead(batch) { Rectangles::Never } else { self.rectangles() });
+        Fence(Box::into_raw(Box::new(started)) as u64)
+    }
+
+    fn rectangles(&self) -> Rectangles {
+        match self.takes_rectangles.load(Ordering::Relaxed) {
+            false => Rectangles::Never,
+            true if self.device.by_rows() => Rectangles::Any,
+            true => Rectangles::Packed,
+        }
+    }
+
+    fn start(&self, batch: &[Dma], rectangles: Rectangles) -> Batch {
+        let ahead = is_ahead(batch);
         let frames = if ahead { batch.iter().map(frames).collect() } else { vec![] };
-        let mut started = Batch { ahead, frames, events: Vec::with_capacity(batch.len()), result: Ok(()), stages: vec![], gone: None };
+        let stage = self.stages.take(pieces::ops(batch, rectangles));
+        let mut started = Batch { ahead, frames, events: Vec::with_capacity(batch.len()), result: Ok(()), rectangles: false, stage };
         let queue = if ahead || self.meets_ahead(batch) {
             self.device.kernels()
         } else {
             &self.copies[self.next.fetch_add(1, Ordering::Relaxed) % 2]
         };
-        for dma in merged(batch) {
-            let at = dma.frame as usize * PAGE + dma.offset;
+        for op in pieces::ops(batch, rectangles) {
+            let (at, dma) = (at(&op.first), op.first);
+            started.rectangles |= op.rows.count > 1;
+            let host = match op.staged {
+                false => dma.host as *mut u8,
+                true if !stage::fits(&op) => continue, // when they are waited for
+                true => match started.stage.enter(batch, &op) {
+                    Some(place) => place,
+                    None => continue,
+                },
+            };
             let event = match dma.kind {
-                // SAFETY: the host's memory is uhmm's, or lent, and stays as it is until the batch has been waited for.
-                DmaKind::ToDevice | DmaKind::LentToDevice => unsafe { queue.write(&self.buffer, at, dma.host as *const u8, dma.len) },
-                // SAFETY: as above.
-                DmaKind::ToHost => unsafe { queue.read(&self.buffer, at, dma.host as *mut u8, dma.len) },
                 DmaKind::Zero => queue.zero(&self.buffer, at, dma.len),
-                _ if dma.len > SMALL => continue, // when they are waited for
-                DmaKind::GuardedToDevice | DmaKind::SnapshotToDevice | DmaKind::GuardedToHost => {
-                    match started.stage(queue, &self.buffer, dma) {
-                        Some(event) => event,
-                        None => continue,
-                    }
-                }
+                // SAFETY: the host's memory is uhmm's, or lent, and stays as it is until the batch has been waited for; or it is the stage, which lives as long, or for ever.
+                DmaKind::ToHost | DmaKind::GuardedToHost => unsafe { queue.read_rows(&self.buffer, at, host, op.rows) },
+                // SAFETY: as above.
+                _ => unsafe { queue.write_rows(&self.buffer, at, host, op.rows) },
             };
             match event {
                 Ok(event) => started.events.push(event),
@@ -208,7 +196,7 @@ impl Memory {
         }
         let flushed = queue.flush();
         started.result = started.result.and(flushed);
-        Fence(Box::into_raw(Box::new(started)) as u64)
+        started
     }
 
     /// Waits for a batch.
@@ -220,27 +208,49 @@ impl Memory {
         // SAFETY: `copy` made it, and every fence is waited for once.
         let mut started = unsafe { Box::from_raw(fence.0 as *mut Batch) };
         if started.ahead {
-            let result = started.result.map_err(|status| self.health.of_copy(Undone::Failed(status))).and_then(|()| started.deliver());
+            let gone = started.stage.deliver(batch).map_or(Ok(()), |address| Err(DmaError::Gone { address }));
+            let result = started.result.map_err(|status| self.health.of_copy(Undone::Failed(status))).and(gone);
             self.ahead().push(*started);
             return result;
         }
-        let done = api::wait_until(&started.events, end).and(started.result.map_err(Undone::Failed));
-        if done == Err(Undone::Late) {
-            core::mem::forget(core::mem::take(&mut started.stages)); // the device may use them still
-        }
-        let mut result = done.map_err(|undone| self.health.of_copy(undone)).and_then(|()| started.deliver());
-        for dma in merged(batch).filter(|dma| is_guarded(dma.kind) && dma.len > SMALL) {
+        let mut result = self.ended(*started, batch, end);
+        for Op { first, .. } in pieces::ops(batch, Rectangles::Never).filter(|op| is_guarded(&op.first) && !stage::fits(op)) {
             // That the device failed counts for more than that something is gone.
             if result == Err(DmaError::Lost) {
                 break;
             }
-            result = match (result, self.by_stage(&dma, limit)) {
+            result = match (result, self.by_stage(&first, limit)) {
                 (Ok(()) | Err(DmaError::Gone { .. }), Err(failed @ (DmaError::Failed(_) | DmaError::Lost))) => Err(failed),
                 (Ok(()), other) => other,
                 (result, _) => result,
             };
         }
         result
+    }
+
+    /// Waits for what was started of a batch.
+    fn ended(&self, mut started: Batch, batch: &[Dma], end: Instant) -> Result<(), DmaError> {
+        let done = api::wait_until(&started.events, end).and(started.result.map_err(Undone::Failed));
+        match done {
+            Err(Undone::Late) => started.stage.leave(),
+            // It may have been a rectangle that the device cannot do. What fails to go there fails a launch, so the pieces are asked for one by one before that is said.
+            Err(Undone::Failed(status)) if started.rectangles && !status.is_loss() => {
+                self.stages.put(started.stage);
+                let result = self.ended(self.start(batch, Rectangles::Never), batch, end);
+                if matches!(result, Ok(()) | Err(DmaError::Gone { .. })) {
+                    self.takes_rectangles.store(false, Ordering::Relaxed);
+                }
+                return result;
+            }
+            _ => {
+                let gone = done.is_ok().then(|| started.stage.deliver(batch)).flatten();
+                self.stages.put(started.stage);
+                if let Some(address) = gone {
+                    return Err(DmaError::Gone { address });
+                }
+            }
+        }
+        done.map_err(|undone| self.health.of_copy(undone))
     }
 
     fn ahead(&self) -> MutexGuard<'_, Vec<Batch>> {
@@ -267,7 +277,9 @@ impl Memory {
             core::mem::forget(ahead); // the device may use it still
             return Err(status);
         }
-        events.try_for_each(api::Event::result)
+        let result = events.try_for_each(api::Event::result);
+        ahead.into_iter().for_each(|batch| self.stages.put(batch.stage));
+        result
     }
 
     /// Starts copies to memory of uhmm's behind a kernel: an event of each.
@@ -278,7 +290,7 @@ impl Memory {
         let queue = self.device.kernels();
         let read = |dma: &Dma| {
             // SAFETY: the host's memory is uhmm's, and its owner waits for the launch.
-            unsafe { queue.read(&self.buffer, dma.frame as usize * PAGE + dma.offset, dma.host as *mut u8, dma.len) }
+            unsafe { queue.read(&self.buffer, at(dma), dma.host as *mut u8, dma.len) }
         };
         pieces.iter().map(read).collect::<Result<_, _>>().inspect_err(|_| {
             let _ = queue.finish();
@@ -290,7 +302,7 @@ impl Memory {
         let mut stage = vec![0u8; STAGE.min(dma.len)];
         let mut result = Ok(());
         for done in (0..dma.len).step_by(STAGE) {
-            let (at, host, len) = (dma.frame as usize * PAGE + dma.offset + done, dma.host + done, STAGE.min(dma.len - done));
+            let (at, host, len) = (at(dma) + done, dma.host + done, STAGE.min(dma.len - done));
             let done = |started: Result<api::Event, Status>| {
                 api::wait_until(&[started.map_err(Undone::Failed)?], Instant::now() + limit) // the program's memory may take its time
             };
@@ -331,34 +343,12 @@ impl Drop for Memory {
 
 /// The bytes of the device's memory that a piece uses.
 fn frames(dma: &Dma) -> Range<usize> {
-    let at = dma.frame as usize * PAGE + dma.offset;
-    at..at + dma.len
+    at(dma)..at(dma) + dma.len
 }
 
-/// Whether the program's memory may be gone when a piece of this kind is copied.
-fn is_guarded(kind: DmaKind) -> bool {
-    matches!(kind, DmaKind::GuardedToDevice | DmaKind::SnapshotToDevice | DmaKind::GuardedToHost)
-}
-
-/// The pieces of a batch, those that follow each other on both sides as one.
-fn merged(batch: &[Dma]) -> impl Iterator<Item = Dma> {
-    let mut rest = batch;
-    core::iter::from_fn(move || {
-        let (&first, mut others) = rest.split_first()?;
-        let mut all = first;
-        while let Some((next, more)) = others.split_first() {
-            let end = all.frame as usize * PAGE + all.offset + all.len;
-            let follows = next.kind == all.kind
-                && next.frame as usize * PAGE + next.offset == end
-                && (next.kind == DmaKind::Zero || next.host == all.host + all.len);
-            if !follows {
-                break;
-            }
-            (all.len, others) = (all.len + next.len, more);
-        }
-        rest = others;
-        Some(all)
-    })
+/// Whether the kernel that comes next is all that waits for a batch: small snapshots of a launch.
+fn is_ahead(batch: &[Dma]) -> bool {
+    pieces::ops(batch, Rectangles::Never).all(|op| op.first.kind == DmaKind::SnapshotToDevice && stage::fits(&op))
 }
 
 #[cfg(test)]
@@ -396,6 +386,94 @@ mod tests {
         let mut back = vec![0; PAGE];
         assert_eq!(done(&memory, &dma(DmaKind::ToHost, &mut back, 3)), Ok(()));
         assert!(back == host && !memory.health.is_lost());
+    }
+
+    /// A byte for each place and seed.
+    fn pattern(i: usize, seed: usize) -> u8 {
+        ((i * 31 + seed * 7) ^ (i >> 8)) as u8
+    }
+
+    /// Pieces of every kind with strides and without go there and back, by every way that a device may take: each byte is right, and those in between are as before.
+    #[test]
+    fn strided_pieces_go_there_and_back() {
+        uhmm_os::signal::install(|_| false).unwrap(); // for guarded copies
+        for (way, takes, cpu) in [("any", true, None), ("packed", true, Some(false)), ("none", false, None)] {
+            let Some(mut memory) = opened() else { return };
+            memory.takes_rectangles = AtomicBool::new(takes);
+            cpu.into_iter().for_each(|cpu| memory.device.pretend(cpu));
+            for (seed, [there, back]) in [
+                [DmaKind::ToDevice, DmaKind::ToHost],
+                [DmaKind::LentToDevice, DmaKind::GuardedToHost],
+                [DmaKind::GuardedToDevice, DmaKind::ToHost],
+                [DmaKind::ToDevice, DmaKind::GuardedToHost],
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                let all: Vec<u8> = (0..4 * BLOCK).map(|i| pattern(i, seed + 100)).collect();
+                let (mut host, mut whole) = ((0..4 * BLOCK).map(|i| pattern(i, seed)).collect::<Vec<u8>>(), all.clone());
+                assert_eq!(done(&memory, &dma(DmaKind::ToDevice, &mut whole, 0)), Ok(()));
+                // Bytes, strides there and here, pieces: every fourth page, bytes at odd places, more than a stage takes, and large ones.
+                let sets =
+                    [(PAGE, 4 * PAGE, 4 * PAGE, 300), (77, 1000, 513, 500), (9000, 9001, 20_000, 100), (100_000, 150_000, 101_001, 3)];
+                let (mut at, mut from, mut batch, mut want) = (13, 5, vec![], all);
+                for (len, on_device, on_host, count) in sets {
+                    for i in 0..count {
+                        let (at, from) = (at + i * on_device, from + i * on_host);
+                        batch.push(Dma {
+                            kind: there,
+                            host: host[from..].as_mut_ptr() as usize,
+                            frame: (at / PAGE) as Frame,
+                            offset: at % PAGE,
+                            len,
+                        });
+                        want[at..at + len].copy_from_slice(&host[from..from + len]);
+                    }
+                    (at, from) = (at + count * on_device + 3, from + count * on_host + 3);
+                }
+                assert_eq!(done(&memory, &batch), Ok(()), "{way}: {there:?}");
+                assert_eq!(done(&memory, &dma(DmaKind::ToHost, &mut whole, 0)), Ok(()));
+                assert!(whole == want, "{way}: {there:?}");
+                // Back to other bytes: each piece comes, and nothing else changes.
+                let mut want: Vec<u8> = (0..4 * BLOCK).map(|i| pattern(i, seed + 50)).collect();
+                let base = host.as_ptr() as usize;
+                batch.iter().for_each(|dma| want[dma.host - base..][..dma.len].copy_from_slice(&host[dma.host - base..][..dma.len]));
+                host.iter_mut().enumerate().for_each(|(i, byte)| *byte = pattern(i, seed + 50));
+                batch.iter_mut().for_each(|dma| dma.kind = back);
+                assert_eq!(done(&memory, &batch), Ok(()), "{way}: {back:?}");
+                assert!(host == want, "{way}: {back:?}");
+            }
+        }
+    }
+
+    /// It gets its pieces one by one, from then on without a try; a failure that is not the rectangle's stays one, and such a device is asked for rectangles as before.
+    #[test]
+    fn a_device_may_refuse_rectangles() {
+        let Some(memory) = opened() else { return };
+        let mut host: Vec<u8> = (0..BLOCK).map(|i| pattern(i, 1)).collect();
+        let pieces = |kind, host: &mut [u8], from: usize| -> Vec<Dma> {
+            (0..64)
+                .map(|i| Dma {
+                    kind,
+                    host: host[8 * i * PAGE..].as_mut_ptr() as usize,
+                    frame: (from + 2 * i) as Frame,
+                    offset: 0,
+                    len: PAGE,
+                })
+                .collect()
+        };
+        let beyond = 4 * BLOCK / PAGE - 100;
+        assert_eq!(done(&memory, &pieces(DmaKind::ToDevice, &mut host, beyond)), Err(DmaError::Failed(Errno::IO)));
+        assert!(memory.takes_rectangles.load(Ordering::Relaxed) && memory.health.said() == Some("CL_INVALID_VALUE"));
+        let refused = api::tests::refusing(|| {
+            for kind in [DmaKind::ToDevice, DmaKind::ToHost] {
+                assert_eq!(done(&memory, &pieces(kind, &mut host, 7)), Ok(()), "{kind:?}");
+                host.iter_mut().for_each(|byte| *byte = if kind == DmaKind::ToDevice { 0 } else { *byte });
+            }
+        });
+        assert_eq!(refused, 1);
+        let pieces_of = |i: usize| (i / PAGE).is_multiple_of(8);
+        assert!(host.iter().enumerate().all(|(i, &byte)| byte == if pieces_of(i) { pattern(i, 1) } else { 0 }));
     }
 
     #[test]
@@ -437,6 +515,14 @@ mod tests {
             // SAFETY: both are ours, and nobody waits for them.
             unsafe { ev::release_event(event) }.unwrap();
         }
+        // Pieces that are one run when they are too large for a stage, as in two blocks beside each other.
+        let (mut large, mut back) = (vec![5u8; 24 * PAGE], vec![0u8; 24 * PAGE]);
+        let [whole] = dma(DmaKind::SnapshotToDevice, &mut large, 20);
+        let half = Dma { len: 12 * PAGE, ..whole };
+        let halves = [half, Dma { host: half.host + half.len, frame: half.frame + 12, ..half }];
+        assert_eq!(done(&memory, &halves), Ok(()));
+        assert_eq!(done(&memory, &dma(DmaKind::ToHost, &mut back, 20)), Ok(()));
+        assert!(back == large);
         let beyond = (4 * BLOCK / PAGE) as Frame;
         assert_eq!(done(&memory, &dma(DmaKind::SnapshotToDevice, &mut host, beyond)), Err(DmaError::Failed(Errno::IO)));
     }

@@ -167,7 +167,7 @@ macro_rules! agree {
 
 /// Asks a driver that nobody uses yet for batches of every kind of piece, small ones and large ones: all is copied to the byte and nothing beside it; and where some pieces
 /// name memory that is not there, all others are.
-fn batches(driver: &dyn Driver) {
+pub(crate) fn batches(driver: &dyn Driver) {
     const LEN: usize = 2 * BLOCK;
     const NOWHERE: usize = PAGE;
     let ask = |batch: &[Dma]| driver.wait(driver.copy(batch), batch, DeviceConfig::FENCE_LIMIT);
@@ -224,7 +224,56 @@ fn batches(driver: &dyn Driver) {
             }));
         }
     }
+    sets(&ask, [host, sent, read, from, to]);
     (0..2).for_each(|unit| driver.release(unit));
+}
+
+/// Batches that are sets of pieces with a stride on each side, one piece of which may name memory that is not there.
+fn sets(ask: &dyn Fn(&[Dma]) -> Result<(), DmaError>, [host, sent, read, from, to]: [&mut [u8]; 5]) {
+    const NOWHERE: usize = PAGE;
+    for (round, (len, on_device, on_host)) in [(PAGE, 4 * PAGE, 3 * PAGE), (100, 1001, 100), (5000, 5000, 7777)].into_iter().enumerate() {
+        for gone in [None, Some(7)] {
+            let byte = |i: usize, seed: usize| ((i * 13 + seed * 5 + round * 3) ^ (i >> 8)) as u8 | 1;
+            (0..host.len()).for_each(|i| (host[i], sent[i], from[i]) = (byte(i, 0), byte(i, 1), byte(i, 2)));
+            let whole = |kind, at: usize| [Dma { kind, host: at, frame: 0, offset: 0, len: 2 * BLOCK }];
+            agree!(ask(&whole(DmaKind::ToDevice, host.as_ptr() as usize)) == Ok(()));
+            let places = |i: usize| (11 + i * on_device, 3 + i * on_host);
+            let set = |kind, base: usize| -> Vec<Dma> {
+                let piece = |i| {
+                    let (at, here) = places(i);
+                    let guarded = matches!(kind, DmaKind::GuardedToDevice | DmaKind::GuardedToHost);
+                    let host = if guarded && gone == Some(i) { NOWHERE } else { base + here };
+                    Dma { kind, host, frame: (at / PAGE) as Frame, offset: at % PAGE, len }
+                };
+                (0..100).map(piece).collect()
+            };
+            // There: from the program, and from uhmm over that.
+            let mut want = host.to_vec();
+            for (kind, source) in [(DmaKind::GuardedToDevice, &*from), (DmaKind::ToDevice, &*sent)] {
+                let result = ask(&set(kind, source.as_ptr() as usize));
+                let lacks = gone.is_some() && kind == DmaKind::GuardedToDevice;
+                agree!(if lacks { matches!(result, Err(DmaError::Gone { .. })) } else { result == Ok(()) });
+                for (at, here) in (0..100).map(places) {
+                    want[at..at + len].copy_from_slice(&source[here..here + len]);
+                }
+                agree!(ask(&whole(DmaKind::ToHost, read.as_ptr() as usize)) == Ok(()));
+                let inside = |i: usize| i >= 11 && (i - 11) % on_device < len && (i - 11) / on_device < 100;
+                agree!((0..want.len()).all(|i| (lacks && inside(i)) || read[i] == want[i]));
+            }
+            // And back.
+            for (kind, target) in [(DmaKind::ToHost, &mut *read), (DmaKind::GuardedToHost, &mut *to)] {
+                target.fill(0);
+                let result = ask(&set(kind, target.as_mut_ptr() as usize));
+                let lacks = gone.is_some() && kind == DmaKind::GuardedToHost;
+                agree!(if lacks { matches!(result, Err(DmaError::Gone { .. })) } else { result == Ok(()) });
+                let mut came = vec![0; target.len()];
+                for (at, here) in (0..100).map(places) {
+                    came[here..here + len].copy_from_slice(&want[at..at + len]);
+                }
+                agree!((0..came.len()).all(|i| target[i] == came[i] || (lacks && target[i] == 0)));
+            }
+        }
+    }
 }
 
 fn asked_soft(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
@@ -235,7 +284,7 @@ fn asked_tiny(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Resul
     crate::tiny::driver::open(config, mode, others).inspect(|driver| batches(&**driver))
 }
 
-fn asked(config: DeviceConfig, open: OpenDriver) {
+pub(crate) fn asked(config: DeviceConfig, open: OpenDriver) {
     let dev = CoreRef::get().unwrap().device(DeviceConfig { memory: 16 << 20, threads: 1, ..config }, open).unwrap();
     drop(dev);
     assert_eq!(get(&WRONG), 0, "the line of this file that did not agree");

@@ -2,10 +2,12 @@
 
 use crate::conformance::failed;
 use crate::harness::Pages;
-use uhmm::{Ctx, Error, Forms, KernelFault, OpenCl, To, Uhmm, args, inout, inp, out};
+use uhmm::{Advice, Ctx, Error, Forms, KernelFault, Location, OpenCl, To, Uhmm, args, inout, inp, out};
 use uhmm_core::conformance::{Named, Subject};
+use uhmm_core::driver::{DeviceInfo, Driver};
 use uhmm_core::kernel::{Entry, Kernel};
 use uhmm_core::mode::Mode;
+use uhmm_core::own::OwnBox;
 use uhmm_core::{CoreRef, DeviceConfig};
 
 crate::tests![
@@ -22,6 +24,8 @@ crate::tests![
     arrays_beyond_the_devices_memory_take_turns,
     what_was_prefetched_is_in_one_piece,
     local_memory_is_each_groups_own,
+    what_can_be_reached_is_copied,
+    strided_pages_go_there_and_back,
 ];
 
 /// The kernels of the checks.
@@ -438,5 +442,49 @@ __kernel __attribute__((work_group_size_hint(64, 1, 1))) void turn(__global uint
         for (i, &x) in r[shift..].iter().enumerate() {
             assert_eq!(x as usize, i / 64 * 64 + (i + 1) % 64, "number {i}");
         }
+    }
+}
+
+/// The driver asked by itself, as any other.
+fn what_can_be_reached_is_copied() {
+    fn open(config: &DeviceConfig, mode: Mode, others: &[DeviceInfo]) -> Result<OwnBox<dyn Driver>, Error> {
+        uhmm_opencl::open_with_copies(config, mode, others).inspect(|driver| crate::halfway::batches(&**driver))
+    }
+    crate::halfway::asked(DeviceConfig::new("opencl"), open);
+}
+
+/// Between launches the CPU changes every so-manieth page of what stays on the device. Those pages alone come and go, and what is between them is what it was.
+fn strided_pages_go_there_and_back() {
+    let (hmm, dev) = opened(64);
+    let full = hmm.mode() == Mode::Full;
+    let mut memory = Pages::new(8 << 20);
+    let data = memory.slice::<u32>();
+    let pages = data.len() / 1024;
+    if full {
+        hmm.advise(&*data, Advice::PreferredLocation(Location::Device(dev.id()))).unwrap();
+    }
+    let kernel = Foreign(OpenCl { source: LITTLE.into(), name: "little".into(), local: [64, 1, 1], options: "".into() });
+    data.iter_mut().zip(0..).for_each(|(x, i)| *x = i);
+    let mut want = data.to_vec();
+    for (round, stride) in [4, 3, 2, 7, 16, 511, 1].into_iter().enumerate() {
+        dev.run(&kernel, data.len() / 64, args![inout(&mut *data)]).unwrap();
+        want.iter_mut().for_each(|x| *x += 1);
+        let touched = (round..pages).step_by(stride);
+        for page in touched.clone() {
+            let at = page * 1024 + page % 1024;
+            assert_eq!(data[at], want[at], "stride {stride}: page {page}");
+            (data[at], want[at]) = (page as u32, page as u32);
+        }
+        let before = dev.stats().pages_to_device;
+        dev.run(&kernel, data.len() / 64, args![inout(&mut *data)]).unwrap();
+        want.iter_mut().for_each(|x| *x += 1);
+        let moved = dev.stats().pages_to_device - before;
+        assert!(!full || moved == touched.len() as u64, "stride {stride}: {moved} pages went for {}", touched.len());
+        // What the CPU has touched now leaves gaps in what comes home from the device.
+        for page in (1..pages).step_by(stride + 1) {
+            assert_eq!(data[page * 1024], want[page * 1024], "stride {stride}: page {page}");
+        }
+        dev.evict(&*data).unwrap();
+        assert!(*data == *want, "stride {stride}");
     }
 }

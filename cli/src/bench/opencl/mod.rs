@@ -7,7 +7,9 @@
 mod arrays;
 mod iterated;
 mod launch;
+mod pages;
 mod sparse;
+mod strided;
 
 use super::{Measure, Row};
 use crate::options::{self, Group};
@@ -41,7 +43,9 @@ pub(super) fn run(args: &options::Bench, print: &mut impl FnMut(Row) -> Result<(
     arrays::run(&bench, print)?;
     iterated::run(&bench, print)?;
     sparse::run(&bench, print)?;
-    launch::run(&bench, print)
+    strided::run(&bench, print)?;
+    launch::run(&bench, print)?;
+    pages::run(&bench, print)
 }
 
 /// A kernel that is written in OpenCL C only.
