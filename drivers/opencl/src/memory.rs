@@ -1,6 +1,6 @@
 //! The device's memory: one buffer for as long as the device is open, so that nothing is allocated, or touched for the first time, when a block comes; and a queue of its own as the copy engine.
 //!
-//! A batch is enqueued in as few calls as will do ([`pieces`](crate::pieces)) without waiting, and waited for as a whole. Pieces from memory of the program, which may be gone, pass through
+//! A batch is enqueued in as few calls as will do (`pieces`) without waiting, and waited for as a whole. Pieces from memory of the program, which may be gone, pass through
 //! memory of this driver: the runtime must not touch what can vanish under it.
 //!
 //! No example: a part of the device; outside, only [`crate::open`] is used.
