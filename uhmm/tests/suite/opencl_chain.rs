@@ -94,16 +94,20 @@ fn what_a_member_has_written_is_there_when_it_has_ended() {
     const LEN: usize = 50_001;
     let mut all = vec![0u32; LEN + 10];
     let ends = [&raw const all[5] as usize, &raw const all[5 + LEN - 1] as usize];
-    const MANY: u32 = 200;
+    const CHAINS: u32 = 40;
+    const EACH: u32 = 5;
+    const MANY: u32 = CHAINS * EACH;
     scope(|scope| {
         let data = scope.lend(&mut all[5..5 + LEN]);
         let mut queue = scope.queue(&dev);
-        let launched: Vec<_> = (0..MANY).map(|_| queue.launch(&more, LEN.div_ceil(LOCAL), args![data.inout(), 100u32])).collect();
-        for (launch, n) in launched.into_iter().zip(1..) {
-            launch.wait().unwrap();
-            // SAFETY: the vector lives as long as the scope; words that uhmm alone writes.
-            let seen = ends.map(|at| unsafe { (at as *const u32).read_volatile() });
-            assert!(seen.iter().all(|&seen| (n..=MANY).contains(&seen)), "{seen:?} after {n}");
+        for chain in 0..CHAINS {
+            let launched: Vec<_> = (0..EACH).map(|_| queue.launch(&more, LEN.div_ceil(LOCAL), args![data.inout(), 100u32])).collect();
+            for (launch, n) in launched.into_iter().zip(chain * EACH + 1..) {
+                launch.wait().unwrap();
+                // SAFETY: the vector lives as long as the scope; words that uhmm alone writes.
+                let seen = ends.map(|at| unsafe { (at as *const u32).read_volatile() });
+                assert!(seen.iter().all(|&seen| (n..=MANY).contains(&seen)), "{seen:?} after {n}");
+            }
         }
     })
     .unwrap();

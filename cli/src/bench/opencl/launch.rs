@@ -3,7 +3,7 @@
 use super::{Bench, Measure, Row, Written};
 use crate::bench::in_pairs;
 use anyhow::Result;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uhmm::{args, inout};
 use uhmm_explicit::launch::{Launch, SOURCE};
 use uhmm_floor::PAGE;
@@ -11,7 +11,35 @@ use uhmm_floor::PAGE;
 /// Launches of one time: the mean of so many.
 const MANY: u32 = 200;
 
+/// The bare launch by another thread than the one that asks for it, above the bare launch: what uhmm, whose threads have descriptors of their own, cannot be below.
+fn by_another(bench: &Bench<'_>) -> Result<Row> {
+    let mut bare = Launch::new(bench.cl, 1 << 20)?;
+    let mut handed = Launch::new(bench.cl, 1 << 20)?;
+    let theirs = || {
+        let start = Instant::now();
+        handed.run_by_another(MANY)?;
+        Ok(start.elapsed() / MANY)
+    };
+    let pairs = in_pairs(bench.pairs, theirs, || each(&mut bare))?;
+    Ok(above("opencl_launch_by_another", &pairs))
+}
+
+/// The mean time of a bare launch.
+fn each(bare: &mut Launch<'_>) -> Result<Duration> {
+    let start = Instant::now();
+    for _ in 0..MANY {
+        bare.run()?;
+    }
+    Ok(start.elapsed() / MANY)
+}
+
+fn above(name: &'static str, pairs: &[(Duration, Duration)]) -> Row {
+    let above: Vec<_> = pairs.iter().map(|(ours, bare)| (ours.as_secs_f64() * 1e6, bare.as_secs_f64() * 1e6)).collect();
+    Measure { name, unit: "us", work: 1e-6, goal: 5.0 }.row_above(&above)
+}
+
 pub(super) fn run(bench: &Bench<'_>, print: &mut impl FnMut(Row) -> Result<()>) -> Result<()> {
+    print(by_another(bench)?)?;
     let forms = Written::new(SOURCE, "nothing", 1);
     for (name, megabytes) in [("opencl_launch_resident_1m", 1), ("opencl_launch_resident_1g", 1024)] {
         let mut all = vec![1u8; (megabytes << 20) + PAGE];
@@ -26,16 +54,8 @@ pub(super) fn run(bench: &Bench<'_>, print: &mut impl FnMut(Row) -> Result<()>) 
             }
             Ok(start.elapsed() / MANY)
         };
-        let theirs = || {
-            let start = Instant::now();
-            for _ in 0..MANY {
-                bare.run()?;
-            }
-            Ok(start.elapsed() / MANY)
-        };
-        let pairs = in_pairs(bench.pairs, ours, theirs)?;
-        let above: Vec<_> = pairs.iter().map(|(ours, bare)| (ours.as_secs_f64() * 1e6, bare.as_secs_f64() * 1e6)).collect();
-        print(Measure { name, unit: "us", work: 1e-6, goal: 5.0 }.row_above(&above))?;
+        let pairs = in_pairs(bench.pairs, ours, || each(&mut bare))?;
+        print(above(name, &pairs))?;
     }
     Ok(())
 }
