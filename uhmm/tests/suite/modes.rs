@@ -72,6 +72,7 @@ const FULL_ONLY: &[&str] = &[
     "opencl::a_written_range",
     "opencl_chain::a_touch",
     "opencl_chain::who_wants",
+    "opencl_chain::a_fork",
     "opencl::a_kernel_that_uses",
     "opencl::touches_of_the_program",
     "opencl::what_was_prefetched",

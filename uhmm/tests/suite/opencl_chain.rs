@@ -1,5 +1,6 @@
 //! Launches that follow each other in a device's queue without a wait of the host's between them. Where there is no OpenCL these tests say so, and are left out.
 
+use crate::harness::{fork, wait};
 use crate::opencl::Foreign;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use uhmm::{Device, OpenCl, Uhmm, args, inout, scope, val};
@@ -10,6 +11,7 @@ crate::tests![
     what_a_member_has_written_is_there_when_it_has_ended,
     a_touch_ends_a_chain,
     who_wants_to_be_alone_ends_a_chain,
+    a_fork_ends_a_chain,
     a_launch_that_may_fail_is_no_member,
     leases_begin_beside_a_chain,
 ];
@@ -162,6 +164,13 @@ fn who_wants_to_be_alone_ends_a_chain() {
     let (hmm, dev) = opened();
     let mut all = vec![0u32; 20_000];
     while_a_chain_goes_on(&dev, &mut all, || hmm.evict_all().unwrap());
+}
+
+/// Nor does a fork, which waits for launches to end.
+fn a_fork_ends_a_chain() {
+    let (_hmm, dev) = opened();
+    let mut all = vec![0u32; 20_000];
+    while_a_chain_goes_on(&dev, &mut all, || assert_eq!(wait(fork(false, || true)), 0));
 }
 
 /// A kernel that follows stored pointers may miss: it stands in the queue alone, and its failure is its own.
