@@ -114,7 +114,10 @@ fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger,
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
         *want = Want::of(dev, flight, range);
     }
-    let plan = Plan { core, dev, flight, args, part, wants, sealed: &sealed, pins: Pins::default(), next: AtomicUsize::new(0) };
+    let joins = dev.driver.info().capabilities.linear && part.has(Access::In);
+    let read = wants.iter().filter(|want| joins && want.access == Some(Access::In));
+    let joint = read.map(|want| want.span.blocks().count()).sum();
+    let plan = Plan { core, dev, flight, args, part, wants, sealed: &sealed, pins: Pins::default(), next: AtomicUsize::new(0), joint };
     let carried_out = plan.carry_out(ledger);
     let pins = flight.fetches(dev) && core.policies.marks.any() && plan.pins.any();
     ledger.sealed = sealed; // of those that are written snapshots are taken; they leave when the launch has ended
@@ -221,6 +224,8 @@ struct Plan<'a> {
     pins: Pins,
     /// The first block that nobody has taken yet.
     next: AtomicUsize,
+    /// So many blocks come first, which a device has in one piece and takes in one copy: each thread takes half of them at once.
+    joint: usize,
 }
 
 /// Whether some pages of the process may be pinned. Whoever has pinned a page writes to it without a fault, so it must not be duplicated: what is read moves too, which is refused for just these
@@ -321,8 +326,9 @@ impl Plan<'_> {
     }
 
     fn take_share(&self) -> Range<usize> {
-        let first = self.next.fetch_add(SHARE, Ordering::Relaxed);
-        first..first + SHARE
+        let end = |first| first + if first < self.joint { self.joint.div_ceil(2).max(SHARE) } else { SHARE };
+        let first = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |first| Some(end(first))).unwrap_or_else(|first| first);
+        first..end(first)
     }
 
     /// Has pages that can move where the policy wants those that an argument of so many bytes declares.

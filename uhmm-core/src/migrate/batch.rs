@@ -1,6 +1,6 @@
 //! What is on its way: one batch that is collected and one that is copied, and how a batch ends.
 
-use super::{BATCH, Intent, Park};
+use super::{BATCH, Intent, LENT, Park};
 use crate::bits::{Bits, PAGES};
 use crate::core::{Core, Device};
 use crate::counters::count;
@@ -50,15 +50,42 @@ pub(crate) struct Room {
 /// One batch.
 #[derive(Debug)]
 pub(super) struct Batch {
-    pub(super) items: [Option<Item>; BATCH],
-    pub(super) count: usize,
+    items: [Option<Item>; BATCH],
+    count: usize,
+    /// Blocks of which only lent pages are copied: many of them, which the device may take for one copy.
+    lent: OwnSlice<Lent>,
+    lent_count: usize,
     dma: OwnSlice<Dma>,
     dma_count: usize,
+}
+
+/// A block whose taken pages are all copied from where they are, lent by the launch.
+#[derive(Clone, Copy, Debug)]
+struct Lent {
+    va: Va,
+    copied: Bits,
 }
 
 #[allow(unsafe_code)]
 // SAFETY: the first kind, and zeroes.
 unsafe impl crate::own::Zeroed for Dma {}
+#[allow(unsafe_code)]
+// SAFETY: no address, no pages.
+unsafe impl crate::own::Zeroed for Lent {}
+
+impl Lent {
+    fn item(self, dev: &Device) -> Item {
+        Item { copied: self.copied, ..Item::new(self.va, dev.id(), Intent::Duplicate) }
+    }
+}
+
+impl Item {
+    /// Of which nothing has been taken yet.
+    pub(super) fn new(va: Va, device: u32, intent: Intent) -> Self {
+        let none = Bits::EMPTY;
+        Item { va, device, intent, moved: none, zeroed: none, copied: none, tray: None, twins: none, rdonly: none }
+    }
+}
 
 impl Room {
     /// Room without a migration.
@@ -79,7 +106,42 @@ impl Room {
 
 impl Batch {
     fn new() -> Result<Self, Errno> {
-        Ok(Batch { items: [const { None }; BATCH], count: 0, dma: OwnSlice::new(c"uhmm batch", BATCH * PAGES)?, dma_count: 0 })
+        Ok(Batch {
+            items: [const { None }; BATCH],
+            count: 0,
+            lent: OwnSlice::new(c"uhmm lent blocks", LENT)?,
+            lent_count: 0,
+            dma: OwnSlice::new(c"uhmm batch", BATCH * PAGES)?,
+            dma_count: 0,
+        })
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.count + self.lent_count == 0
+    }
+
+    /// Whether it is to be copied before another block joins it: one that is mixed, or might not have room for the pieces of another.
+    pub(super) fn is_full(&self) -> bool {
+        let is_mixed = self.count > 0 && self.count + self.lent_count >= BATCH;
+        is_mixed || self.lent_count == LENT || self.dma.len() - self.dma_count < PAGES
+    }
+
+    /// Adds a block whose copies are on the list. `lent`: only pages that the launch has lent, for a device that takes copies which follow each other as one.
+    pub(super) fn push(&mut self, item: Item, lent: bool) {
+        if lent {
+            self.lent[self.lent_count] = Lent { va: item.va, copied: item.copied };
+            self.lent_count += 1;
+        } else {
+            self.items[self.count] = Some(item);
+            self.count += 1;
+        }
+    }
+
+    /// Calls `f` with all blocks, and is empty.
+    fn end(&mut self, dev: &Device, mut f: impl FnMut(Item)) {
+        self.items.iter_mut().take(self.count).filter_map(Option::take).for_each(&mut f);
+        self.lent.iter().take(self.lent_count).for_each(|lent| f(lent.item(dev)));
+        (self.count, self.lent_count, self.dma_count) = (0, 0, 0);
     }
 
     pub(super) fn push_dma(&mut self, kind: DmaKind, host: usize, frame: Frame, pages: usize) {
@@ -141,19 +203,14 @@ impl Copied<'_> {
 
     pub(super) fn commit(self, core: &Core, dev: &Device, park: Park<'_>) -> Result<bool, Error> {
         let mut result = Ok(false);
-        for item in self.batch.items.iter_mut().take(self.batch.count) {
-            let Some(item) = item.take() else { continue };
-            match commit_block(core, dev, item, &self.done, park) {
-                Ok(lost) => {
-                    if let Ok(any) = &mut result {
-                        *any |= lost;
-                    }
+        self.batch.end(dev, |item| match commit_block(core, dev, item, &self.done, park) {
+            Ok(lost) => {
+                if let Ok(any) = &mut result {
+                    *any |= lost;
                 }
-                Err(e) => result = Err(dev.failed(e)),
             }
-        }
-        self.batch.count = 0;
-        self.batch.dma_count = 0;
+            Err(e) => result = Err(dev.failed(e)),
+        });
         result
     }
 }
@@ -162,32 +219,14 @@ impl Failed<'_> {
     /// Puts everything back to where it was: what the device's failure means for who asked.
     pub(super) fn undo(self, core: &Core, dev: &Device) -> Error {
         let Failed(batch, e) = self;
-        for item in batch.items.iter_mut().take(batch.count) {
-            if let Some(item) = item.take() {
-                undo_block(core, dev, item);
-            }
-        }
-        batch.count = 0;
-        batch.dma_count = 0;
+        batch.end(dev, |item| undo_block(core, dev, item));
         dev.copy_failed(e)
     }
 }
 
 /// Gives pages of one block back to the program that have been taken out into a tray, and are `Moving`: nobody else has a part in that block's migration.
 pub(crate) fn give_back(core: &Core, dev: &Device, va: Va, pages: Bits, tray: Tray) {
-    let none = Bits::EMPTY;
-    let item = Item {
-        va,
-        device: dev.id(),
-        intent: Intent::Move,
-        moved: pages,
-        zeroed: none,
-        copied: none,
-        tray: Some(tray),
-        twins: none,
-        rdonly: none,
-    };
-    undo_block(core, dev, item);
+    undo_block(core, dev, Item { moved: pages, tray: Some(tray), ..Item::new(va, dev.id(), Intent::Move) });
 }
 
 /// Gives the migration of one block up. It waits for events to be read, but for nobody else's migration.

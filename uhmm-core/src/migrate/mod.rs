@@ -38,6 +38,8 @@ use uhmm_os::{Errno, PAGE, thread};
 
 /// Blocks in one batch: enough for a copy to be worth waking the engine, few enough for the next batch to be collected meanwhile.
 pub(crate) const BATCH: usize = 2;
+/// Blocks in one batch of lent pages only, for a device that has them in one piece: each copy there is a call of its runtime, and the larger it is the less it costs.
+const LENT: usize = 512;
 
 /// How often a full device with nothing to evict is asked again.
 const DRY: usize = 2000;
@@ -233,7 +235,7 @@ impl Core {
             let look = self.collect(dev, &mut room.batches[room.at], ask, populated)?;
             room.refused |= matches!(look, Look::Refused | Look::Taken { refused: true, .. });
             if let Look::Taken { again: more, .. } = look {
-                if room.batches[room.at].count == BATCH {
+                if room.batches[room.at].is_full() {
                     again |= self.fly(dev, room, park)?;
                 }
                 return Ok(again | more);
@@ -242,7 +244,7 @@ impl Core {
                 return Ok(again);
             }
             // Nobody waits for others while he holds blocks in transit. What he waited for may have been among them.
-            let held = room.flying.is_some() || room.batches[room.at].count > 0;
+            let held = room.flying.is_some() || !room.batches[room.at].is_empty();
             again |= self.drain(dev, room, park)?;
             let look = if let Look::Elsewhere(other) = look { self.fetch_from_peer(dev, other, room, ask)? } else { look };
             match look {
@@ -314,7 +316,7 @@ impl Core {
     /// Ends all that is in transit.
     fn drain(&self, dev: &Device, room: &mut Room, park: Park<'_>) -> Result<bool, Error> {
         let mut lost = Ok(false);
-        if room.batches[room.at].count > 0 {
+        if !room.batches[room.at].is_empty() {
             lost = self.fly(dev, room, park);
         }
         let last = self.land(dev, room, park);
@@ -413,17 +415,7 @@ impl Core {
         }
         state.device = dev.id();
         let (twins, rdonly) = (ask.twins & fresh, ask.rdonly & fresh);
-        let mut item = Item {
-            va: span.start,
-            device: dev.id(),
-            intent,
-            twins,
-            rdonly,
-            moved: Bits::EMPTY,
-            zeroed: Bits::EMPTY,
-            copied: Bits::EMPTY,
-            tray: None,
-        };
+        let mut item = Item { twins, rdonly, ..Item::new(span.start, dev.id(), intent) };
         let here = present.pages & fresh;
         let huge = present.huge && fresh == Bits::ALL;
         let end = self.take(&mut item, fresh, here, huge, ask.exec, populated);
@@ -455,8 +447,8 @@ impl Core {
         state.huge = present.huge && item.moved == Bits::ALL;
         dev.mem.touch(&self.dir, span.start);
         self.list_copies(batch, state, &item, ask);
-        batch.items[batch.count] = Some(item);
-        batch.count += 1;
+        let lent = intent == Intent::Duplicate && taken - (item.copied & ask.lent) == Bits::EMPTY;
+        batch.push(item, lent && dev.driver.info().capabilities.linear);
         let again = match end {
             MoveEnd::Pending | MoveEnd::Vanished => true,
             MoveEnd::Refused => !populated,

@@ -36,6 +36,7 @@ mod mirror_races;
 mod modes;
 mod nothing_declared;
 mod opencl;
+mod opencl_batches;
 mod opencl_chain;
 mod opencl_failing;
 mod opencl_leases;
@@ -94,6 +95,7 @@ fn main() {
     tests.extend(mapping_races::TESTS);
     tests.extend(any_memory::TESTS);
     tests.extend(opencl::TESTS);
+    tests.extend(opencl_batches::TESTS);
     tests.extend(opencl_chain::TESTS);
     tests.extend(opencl_failing::TESTS);
     tests.extend(opencl_leases::TESTS);

@@ -43,6 +43,7 @@ const FULL_ONLY: &[&str] = &[
     "basics::two_devices_take_turns",
     "contract::",
     "failing::",
+    "opencl_batches::",
     "opencl_failing::",
     "halfway::",
     "promises::",
