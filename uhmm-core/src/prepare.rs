@@ -114,9 +114,8 @@ fn prepare_part(core: &Core, dev: &Device, flight: &Flight, ledger: &mut Ledger,
     for (want, range) in wants.iter_mut().zip(ranges(args)) {
         *want = Want::of(dev, flight, range);
     }
-    let joins = dev.driver.info().capabilities.linear && part.has(Access::In);
-    let read = wants.iter().filter(|want| joins && want.access == Some(Access::In));
-    let joint = read.map(|want| want.span.blocks().count()).sum();
+    let read = wants.iter().filter(|want| want.access == Some(Access::In)).map(|want| want.span.blocks().count()).sum();
+    let joint = if dev.driver.info().capabilities.linear && part.has(Access::In) && read >= JOINT { read } else { 0 };
     let plan = Plan { core, dev, flight, args, part, wants, sealed: &sealed, pins: Pins::default(), next: AtomicUsize::new(0), joint };
     let carried_out = plan.carry_out(ledger);
     let pins = flight.fetches(dev) && core.policies.marks.any() && plan.pins.any();
@@ -210,6 +209,9 @@ fn edges(start: Va, end: Va) -> impl Iterator<Item = Span> {
 const SHARE: usize = BATCH;
 /// Launches over so many blocks are prepared on two threads.
 const MANY: usize = 2 * SHARE;
+/// From so many blocks on that are only read a device that has them in one piece gets them in as few copies as can be. The larger a copy, the less of it passes through the CPU's cache; but what
+/// is less than the cache holds gains nothing, and is there sooner in small pieces.
+const JOINT: usize = 32;
 
 /// What is to be made resident, for all arguments together: the copies of one run while the next is collected. Two threads carry it out, each its own
 /// migration; they take blocks by turns, in one order.
@@ -224,7 +226,7 @@ struct Plan<'a> {
     pins: Pins,
     /// The first block that nobody has taken yet.
     next: AtomicUsize,
-    /// So many blocks come first, which a device has in one piece and takes in one copy: each thread takes half of them at once.
+    /// So many blocks come first whose copies are joint: each thread takes half of them at once.
     joint: usize,
 }
 
@@ -366,7 +368,7 @@ impl Plan<'_> {
         let whole = all && self.core.space.mode == Mode::Full; // else neighbours may be of another kind
         let (part, want) = if whole { (block, Bits::ALL) } else { (part, part.bits()) };
         let beside = alike().fold(want, |rest, other| rest - other.inside.and(block).bits());
-        Ask { beside, lent: want - beside, sealed: Some(self.sealed), ..Ask::new(part, want, Intent::Move) }
+        Ask { beside, lent: want - beside, joint: self.joint > 0, sealed: Some(self.sealed), ..Ask::new(part, want, Intent::Move) }
     }
 }
 

@@ -126,7 +126,7 @@ impl Batch {
         is_mixed || self.lent_count == LENT || self.dma.len() - self.dma_count < PAGES
     }
 
-    /// Adds a block whose copies are on the list. `lent`: only pages that the launch has lent, for a device that takes copies which follow each other as one.
+    /// Adds a block whose copies are on the list; `lent`: of lent pages only, and more such blocks may follow.
     pub(super) fn push(&mut self, item: Item, lent: bool) {
         if lent {
             self.lent[self.lent_count] = Lent { va: item.va, copied: item.copied };

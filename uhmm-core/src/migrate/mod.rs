@@ -38,7 +38,7 @@ use uhmm_os::{Errno, PAGE, thread};
 
 /// Blocks in one batch: enough for a copy to be worth waking the engine, few enough for the next batch to be collected meanwhile.
 pub(crate) const BATCH: usize = 2;
-/// Blocks in one batch of lent pages only, for a device that has them in one piece: each copy there is a call of its runtime, and the larger it is the less it costs.
+/// Blocks in one batch of lent pages only, if they are [`joint`](Ask::joint).
 const LENT: usize = 512;
 
 /// How often a full device with nothing to evict is asked again.
@@ -106,6 +106,8 @@ pub(crate) struct Ask<'a> {
     pub beside: Bits,
     /// Those that are a launch's own, whole: nobody unmaps them before it has ended.
     pub lent: Bits,
+    /// Many more such blocks come after it, and the device may take their lent pages in one copy.
+    pub joint: bool,
     /// What was sealed for the launch.
     pub sealed: Option<&'a Sealed>,
     /// The running launch has declared them: they stay until it ends.
@@ -133,6 +135,7 @@ impl Ask<'_> {
             intent,
             beside: Bits::EMPTY,
             lent: Bits::EMPTY,
+            joint: false,
             sealed: None,
             pinned: true,
             seq: None,
@@ -447,8 +450,8 @@ impl Core {
         state.huge = present.huge && item.moved == Bits::ALL;
         dev.mem.touch(&self.dir, span.start);
         self.list_copies(batch, state, &item, ask);
-        let lent = intent == Intent::Duplicate && taken - (item.copied & ask.lent) == Bits::EMPTY;
-        batch.push(item, lent && dev.driver.info().capabilities.linear);
+        let lent = intent == Intent::Duplicate && (taken - (item.copied & ask.lent)).is_empty();
+        batch.push(item, lent && ask.joint);
         let again = match end {
             MoveEnd::Pending | MoveEnd::Vanished => true,
             MoveEnd::Refused => !populated,
