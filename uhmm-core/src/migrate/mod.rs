@@ -2,7 +2,7 @@
 //!
 //! *Collect* (event lock and block lock held): take frames, watch the range, find what is there, and take the pages from the CPU: moved
 //! out into a tray, write-protected, or just noted. The pages are now `busy`, and this migration is the block's `mover`. *Copy* (no
-//! lock held): one batch for up to [`BATCH`] blocks; while it is copied the next one is collected. *Commit* (locks held again): what is still busy is mapped for the device and changes its
+//! lock held): one batch for up to [`BATCH`] blocks, or [`LENT`] of which only lent pages are copied; while it is copied the next one is collected. *Commit* (locks held again): what is still busy is mapped for the device and changes its
 //! state; what an invalidation took out of `busy` meanwhile is freed. A batch that the device has not copied is *undone* instead: every page goes back to where it was taken from.
 //!
 //! # Rules
