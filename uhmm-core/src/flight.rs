@@ -295,6 +295,14 @@ impl Flights {
     }
 }
 
+impl Device {
+    /// Who is going to take pages away, unless a flight holds them, says so before he looks: a flight that he does not see yet looks at each block, and so waits for him.
+    pub(crate) fn will_change(&self) {
+        self.changed();
+        fence(Ordering::SeqCst);
+    }
+}
+
 fn of(args: &[RawArg]) -> [(Va, Va, Option<Access>); MAX_ARGS] {
     let mut ranges = [(0, 0, None); MAX_ARGS];
     let declared = args.iter().enumerate().filter_map(|(index, arg)| Some((index, arg.process_range()?)));
@@ -350,7 +358,9 @@ pub(crate) fn begin(
     let flight = Flight { index, number, purpose, holds, ran: false };
     if holds {
         dev.flights.any.store(true, Ordering::Release);
-        // From here on no page comes home but to the device's own workers. Who looked before shares the event lock until he has finished.
+        // From here on no page comes home but to the device's own workers. Who looked before shares the event lock until he has finished; or he is the monitor, who has the block's lock, and has said
+        // before he looked that something will change: then this flight looks at each block.
+        fence(Ordering::SeqCst);
         drop(core.space.hold_alone());
     }
     Ok(flight)

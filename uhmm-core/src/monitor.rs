@@ -372,6 +372,7 @@ impl Monitor {
                 let dev = core.device(state.device as usize - 1);
                 count(&dev.counters.cpu_faults, 1);
                 policy::one_more(&state.block().past.cpu_faults);
+                dev.will_change();
                 dev.flights.will_wait();
                 if dev.flights.leased(va).has(page) && !dev.is_lost() {
                     state.waiters = true; // who uses it there could not fetch it again
@@ -502,7 +503,9 @@ pub(crate) fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
 
 /// Whether a toucher has to wait for the end of a launch or lease, which will wake him.
 fn waits(core: &Core, state: &BlockGuard<'_>, va: Va, page: usize) -> bool {
-    let flights = &core.device(state.device as usize - 1).flights;
+    let dev = core.device(state.device as usize - 1);
+    let flights = &dev.flights;
+    dev.will_change();
     flights.will_wait();
     let waits = kept(core, state, va).has(page);
     if waits {

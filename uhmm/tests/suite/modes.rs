@@ -71,6 +71,7 @@ const FULL_ONLY: &[&str] = &[
     "kernel_futex::",
     "opencl::a_touch_of_what_a_kernel_writes",
     "opencl::a_written_range",
+    "opencl::a_touch_is_served",
     "opencl_chain::a_touch",
     "opencl_chain::who_wants",
     "opencl_chain::a_fork",

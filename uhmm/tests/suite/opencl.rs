@@ -2,6 +2,7 @@
 
 use crate::conformance::failed;
 use crate::harness::Pages;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use uhmm::{Advice, Ctx, Error, Forms, KernelFault, Location, OpenCl, To, Uhmm, args, inout, inp, out};
 use uhmm_core::conformance::{Named, Subject};
 use uhmm_core::driver::{DeviceInfo, Driver};
@@ -16,6 +17,7 @@ crate::tests![
     a_written_range_is_not_the_cpus_while_the_kernel_runs,
     a_kernel_that_uses_the_processs_memory_is_found_out,
     touches_of_the_program_are_not_the_kernels,
+    a_touch_is_served_before_a_launch_or_after_it,
     a_touch_of_what_a_kernel_writes_waits_for_its_end,
     wrong_kernels_are_refused_in_words,
     devices_are_found_by_name,
@@ -235,6 +237,48 @@ fn touches_of_the_program_are_not_the_kernels() {
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     assert!(data.slice::<u32>().iter().all(|&x| x == 20) && dev.stats().cpu_faults > 0);
+}
+
+/// A launch over what the last one has left unchanged looks at no block. A touch that the monitor had begun to serve when such a launch began, having seen that nobody held the page, took it home while
+/// the kernel ran: what the kernel wrote there was lost, or the program saw what had been before.
+fn a_touch_is_served_before_a_launch_or_after_it() {
+    let (_hmm, dev) = opened(64);
+    let mut data = Pages::new(4 << 20);
+    let words = (data.start() as usize, data.len() / 4);
+    let kernel = Foreign(OpenCl { source: LITTLE.into(), name: "little".into(), local: [64, 1, 1], options: "".into() });
+    let all = data.slice::<u32>();
+    all.fill(0);
+    let (stop, run) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut random = fastrand::Rng::with_seed(5);
+            let mut seen = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let at = words.0 + 4 * random.usize(..words.1);
+                // SAFETY: the mapping outlives the thread; who touches it while a launch has it waits.
+                let word = unsafe { (at as *const u32).read_volatile() } as usize;
+                assert!(word <= run.load(Ordering::SeqCst) + 1);
+                // Most launches find everything as the one before it has left it.
+                while !stop.load(Ordering::Relaxed) && run.load(Ordering::SeqCst) < seen + 3 {
+                    std::hint::spin_loop();
+                }
+                seen = run.load(Ordering::SeqCst);
+            }
+        });
+        // They take the monitor's core away now and then.
+        for _ in 0..3 {
+            scope.spawn(|| while !stop.load(Ordering::Relaxed) {});
+        }
+        let end = std::time::Instant::now() + crate::harness::seconds(4);
+        while std::time::Instant::now() < end {
+            dev.run(&kernel, all.len() / 64, args![inout(all)]).unwrap();
+            run.fetch_add(1, Ordering::SeqCst);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let run = run.into_inner() as u32;
+    let wrong = all.iter().filter(|&&x| x != run).count();
+    assert_eq!(wrong, 0, "of {run} launches");
 }
 
 const LITTLE: &str = "__kernel void little(__global uint *data) { data[get_global_id(0)]++; }";
