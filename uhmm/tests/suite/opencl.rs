@@ -267,7 +267,11 @@ fn a_touch_is_served_before_a_launch_or_after_it() {
         });
         // They take the monitor's core away now and then.
         for _ in 0..3 {
-            scope.spawn(|| while !stop.load(Ordering::Relaxed) {});
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
         }
         let end = std::time::Instant::now() + crate::harness::seconds(4);
         while std::time::Instant::now() < end {
