@@ -5,7 +5,7 @@ use crate::bench::in_pairs;
 use anyhow::{Result, ensure};
 use std::cell::RefCell;
 use std::time::Duration;
-use uhmm::{Advice, Device, Location, args, inout, inp};
+use uhmm::{Device, args, inout, inp};
 use uhmm_explicit::window::{EACH, LOCAL, SOURCE, Window};
 use uhmm_floor::PAGE;
 
@@ -88,13 +88,8 @@ fn row(bench: &Bench<'_>, name: &'static str, goal: f64, scattered: bool) -> Res
     let [ours, theirs] = [(); 2].map(|()| RefCell::new(Arrays::new(scattered)));
     let mut explicit = Window::new(bench.cl, LEN)?;
     explicit.begin(&theirs.borrow().r)?;
-    if scattered {
-        // Both stay there, and single pages go to and fro.
-        let (here, ours) = (Advice::PreferredLocation(Location::Device(bench.device.id())), ours.borrow());
-        bench.hmm.advise(&ours.r, here)?;
-        bench.hmm.advise(&ours.a, here)?;
-        bench.device.prefetch(&ours.a)?;
-    }
+    // Nothing is advised, also for single pages: a touched block comes as a whole then, and a tenth of its pages is used. With both arrays' preferred location on the device each page is a fault and a copy of
+    // its own, eight times as slow.
     let uhmm = || ours.borrow_mut().round(|r, a, from| launch(bench.device, &forms, r, a, from));
     let pairs = in_pairs(bench.pairs, uhmm, || theirs.borrow_mut().round(|r, a, from| Ok(explicit.run(r, a, from, MADE)?)))?;
     ours.borrow().check()?;
