@@ -14,6 +14,8 @@ use crate::sync::*;
 pub(crate) struct Line {
     next: Mutex<u64>,
     moved: Condvar,
+    /// Places that wait, for who only wants to know whether there are any.
+    waiting: AtomicUsize,
 }
 
 /// A place in a line. It goes through when it is dropped.
@@ -27,6 +29,11 @@ impl Line {
     /// The place with this number; each has one owner.
     pub(crate) fn place(&self, number: u64) -> Place<'_> {
         Place { line: self, number }
+    }
+
+    /// Whether somebody waits behind the first.
+    pub(crate) fn is_waited_in(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
     }
 
     /// Whoever [waits for something else too](Place::wait_or) looks for it again.
@@ -45,9 +52,11 @@ impl Place<'_> {
     /// Waits until it is first, or `found` says that it need not be.
     pub(crate) fn wait_or(&self, mut found: impl FnMut() -> bool) {
         let mut next = self.line.next.lock();
+        self.line.waiting.fetch_add(1, Ordering::Relaxed);
         while *next != self.number && !found() {
             next = self.line.moved.wait(next);
         }
+        self.line.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Whether it is first.
