@@ -21,7 +21,7 @@ use crate::core::{Core, Device};
 use crate::counters::count;
 use crate::error::Error;
 use crate::flight::{self, Flight, Purpose};
-use crate::launch::{self, Ledger, Request};
+use crate::launch::{self, LARGE, Ledger, Request};
 use crate::line::{Place, Turn, Who};
 use crate::mode::Mode;
 use crate::page::{Span, Va};
@@ -137,7 +137,7 @@ impl Chain {
 /// What others could join, of a launch that is ready; `None` if each launch has to look after something.
 fn candidate(core: &Core, dev: &Device, flight: &Flight, request: &Request, place: u64, blocks: &[Va]) -> Option<Open> {
     let capabilities = dev.driver.info().capabilities;
-    if !dev.line.is_waited_in() {
+    if !dev.line.is_waited_in() && !dev.entrance.is_waited_in() {
         return None; // whoever comes later begins the next chain: to look at all blocks for nobody would cost each launch 20 us a GiB
     }
     if !flight.holds || capabilities.replayable_faults || core.space.mode != Mode::Full || blocks.len() > BLOCKS {
@@ -163,7 +163,8 @@ fn is_writable(core: &Core, dev: &Device, start: Va, end: Va) -> Option<bool> {
     let mut writable = true;
     for part in Span::inside(start, end).blocks() {
         let state = core.dir.get(part.start)?.lock();
-        let has = if state.device == dev.id() { (state.private(), state.duplicated()) } else { (Bits::EMPTY, Bits::EMPTY) };
+        let copied = if end - start < LARGE { state.bounced() } else { Bits::EMPTY }; // as the ends of others are
+        let has = if state.device == dev.id() { (state.private() | copied, state.duplicated()) } else { (Bits::EMPTY, Bits::EMPTY) };
         if (part.bits() - (has.0 | has.1)).next(0).is_some() {
             return None;
         }

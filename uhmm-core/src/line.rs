@@ -66,10 +66,7 @@ impl Place<'_> {
 
     /// Waits until it is.
     pub(crate) fn wait(&self) {
-        let mut next = self.line.next.lock();
-        while *next != self.number {
-            next = self.line.moved.wait(next);
-        }
+        self.wait_or(|| false);
     }
 }
 

@@ -47,9 +47,18 @@ impl Part {
 }
 
 impl Flight {
-    /// A part of an argument as this flight may use it. Without fork events a child could not be given what a lease has taken away.
-    fn sees(&self, core: &Core, piece: Piece) -> Piece {
+    /// A part of an argument of so many bytes as this flight may use it. Without fork events a child could not be given what a lease has taken away.
+    fn sees(&self, core: &Core, dev: &Device, bytes: usize, piece: Piece) -> Piece {
+        if self.copies(dev, bytes) {
+            return Piece { movable: false, shareable: false, ..piece };
+        }
         Piece { movable: piece.movable && (self.purpose == Purpose::Launch || core.space.mode == Mode::Full), ..piece }
+    }
+
+    /// Whether an argument of so many bytes is copied for a launch, there and back, and does not move: where each launch has to be told where things are, that costs less than its pages' way there
+    /// and the faults that bring them home.
+    fn copies(&self, dev: &Device, bytes: usize) -> bool {
+        bytes < LARGE && self.purpose == Purpose::Launch && dev.driver.info().capabilities.linear
     }
 }
 
@@ -173,7 +182,7 @@ fn open(core: &Core, dev: &Device, flight: &Flight, args: &[RawArg]) -> Result<S
             shares::open(core, dev, start, end);
         }
         check::pieces(core, start, end, |piece| {
-            let piece = flight.sees(core, piece);
+            let piece = flight.sees(core, dev, end - start, piece);
             if piece.movable {
                 let whole = Span::touching(piece.start, piece.end);
                 register_ahead(core, Span::inside(start, end).and(whole));
@@ -290,8 +299,10 @@ impl Plan<'_> {
         // What is copied comes first: then what is only moved is collected while the copies run.
         let order = |access| ranges(self.args).enumerate().filter(move |(_, range)| range.2 == access);
         for (index, (start, end, access)) in order(Access::In).chain(order(Access::InOut)).chain(order(Access::Out)) {
+            // What is copied back as a whole must be whole before.
+            let access = if access == Access::Out && self.flight.copies(self.dev, end - start) { Access::InOut } else { access };
             check::pieces(self.core, start, end, |piece| {
-                let piece = self.flight.sees(self.core, piece);
+                let piece = self.flight.sees(self.core, self.dev, end - start, piece);
                 // What does not move gets a snapshot, as of its turn.
                 let due = if piece.movable { self.part.has(access) } else { self.part != Part::Read };
                 if !due {
@@ -359,7 +370,8 @@ impl Plan<'_> {
                 Access::Out => Intent::Blank,
                 _ => Intent::Snapshot,
             };
-            return Ask { twins: beyond(self.dev, self.args, part), ..Ask::new(part, part.bits(), intent) };
+            let (ahead, twins) = (self.flight.purpose == Purpose::Launch, beyond(self.dev, self.args, part));
+            return Ask { ahead, twins, ..Ask::new(part, part.bits(), intent) };
         }
         // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
         let block = Span::block(part.start);

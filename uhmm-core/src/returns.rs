@@ -9,6 +9,7 @@ use crate::core::{Core, Device};
 use crate::directory::Frame;
 use crate::driver::{Dma, DmaKind};
 use crate::flight::Flight;
+use crate::launch::LARGE;
 use crate::own::OwnSlice;
 use crate::page::Va;
 use crate::ranges;
@@ -18,6 +19,9 @@ use uhmm_os::{Errno, PAGE};
 /// Pieces that are read behind a kernel: two for each argument.
 const MOST: usize = 2 * crate::args::MAX_ARGS;
 
+/// Bytes of each, at most.
+const ROOM: usize = LARGE;
+
 /// What is read behind one kernel.
 #[derive(Debug)]
 pub(crate) struct Returns {
@@ -25,7 +29,7 @@ pub(crate) struct Returns {
     count: usize,
     /// They have been read.
     done: bool,
-    /// A page each.
+    /// A room each.
     stage: OwnSlice<u8>,
 }
 
@@ -36,7 +40,7 @@ impl Returns {
     /// `ENOMEM`.
     pub(crate) fn new() -> Result<Self, Errno> {
         let none = Dma { kind: DmaKind::ToHost, host: 0, frame: 0, offset: 0, len: 0 };
-        Ok(Returns { pieces: [none; MOST], count: 0, done: false, stage: OwnSlice::new(c"uhmm returns", MOST * PAGE)? })
+        Ok(Returns { pieces: [none; MOST], count: 0, done: false, stage: OwnSlice::new(c"uhmm returns", MOST * ROOM)? })
     }
 
     /// Notes what a launch that is about to run has snapshots of in `blocks`, as far as there is room.
@@ -55,8 +59,8 @@ impl Returns {
     }
 
     fn push(&mut self, dma: Dma) {
-        if self.count < MOST && dma.len <= PAGE {
-            self.pieces[self.count] = Dma { kind: DmaKind::ToHost, host: self.stage.at(self.count * PAGE) as usize, ..dma };
+        if self.count < MOST && dma.len <= ROOM {
+            self.pieces[self.count] = Dma { kind: DmaKind::ToHost, host: self.stage.at(self.count * ROOM) as usize, ..dma };
             self.count += 1;
         }
     }
@@ -80,7 +84,7 @@ impl Returns {
     pub(crate) fn of(&self, dma: &Dma) -> Option<&[u8]> {
         let same = |read: &Dma| (read.frame, read.offset, read.len) == (dma.frame, dma.offset, dma.len);
         let index = self.pieces().iter().position(same).filter(|_| self.done)?;
-        Some(&self.stage[index * PAGE..][..dma.len])
+        Some(&self.stage[index * ROOM..][..dma.len])
     }
 }
 

@@ -10,12 +10,14 @@ use uhmm_core::kernel::{Entry, Kernel};
 use uhmm_core::mode::Mode;
 use uhmm_core::own::OwnBox;
 use uhmm_core::{CoreRef, DeviceConfig};
+use uhmm_os::PAGE;
 
 crate::tests![
     conforms,
     one_kernel_on_every_device,
     a_written_range_is_not_the_cpus_while_the_kernel_runs,
     a_kernel_that_uses_the_processs_memory_is_found_out,
+    small_arguments_are_copied,
     touches_of_the_program_are_not_the_kernels,
     a_touch_is_served_before_a_launch_or_after_it,
     a_touch_of_what_a_kernel_writes_waits_for_its_end,
@@ -283,6 +285,24 @@ fn a_touch_is_served_before_a_launch_or_after_it() {
     let run = run.into_inner() as u32;
     let wrong = all.iter().filter(|&&x| x != run).count();
     assert_eq!(wrong, 0, "of {run} launches");
+}
+
+/// What is small is not taken away: it is copied there and back, and no touch has to fetch it. Large arguments beside it move.
+fn small_arguments_are_copied() {
+    let (hmm, dev) = opened(64);
+    let kernel = Foreign(OpenCl { source: LITTLE.into(), name: "little".into(), local: [64, 1, 1], options: "".into() });
+    let (mut small, mut large) = (Pages::new(15 * PAGE), Pages::new(16 * PAGE));
+    let before = dev.stats();
+    for round in 1..=3 {
+        for (data, stays) in [(&mut small, true), (&mut large, hmm.mode() != Mode::Full)] {
+            let all = data.slice::<u32>();
+            dev.run(&kernel, all.len() / 64, args![inout(all)]).unwrap();
+            assert_eq!(crate::harness::present(&raw const all[5000]), stays);
+            assert!(all.iter().all(|&x| x == round));
+        }
+    }
+    let moved = dev.stats() - before;
+    assert!(moved.pages_bounced >= 3 * 15 && moved.bytes_to_cpu >= 3 * 31 * PAGE as u64, "{moved:?}");
 }
 
 const LITTLE: &str = "__kernel void little(__global uint *data) { data[get_global_id(0)]++; }";
