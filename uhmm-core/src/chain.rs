@@ -11,7 +11,8 @@
 //! * The last one to leave ends the flight: until then the whole pages stay on the device. Nobody joins when somebody waits for a page, when a lease has begun, or when somebody wants to be
 //!   alone: a chain goes on only while nobody minds.
 //!
-//! Old pages that the first member overwrites are parked until the end. They come back if no member has run well; if one has, what it wrote is what was there before the next.
+//! Old pages that the first member overwrites are parked until the end. They come back if it fails; else what it wrote is what was there before the next. When a member fails the one that stands
+//! behind it already fails too, for it may have run over what was not there any more.
 //!
 //! Lock order: a leaf but for the list of flights.
 
@@ -19,8 +20,10 @@ use crate::args::{MAX_ARGS, RawArg};
 use crate::bits::Bits;
 use crate::core::{Core, Device};
 use crate::counters::count;
+use crate::driver::KernelFault;
 use crate::error::Error;
 use crate::flight::{self, Flight, Purpose};
+use crate::kernel::Message;
 use crate::launch::{self, LARGE, Ledger, Request};
 use crate::line::{Place, Turn, Who};
 use crate::mode::Mode;
@@ -59,13 +62,24 @@ pub(crate) struct Open {
     begun: bool,
     /// Members that have not ended.
     running: usize,
-    /// One has run well.
+    /// The first has run well.
     success: bool,
+    /// One has not: nobody else joins, and who has already fails too.
+    failed: bool,
+    /// How often the device's page table had changed.
+    changes: u64,
 }
 
 impl Open {
     fn flight(&self) -> Flight {
         Flight { index: self.index, number: self.number, purpose: Purpose::Launch, holds: true, ran: true }
+    }
+
+    /// Only what this launch declares has been lent all the while.
+    fn narrow(&mut self, args: &[RawArg]) {
+        let declares =
+            |range: &Range| args.iter().filter_map(RawArg::process_range).any(|(start, end, _)| (start, end) == (range.0, range.1));
+        self.ranges.iter_mut().filter(|range| !declares(range)).for_each(|range| *range = (0, 0, false));
     }
 
     /// Whether a launch over these arguments finds everything as it needs it.
@@ -111,20 +125,28 @@ impl Chain {
     fn join(&self, dev: &Device, number: u64, args: &[RawArg]) -> Option<Open> {
         let mut open = self.open.lock();
         let chain = open.as_mut().filter(|chain| chain.begun && chain.last + 1 == number && chain.serves(args))?;
-        if dev.flights.is_waited_for() || dev.flights.has_lease() {
+        let written = args.iter().filter_map(RawArg::process_range).filter(|range| range.2.writes()).map(|(start, end, _)| (start, end));
+        if chain.failed || chain.changes != dev.changes.load(Ordering::Acquire) || !dev.flights.join(chain.index, written) {
             return None;
         }
+        chain.narrow(args);
         (chain.last, chain.begun) = (number, false);
         chain.running += 1;
         Some(*chain)
     }
 
-    /// A member of that flight has ended, well or not.
-    pub(crate) fn leave(&self, number: u64, success: bool) -> Left {
+    /// Whether a member of the open chain has failed.
+    fn has_failed(&self) -> bool {
+        self.open.lock().as_ref().is_some_and(|chain| chain.failed)
+    }
+
+    /// A member of that flight has ended, well or not; and whether it was the first.
+    pub(crate) fn leave(&self, number: u64, success: bool, first: bool) -> Left {
         let mut open = self.open.lock();
         let Some(chain) = open.as_mut().filter(|chain| chain.number == number) else { return Left::Alone };
         chain.running -= 1;
-        chain.success |= success;
+        chain.success |= success && first;
+        chain.failed |= !success;
         if chain.running > 0 {
             return Left::Behind;
         }
@@ -155,7 +177,20 @@ fn candidate(core: &Core, dev: &Device, flight: &Flight, request: &Request, plac
     let mut all = [0; BLOCKS];
     all[..blocks.len()].copy_from_slice(blocks);
     let Flight { index, number, .. } = *flight;
-    Some(Open { index, number, ranges, blocks: all, count: blocks.len(), last: place, begun: true, running: 1, success: false })
+    let changes = dev.changes.load(Ordering::Acquire);
+    Some(Open {
+        index,
+        number,
+        ranges,
+        blocks: all,
+        count: blocks.len(),
+        last: place,
+        begun: true,
+        running: 1,
+        success: false,
+        failed: false,
+        changes,
+    })
 }
 
 /// Whether the device has all whole pages of a range alone; `None` if it has not even copies of all, or only snapshots.
@@ -238,9 +273,15 @@ impl Member<'_> {
             };
             let result = launch::execute(core, dev, request, groups, returns.as_mut(), &begun);
             place.wait(); // what the one before has written goes to the program before what this one has
+            let behind = || {
+                KernelFault::Refused(Message::new(
+                    "the launch before it, over the same memory and in the same queue, failed: launch it again",
+                ))
+            };
+            let result = result.and_then(|()| if chain.has_failed() { Err(dev.launch_failed(behind())) } else { Ok(()) });
             result.and_then(|()| deliver(core, dev, &flight, args, blocks, returns.as_ref()))
         };
-        match chain.leave(flight.number, result.is_ok()) {
+        match chain.leave(flight.number, result.is_ok(), false) {
             Left::Last(flight, success) => result.and(end(core, dev, &flight, args, success)),
             Left::Behind | Left::Alone => result,
         }

@@ -71,6 +71,8 @@ pub(crate) struct Flights {
     any: AtomicBool,
     /// Whether somebody may wait for the end of one that holds.
     waited: AtomicBool,
+    /// Those who are about to take pages away.
+    changing: AtomicUsize,
     /// The first touches that do, and how many.
     touches: Mutex<([Va; TOUCHES], usize)>,
     /// For the launch whose turn it is.
@@ -125,6 +127,7 @@ impl Default for Flights {
             list: Mutex::new([None; MAX_FLIGHTS]),
             any: AtomicBool::new(false),
             waited: AtomicBool::new(false),
+            changing: AtomicUsize::new(0),
             touches: Mutex::new(([0; TOUCHES], 0)),
             stage: Stage::default(),
             spare: Spare::default(),
@@ -152,10 +155,17 @@ impl Flights {
         self.held_by(va, |_| true)
     }
 
-    /// The caller is going to let somebody wait for the end of what holds pages of a block that he has locked. He looks once more at whether they are held: if they are, the end sees
-    /// this, and then the block's waiters.
-    pub(crate) fn will_wait(&self) {
-        self.waited.store(true, Ordering::Relaxed); // the list's lock orders it
+    /// As [`held`](Self::held), for who lets somebody wait for the end of what holds them: it will look for him.
+    pub(crate) fn will_wait(&self, va: Va) -> Bits {
+        if !self.any.load(Ordering::Acquire) {
+            return Bits::EMPTY;
+        }
+        let list = self.list.lock();
+        let held = held_in(&list, va, |_| true);
+        if !held.is_empty() {
+            self.waited.store(true, Ordering::Relaxed); // the list's lock orders it
+        }
+        held
     }
 
     /// A touch waits for the end of what holds the page. If launches follow each other, the next one would have the page again before the toucher wakes: so the end serves it.
@@ -165,12 +175,6 @@ impl Flights {
             touches[*count] = at;
             *count += 1;
         }
-    }
-
-    /// Whether somebody may be waiting for the end of one that holds.
-    pub(crate) fn is_waited_for(&self) -> bool {
-        let _list = self.list.lock();
-        self.waited.load(Ordering::Relaxed)
     }
 
     /// Likewise, that a lease holds.
@@ -187,10 +191,22 @@ impl Flights {
         if !self.any.load(Ordering::Acquire) {
             return Bits::EMPTY;
         }
-        let block = Span::block(va);
-        let list = self.list.lock();
-        let holding = list.iter().flatten().filter(|brief| brief.holds && which(brief.purpose)).flat_map(Brief::ranges);
-        holding.fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::inside(start, end).and(block).bits())
+        held_in(&self.list.lock(), va, which)
+    }
+
+    /// Another launch goes on with a flight, which from then on writes these ranges of its own too: false if somebody waits for it, or there is a lease.
+    pub(crate) fn join(&self, index: usize, written: impl Iterator<Item = (Va, Va)>) -> bool {
+        let mut list = self.list.lock();
+        if self.waited.load(Ordering::Relaxed) || list.iter().flatten().any(|brief| brief.purpose != Purpose::Launch) {
+            return false;
+        }
+        let Some(brief) = &mut list[index] else { return false };
+        for (start, end) in written {
+            for range in brief.ranges.iter_mut().filter(|range| (range.0, range.1) == (start, end)) {
+                range.2 = range.2.map(|_| Access::InOut);
+            }
+        }
+        true
     }
 
     /// Pages of the block at `va` that other flights than `flight` declare, in whole or in part.
@@ -295,12 +311,33 @@ impl Flights {
     }
 }
 
-impl Device {
-    /// Who is going to take pages away, unless a flight holds them, says so before he looks: a flight that he does not see yet looks at each block, and so waits for him.
-    pub(crate) fn will_change(&self) {
-        self.changed();
-        fence(Ordering::SeqCst);
+/// Somebody is going to take pages away, unless a flight holds them.
+pub(crate) struct Changing<'a>(&'a AtomicUsize);
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
     }
+}
+
+impl Flights {
+    /// Who is going to take pages away, unless a flight holds them, says so before he looks, and until he has: a flight that he does not see yet looks at each block, and so waits for him.
+    pub(crate) fn will_change(&self) -> Changing<'_> {
+        self.changing.fetch_add(1, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
+        Changing(&self.changing)
+    }
+
+    /// Whether somebody is at it. For who has begun a flight.
+    pub(crate) fn is_changing(&self) -> bool {
+        self.changing.load(Ordering::Acquire) > 0
+    }
+}
+
+fn held_in(list: &[Option<Brief>; MAX_FLIGHTS], va: Va, which: impl Fn(Purpose) -> bool) -> Bits {
+    let block = Span::block(va);
+    let holding = list.iter().flatten().filter(|brief| brief.holds && which(brief.purpose)).flat_map(Brief::ranges);
+    holding.fold(Bits::EMPTY, |pages, (start, end, _)| pages | Span::inside(start, end).and(block).bits())
 }
 
 fn of(args: &[RawArg]) -> [(Va, Va, Option<Access>); MAX_ARGS] {
@@ -336,7 +373,10 @@ pub(crate) fn begin(
             };
             match (brief.purpose, &conflict) {
                 (Purpose::Lease, _) => conflict = Some(busy),
-                (_, None) => conflict = Some(Conflict::Wait),
+                (_, None) => {
+                    other.flights.waited.store(true, Ordering::Relaxed); // no launch goes on with that flight
+                    conflict = Some(Conflict::Wait);
+                }
                 _ => {}
             }
         }
@@ -359,7 +399,7 @@ pub(crate) fn begin(
     if holds {
         dev.flights.any.store(true, Ordering::Release);
         // From here on no page comes home but to the device's own workers. Who looked before shares the event lock until he has finished; or he is the monitor, who has the block's lock, and has said
-        // before he looked that something will change: then this flight looks at each block.
+        // before he looked that something will change (`is_changing`): then this flight looks at each block.
         fence(Ordering::SeqCst);
         drop(core.space.hold_alone());
     }

@@ -268,7 +268,7 @@ fn fly(
         Ok(()) => chain::execute(core, dev, flight, ledger, request, groups, place),
         Err(e) => Err(e),
     };
-    let success = match dev.flights.chain.leave(flight.number, result.is_ok()) {
+    let success = match dev.flights.chain.leave(flight.number, result.is_ok(), true) {
         Left::Behind => {
             let blocks = &ledger.bounced[..ledger.bounced_count];
             return (result.and_then(|()| chain::deliver(core, dev, flight, args, blocks, Some(&ledger.returns))), true);
@@ -360,7 +360,10 @@ fn signature(args: &[RawArg]) -> [(Va, Va, Option<Access>); MAX_ARGS] {
 fn unchanged(core: &Core, dev: &Device, args: &[RawArg]) -> Option<u64> {
     let _hold = core.space.hold(); // an event that was read is followed
     let last = dev.last.lock();
-    let same = core.space.mode == Mode::Full && dev.changes.load(Ordering::Acquire) == last.changes && last.ranges == signature(args);
+    let same = core.space.mode == Mode::Full
+        && !dev.flights.is_changing()
+        && dev.changes.load(Ordering::Acquire) == last.changes
+        && last.ranges == signature(args);
     same.then_some(last.number)
 }
 

@@ -349,6 +349,7 @@ impl Monitor {
         if core.tags.is_unlocked(fault.address) {
             return Served::Later;
         }
+        let _changing = (state.device != 0).then(|| core.device(state.device as usize - 1).flights.will_change());
         if state.gone().has(page) {
             core.for_each_device(|dev| {
                 // A runtime in this process does other things, too: its touch is the kernel's only where the kernel has something.
@@ -372,8 +373,7 @@ impl Monitor {
                 let dev = core.device(state.device as usize - 1);
                 count(&dev.counters.cpu_faults, 1);
                 policy::one_more(&state.block().past.cpu_faults);
-                dev.will_change();
-                dev.flights.will_wait();
+                dev.flights.will_wait(va);
                 if dev.flights.leased(va).has(page) && !dev.is_lost() {
                     state.waiters = true; // who uses it there could not fetch it again
                     return Served::Done;
@@ -504,14 +504,12 @@ pub(crate) fn kept(core: &Core, state: &BlockGuard<'_>, va: Va) -> Bits {
 /// Whether a toucher has to wait for the end of a launch or lease, which will wake him.
 fn waits(core: &Core, state: &BlockGuard<'_>, va: Va, page: usize) -> bool {
     let dev = core.device(state.device as usize - 1);
-    let flights = &dev.flights;
-    dev.will_change();
-    flights.will_wait();
-    let waits = kept(core, state, va).has(page);
-    if waits {
-        flights.waits_at(va + page * PAGE);
+    // A lost device keeps nothing for anybody.
+    let held = !dev.is_lost() && dev.flights.will_wait(va).has(page);
+    if held {
+        dev.flights.waits_at(va + page * PAGE);
     }
-    waits
+    held || state.parked.has(page)
 }
 
 /// Fills holes with the zero page. What is there already is left, and its toucher woken.

@@ -371,7 +371,9 @@ impl Plan<'_> {
                 _ => Intent::Snapshot,
             };
             let (ahead, twins) = (self.flight.purpose == Purpose::Launch, beyond(self.dev, self.args, part));
-            return Ask { ahead, twins, ..Ask::new(part, part.bits(), intent) };
+            // What moved there with another argument, or an earlier launch, need not be copied.
+            let there = if intent == Intent::Snapshot { usable(self.core, self.dev, self.flight, part, access) } else { Bits::EMPTY };
+            return Ask { ahead, twins, ..Ask::new(part, part.bits() - there, intent) };
         }
         // Neighbours that are wanted in the same way come along: a block that is whole is one huge page on the device.
         let block = Span::block(part.start);

@@ -495,6 +495,15 @@ impl Queue {
         status(cq::finish(self.0))
     }
 
+    /// What is enqueued from now on begins when all of these have ended, which another queue does.
+    pub(crate) fn come_after(&self, events: &[&Event]) -> Result<(), Status> {
+        let raw: Vec<cl_event> = events.iter().map(|event| event.0).collect();
+        // SAFETY: queue and events are alive, and their number is right.
+        let barrier = status(unsafe { cq::enqueue_barrier_with_wait_list(self.0, raw.len() as u32, raw.as_ptr()) })?;
+        drop(Event(barrier));
+        Ok(())
+    }
+
     /// Sees to it that what was enqueued begins.
     pub(crate) fn flush(&self) -> Result<(), Status> {
         status(cq::flush(self.0))

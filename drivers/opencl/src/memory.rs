@@ -166,11 +166,10 @@ impl Memory {
         let frames = if ahead { batch.iter().map(frames).collect() } else { vec![] };
         let stage = self.stages.take(pieces::ops(batch, rectangles));
         let mut started = Batch { ahead, frames, events: Vec::with_capacity(batch.len()), result: Ok(()), rectangles: false, stage };
-        let queue = if ahead || self.meets_ahead(batch) {
-            self.device.kernels()
-        } else {
-            &self.copies[self.next.fetch_add(1, Ordering::Relaxed) % 2]
-        };
+        let queue = if ahead { self.device.kernels() } else { &self.copies[self.next.fetch_add(1, Ordering::Relaxed) % 2] };
+        if !ahead {
+            started.result = self.come_after(queue, batch);
+        }
         for op in pieces::ops(batch, rectangles) {
             let (at, dma) = (at(&op.first), op.first);
             started.rectangles |= op.rows.count > 1;
@@ -257,11 +256,13 @@ impl Memory {
         self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a batch uses frames of what the next kernel comes after: then it has to come after that, too.
-    fn meets_ahead(&self, batch: &[Dma]) -> bool {
+    /// What is put into a queue from now on comes after those batches that the next kernel comes after and that use the same frames; not after that kernel, which may run for long.
+    fn come_after(&self, queue: &Queue, batch: &[Dma]) -> Result<(), Status> {
         let ahead = self.ahead();
-        let mut used = ahead.iter().flat_map(|batch| &batch.frames);
-        used.any(|used| batch.iter().map(frames).any(|mine| used.start < mine.end && mine.start < used.end))
+        let meets = |used: &Range<usize>| batch.iter().map(frames).any(|mine| used.start < mine.end && mine.start < used.end);
+        let events: Vec<&api::Event> =
+            ahead.iter().filter(|ahead| ahead.frames.iter().any(meets)).flat_map(|ahead| &ahead.events).collect();
+        if events.is_empty() { Ok(()) } else { queue.come_after(&events) }
     }
 
     /// Ends what the kernel that has just ended came after.
@@ -301,6 +302,7 @@ impl Memory {
     fn by_stage(&self, dma: &Dma, limit: Duration) -> Result<(), DmaError> {
         let mut stage = vec![0u8; STAGE.min(dma.len)];
         let mut result = Ok(());
+        self.come_after(&self.copies[0], &[*dma]).map_err(|status| self.health.of_copy(Undone::Failed(status)))?;
         for done in (0..dma.len).step_by(STAGE) {
             let (at, host, len) = (at(dma) + done, dma.host + done, STAGE.min(dma.len - done));
             let done = |started: Result<api::Event, Status>| {
@@ -348,7 +350,7 @@ fn frames(dma: &Dma) -> Range<usize> {
 
 /// Whether the kernel that comes next is all that waits for a batch: small snapshots of a launch.
 fn is_ahead(batch: &[Dma]) -> bool {
-    pieces::ops(batch, Rectangles::Never).all(|op| op.first.kind == DmaKind::SnapshotToDevice && stage::fits(&op))
+    !batch.is_empty() && pieces::ops(batch, Rectangles::Never).all(|op| op.first.kind == DmaKind::SnapshotToDevice && stage::fits(&op))
 }
 
 #[cfg(test)]
@@ -510,11 +512,24 @@ mod tests {
         assert_eq!(memory.wait(fence, &read, limit), Ok(()));
         assert!(back.iter().all(|&byte| byte == 7));
         assert_eq!(memory.arrived(), Ok(()));
-        assert!(!memory.meets_ahead(&read), "it has come");
+        assert!(memory.ahead().is_empty(), "it has come");
         for event in [barrier, never] {
             // SAFETY: both are ours, and nobody waits for them.
             unsafe { ev::release_event(event) }.unwrap();
         }
+        // A kernel that stands behind them and runs for long is nothing to wait for.
+        assert_eq!(done(&memory, &batch), Ok(()));
+        let runs = ev::create_user_event(memory.device.context()).unwrap();
+        // SAFETY: as above; it stands for the kernel.
+        let kernel = unsafe { cq::enqueue_barrier_with_wait_list(memory.device.kernels().raw(), 1, [runs].as_ptr()) }.unwrap();
+        assert_eq!(memory.wait(memory.copy(&read), &read, Duration::from_secs(5)), Ok(()));
+        ev::set_user_event_status(runs, 0).unwrap();
+        assert_eq!(memory.arrived(), Ok(()));
+        for event in [kernel, runs] {
+            // SAFETY: as above.
+            unsafe { ev::release_event(event) }.unwrap();
+        }
+        assert!(back.iter().all(|&byte| byte == 1));
         // Pieces that are one run when they are too large for a stage, as in two blocks beside each other.
         let (mut large, mut back) = (vec![5u8; 24 * PAGE], vec![0u8; 24 * PAGE]);
         let [whole] = dma(DmaKind::SnapshotToDevice, &mut large, 20);

@@ -3,7 +3,7 @@
 use crate::harness::{fork, wait};
 use crate::opencl::Foreign;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use uhmm::{Device, OpenCl, Uhmm, args, inout, scope, val};
+use uhmm::{Device, OpenCl, Uhmm, args, inout, inp, scope, val};
 use uhmm_core::mode::Mode;
 
 crate::tests![
@@ -14,6 +14,7 @@ crate::tests![
     a_fork_ends_a_chain,
     a_launch_that_may_fail_is_no_member,
     leases_begin_beside_a_chain,
+    what_was_given_back_in_between_is_looked_at_anew,
 ];
 
 const KERNELS: &str = "
@@ -28,6 +29,10 @@ __kernel void more(__global uint *data, uint rounds, ulong uhmm_len_0) {
     for (uint i = 0; i < rounds; i++) x = x * 1664525u + 1013904223u;
     for (uint i = 0; i < rounds; i++) x = (x - 1013904223u) * 4276115653u; // and back: the one factor is the other's inverse
     data[at] = x + 1;
+}
+__kernel void add(__global uint *data, __global const uint *one, ulong uhmm_len_0) {
+    ulong at = get_global_id(0);
+    if (at < uhmm_len_0) data[at] += one[0];
 }
 __kernel void follow(__global uint *data, ulong at, UHMM, ulong uhmm_len_0) {
     if (get_global_id(0) == 0) data[0] += *(__global const uint *)uhmm_ptr(at);
@@ -236,4 +241,33 @@ fn leases_begin_beside_a_chain() {
     .unwrap();
     assert!(all[..20_000].iter().all(|&x| x == 300), "{:?}", all[..20_000].iter().find(|&&x| x != 300));
     assert!(all[20_000..].iter().all(|&x| x == leased), "{:?}", all[20_000..].iter().find(|&&x| x != leased));
+}
+
+/// A launch over part of what the one before it had goes on with its flight; the rest was the program's meanwhile, and a launch that needs it again is none of the chain's.
+fn what_was_given_back_in_between_is_looked_at_anew() {
+    let (_hmm, dev) = opened();
+    let (add, more) = (kernel("add"), kernel("more"));
+    let (mut all, mut one) = (vec![0u32; 20_000], vec![0u32; 8]);
+    let groups = all.len().div_ceil(LOCAL);
+    let data = all.as_mut_ptr() as usize;
+    let mut wanted = 0;
+    for round in 0..60u32 {
+        one[0] = round;
+        // SAFETY: two launches use it, one after the other, as an asynchronous interface lets a program do; all have ended when this returns.
+        let [first, second, third] = [(); 3].map(|()| unsafe { std::slice::from_raw_parts_mut(data as *mut u32, 20_000) });
+        scope(|scope| {
+            let (first, second, third) = (scope.lend(first), scope.lend(second), scope.lend(third));
+            let mut queue = scope.queue(&dev);
+            let given = queue.launch(&add, groups, args![first.inout(), inp(&one)]);
+            queue.launch(&more, groups, args![second.inout(), 300u32]);
+            given.wait().unwrap();
+            let at = one.as_ptr().cast_mut();
+            // SAFETY: the launch that had it has ended; the next one that gets it is launched below.
+            unsafe { at.write_volatile(1000 + round) };
+            queue.launch(&add, groups, args![third.inout(), inp(&one)]);
+        })
+        .unwrap();
+        wanted += round + 1 + 1000 + round;
+        assert_eq!(all[10_000], wanted, "round {round}");
+    }
 }
