@@ -472,6 +472,10 @@ fn snapshot_rest(
             }
             looks += 1;
             let want = part.bits() - usable(core, dev, flight, part, access) - left;
+            if flight.holds {
+                // A kernel that runs beside may have fetched an end since it was sent home: there it is nobody's who holds it, and no snapshot is made of it.
+                home::send_pages_home(core, dev, part.start, want)?;
+            }
             let ask = Ask { twins: beyond(dev, args, part), ..Ask::new(part, want, Intent::Snapshot) };
             if core.make_block_resident(dev, &ask)?.again {
                 core.space.settle();
