@@ -158,11 +158,10 @@ impl Chain {
 
 /// What others could join, of a launch that is ready; `None` if each launch has to look after something.
 fn candidate(core: &Core, dev: &Device, flight: &Flight, request: &Request, place: u64, blocks: &[Va]) -> Option<Open> {
-    let capabilities = dev.driver.info().capabilities;
     if !dev.line.is_waited_in() && !dev.entrance.is_waited_in() {
         return None; // whoever comes later begins the next chain: to look at all blocks for nobody would cost each launch 20 us a GiB
     }
-    if !flight.holds || capabilities.replayable_faults || core.space.mode != Mode::Full || blocks.len() > BLOCKS {
+    if !flight.holds || core.space.mode != Mode::Full || blocks.len() > BLOCKS {
         return None;
     }
     if !dev.driver.follows(&request.entry, request.args()) || !request.reaches.is_empty() || dev.flights.has_lease() {
